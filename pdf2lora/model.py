@@ -1,0 +1,145 @@
+"""The quantized base, LoRA on top, the attention backend: the only file that knows QLoRA (Dettmers et al. 2023)."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk; nothing is asked of a hub
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+from pdf2lora.errors import InputError
+from pdf2lora.params import Lora, Quantization, Train
+
+log = logging.getLogger(__name__)
+
+transformers.utils.logging.disable_progress_bar()
+# transformers 5.23 renamed gradient_checkpointing_enable, 5.17 has no other name.
+warnings.filterwarnings("ignore", "`(gradient|is_gradient)_checkpointing", FutureWarning)
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(train: Train) -> torch.dtype:
+    """What products are computed in: bfloat16 on a GPU that has it, float32 on a CPU.
+
+    Most CPUs have no bfloat16 arithmetic and emulate it: on two cores with AVX2 alone a training step of the demo took 38 s
+    in bfloat16 and 2.6 s in float32.
+    """
+    if train.compute_dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if train.compute_dtype == "bfloat16" else torch.float32
+
+
+def attention(train: Train) -> str:
+    """flash_attention_2 where it is installed and usable, else sdpa; says which one and why.
+
+    Raises:
+        InputError: flash_attention_2 was asked for and cannot run.
+    """
+    if not torch.cuda.is_available():
+        obstacle = "there is no CUDA GPU"
+    elif importlib.util.find_spec("flash_attn") is None:
+        obstacle = "the package flash-attn is not installed"
+    elif compute_dtype(train) != torch.bfloat16:
+        obstacle = "it computes in half precision only"
+    elif torch.cuda.get_device_capability() < (8, 0):
+        obstacle = "it needs a GPU of compute capability 8.0 or more"
+    else:
+        obstacle = ""
+    if train.attention == "flash_attention_2" and obstacle:
+        raise InputError(
+            f"train.attention: 'flash_attention_2' cannot run here: {obstacle}; choose 'auto' or 'sdpa' "
+            "(or see requirements-gpu.txt)"
+        )
+    runs = "sdpa" if obstacle or train.attention == "sdpa" else "flash_attention_2"
+    why = f" ({obstacle})" if obstacle and train.attention == "auto" else ""
+    log.info("attention: %s asked for, %s runs%s", train.attention, runs, why)
+    return runs
+
+
+def load_base(base: Path, quantization: Quantization, train: Train) -> LlamaForCausalLM:
+    """The frozen base model on the device, its linear layers in 4, 8 or 16 bits.
+
+    Raises:
+        InputError: bitsandbytes cannot quantize on this machine.
+    """
+    dtype = compute_dtype(train)
+    require_quantization(quantization.bits)
+    model = LlamaForCausalLM.from_pretrained(
+        base,
+        dtype=dtype,
+        device_map={"": device()},
+        attn_implementation=attention(train),
+        quantization_config=_bitsandbytes(quantization, dtype),
+        local_files_only=True,
+    )
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On CPUs with AVX512-BF16 the first forward in eval mode would repack the weights, and gradients through them
+            # would be wrong from then on (bitsandbytes 0.50).
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    match quantization.bits:
+        case 4:
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+                bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        case 8:
+            return BitsAndBytesConfig(load_in_8bit=True)
+        case _:
+            return None
+
+
+def require_quantization(bits: int) -> None:
+    """Quantizes a few numbers: what is built for this machine shows there and not in the middle of a model."""
+    if bits == 16:
+        return
+    numbers = torch.ones(64, 64, device=device())
+    try:
+        if bits == 4:
+            bnb.functional.dequantize_4bit(*bnb.functional.quantize_4bit(numbers, quant_type="nf4"))
+        else:
+            bnb.functional.int8_vectorwise_quant(numbers.half())
+    except Exception as error:
+        raise InputError(
+            f"quantization.bits: {bits} is not possible here: bitsandbytes {bnb.__version__} on {device().type} fails with "
+            f"'{' '.join(str(error).split())[:200]}'; install a bitsandbytes built for this machine or choose 16"
+        ) from error
+
+
+def add_lora(model: LlamaForCausalLM, lora: Lora, *, gradient_checkpointing: bool) -> PeftModel:
+    """New LoRA matrices in float32 (Hu et al. 2021) on the frozen base; B starts at zero.
+
+    PEFT's prepare_model_for_kbit_training is not used: it also casts embeddings, head and norms to float32.
+    """
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    settings = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="models/base", **lora.model_dump())
+    peft_model = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return peft_model
+
+
+def load_adapter(model: LlamaForCausalLM, adapter: Path) -> PeftModel:
+    """The base with a trained adapter; `with model.disable_adapter()` gives the base alone."""
+    return PeftModel.from_pretrained(model, adapter, local_files_only=True)

@@ -1,0 +1,97 @@
+"""What every stage needs of the machine: scratch folders, fingerprints, locks, whole files or none."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pdf2lora.errors import InputError
+
+
+def project_root() -> Path:
+    """The main checkout: DVC says where it is, also to a stage that runs in a temporary copy (`dvc exp run --temp`)."""
+    return Path(os.environ.get("DVC_ROOT", "."))
+
+
+def fingerprint(*ingredients: object) -> str:
+    """16 hex digits that change when a value changes, or the bytes of a Path (a file, or a folder's files)."""
+    digest = hashlib.sha256()
+    for ingredient in ingredients:
+        if isinstance(ingredient, Path):
+            files = sorted(path for path in ingredient.rglob("*") if path.is_file()) if ingredient.is_dir() else [ingredient]
+            for file in files:
+                digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+        else:
+            digest.update(f"{ingredient!r}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def scratch_folder(stage: str, key: str) -> Path:
+    """`.scratch/<stage>/<key>`: what a stage may lose and find again. Not an artifact, not in git, not in DVC's cache."""
+    folder = project_root() / ".scratch" / stage / key
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def sole_owner(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of a scratch folder. The kernel releases the lock when its process ends, however it ends.
+
+    Raises:
+        InputError: another process holds the folder.
+    """
+    import fcntl
+
+    with (folder / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise InputError(
+                f"{folder}: process {lock.read().strip() or '?'} is already at work on these very settings and data; "
+                "wait for it or end it"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """Gives a path to write to, and puts that file in place of `file` once the block has ended without an error."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Like whole_file, for an empty folder to fill."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(file: Path, value: object) -> None:
+    with whole_file(file) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

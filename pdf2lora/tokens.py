@@ -1,0 +1,117 @@
+"""Text -> packed training sequences; text -> evaluation windows.
+
+Numpy and `tokenizers` alone: whoever counts tokens need not import torch.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from pdf2lora.errors import InputError
+
+IGNORED = -100  # the label of a position that is not scored (torch's cross_entropy)
+
+Tokens = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A base model's tokenizer, without its special tokens, and the ids of those that mark a text's ends."""
+
+    tokenizer: Tokenizer
+    bos: int
+    eos: int
+    context_length: int
+
+    @classmethod
+    def of(cls, base: Path) -> "Encoder":
+        """Reads tokenizer.json and config.json of a Hugging Face folder."""
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+        tokenizer.encode_special_tokens = True  # "<|end_of_text|>" in a document is text, not the end of it
+        eos = config["eos_token_id"]
+        return cls(
+            tokenizer=tokenizer,
+            bos=config["bos_token_id"],
+            eos=eos[0] if isinstance(eos, list) else eos,  # the chat models end turns too
+            context_length=config["max_position_embeddings"],
+        )
+
+    def encode(self, texts: Sequence[str]) -> list[Tokens]:
+        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encoded]
+
+    def require_context(self, seq_length: int) -> None:
+        if seq_length > self.context_length:
+            raise InputError(
+                f"train.seq_length: {seq_length} must not be greater than the context of the base model "
+                f"({self.context_length} tokens); change it in params.yaml or with -S train.seq_length=..."
+            )
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Rows for the model: inputs and labels, both (num_sequences, seq_length); labels are IGNORED where nothing is learned."""
+
+    input_ids: Tokens
+    labels: Tokens
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, row: int) -> dict[str, Tokens]:
+        return {"input_ids": self.input_ids[row], "labels": self.labels[row]}
+
+
+def pack(documents: Sequence[Tokens], *, bos: int, eos: int, seq_length: int) -> Sequences:
+    """bos, document, eos, bos, document, eos, ... cut into rows; every token is in one row.
+
+    The last row is filled up with eos, which is not learned. As in the pretraining of Llama, a row may hold the end of one
+    document and the beginning of the next.
+    """
+    stream = np.concatenate([np.concatenate([[bos], document, [eos]]) for document in documents])
+    num_rows = -(-len(stream) // seq_length)
+    input_ids = np.full(num_rows * seq_length, eos, dtype=np.int64)
+    labels = np.full(num_rows * seq_length, IGNORED, dtype=np.int64)
+    input_ids[: len(stream)] = stream
+    labels[: len(stream)] = stream
+    return Sequences(input_ids.reshape(num_rows, seq_length), labels.reshape(num_rows, seq_length))
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of one document for the model to read, and which of its next tokens count.
+
+    input_ids: (seq_length,), filled up with bos on the right, where it is seen by no token that counts;
+    targets: (seq_length,), the next token at each position, or IGNORED.
+    """
+
+    document: int
+    input_ids: Tokens
+    targets: Tokens
+
+
+def windows(document: int, tokens: Tokens, *, bos: int, seq_length: int, stride: int) -> list[Window]:
+    """Windows that score each token of a document exactly once.
+
+    The first one scores seq_length tokens, each later one moves on by `stride` and scores what is new in it, so that a token
+    has at least seq_length - stride tokens before it, where the document has them (bos stands before the first).
+    """
+    with_bos = np.concatenate([[bos], tokens])
+    made = []
+    scored = 0
+    while scored < len(tokens):
+        end = min(len(tokens), scored + stride if scored else seq_length)
+        begin = max(0, end - seq_length)
+        input_ids = np.full(seq_length, bos, dtype=np.int64)
+        targets = np.full(seq_length, IGNORED, dtype=np.int64)
+        input_ids[: end - begin] = with_bos[begin:end]
+        targets[scored - begin : end - begin] = with_bos[scored + 1 : end + 1]
+        made.append(Window(document, input_ids, targets))
+        scored = end
+    return made

@@ -1,0 +1,165 @@
+"""What is written down while a model trains: dvclive's metrics, the log file, what the machine did.
+
+Two kinds of numbers are kept apart. metrics/train holds what a repeated run gives again: losses, learning rates, the peak of
+allocated GPU memory; it is an output of the pipeline, in git and in dvc.lock. metrics/machine.json and the curves beside it
+hold seconds, throughput, power and the like, which no two runs share; they are nobody's output.
+"""
+
+import json
+import logging
+import math
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from dvclive import Live
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from pdf2lora.runtime import write_json
+
+MACHINE = Path("metrics/machine.json")
+CURVES = Path("metrics/machine")
+SAMPLE_S = 1.0
+
+# The Trainer's names for what it logs -> ours, which are also the names of the plots' files.
+METRIC_NAMES = {
+    "loss": "train/loss",
+    "eval_loss": "validation/loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "gradient_norm",
+}
+
+
+def log_to_file(folder: Path) -> Path:
+    """Sends what is logged to logs/training_<timestamp>.log as well; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(True)
+    return file
+
+
+class DvcliveCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes the Trainer's log entries to metrics/train by dvclive, with a progress bar and a line in the log for each.
+
+    dvclive's own callback is not used: it rewrites dvc.yaml, and it loses the steps before a checkpoint that training
+    resumes from, since DVC removes a stage's outputs before it runs. Here those steps are written again from the
+    checkpoint's log history.
+    """
+
+    def __init__(self, folder: Path):
+        self.live = Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
+        self.log = logging.getLogger("train")
+        self.progress: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for entry in state.log_history:
+            self._write(entry, entry["step"])
+        self.progress = tqdm(desc="train", total=state.max_steps, initial=state.global_step, unit="step", disable=None)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            state.log_history[-1]["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self._write(state.log_history[-1], state.global_step)
+        self.log.info("step %d %s", state.global_step, {k: v for k, v in logs.items() if k in METRIC_NAMES})
+        self.progress.set_postfix({k: f"{v:.3g}" for k, v in logs.items() if k in ("loss", "eval_loss")})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.close()
+        self.live.end()
+
+    def _write(self, entry: dict[str, float], step: int) -> None:
+        self.live.step = step
+        for name, value in entry.items():
+            if name in METRIC_NAMES:
+                self.live.log_metric(METRIC_NAMES[name], value)
+            if name in ("loss", "eval_loss"):
+                self.live.log_metric(METRIC_NAMES[name].replace("loss", "perplexity"), math.exp(value))
+            if name == "gpu_memory_gib":
+                self.live.log_metric(name, value)
+        self.live.make_summary()
+
+
+@contextmanager
+def machine_metrics(stage: str) -> Iterator[dict[str, Any]]:
+    """Samples memory, and a GPU's utilization and power, while the block runs; the block may add numbers of its own.
+
+    Writes the stage's entry of metrics/machine.json and metrics/machine/<stage>.tsv.
+    """
+    samples: list[dict[str, float]] = []
+    own: dict[str, Any] = {}
+    finished = threading.Event()
+    started = time.monotonic()
+
+    def sample() -> None:
+        process, gpu = psutil.Process(), _Gpu()
+        while True:
+            samples.append({"seconds": round(time.monotonic() - started, 1), **_memory(process), **gpu.read()})
+            if finished.wait(SAMPLE_S):
+                return
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield own
+    finally:
+        finished.set()
+        sampler.join()
+    entry = {"seconds": round(time.monotonic() - started, 1), **own}
+    entry |= {f"peak_{name}": max(s[name] for s in samples) for name in samples[-1] if name != "seconds"}
+    _write_machine(stage, entry, samples)
+
+
+def _write_machine(stage: str, entry: dict[str, Any], samples: list[dict[str, float]]) -> None:
+    machine = json.loads(MACHINE.read_text(encoding="utf-8")) if MACHINE.exists() else {}
+    machine["machine"] = {
+        "processor": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")},
+    }
+    write_json(MACHINE, machine | {stage: entry})
+    columns = list(samples[-1])
+    rows = ["\t".join(columns), *("\t".join(str(sample[column]) for column in columns) for sample in samples)]
+    CURVES.mkdir(parents=True, exist_ok=True)
+    (CURVES / f"{stage}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def _memory(process: psutil.Process) -> dict[str, float]:
+    return {"process_memory_gib": round(process.memory_info().rss / 2**30, 2)}
+
+
+class _Gpu:
+    """NVML, asked directly: dvclive's monitor logs nothing at all where there is no NVIDIA driver."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+        if torch.cuda.is_available():
+            import pynvml
+
+            pynvml.nvmlInit()
+            self.nvml = pynvml
+            self.handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+
+    def read(self) -> dict[str, float]:
+        if self.handle is None:
+            return {}
+        return {
+            "gpu_memory_gib": round(self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used / 2**30, 2),
+            "gpu_utilization_percent": self.nvml.nvmlDeviceGetUtilizationRates(self.handle).gpu,
+            "gpu_power_w": round(self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1000),
+        }

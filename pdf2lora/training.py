@@ -1,0 +1,110 @@
+"""build_trainer(): the one training step that find_batch measures and train runs."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from pdf2lora.model import add_lora, compute_dtype, load_base
+from pdf2lora.params import Lora, Quantization, Train
+from pdf2lora.perplexity import nats_per_document
+from pdf2lora.tokens import IGNORED, Sequences, Window
+
+
+class PerplexityTrainer(Trainer):  # type: ignore[misc]
+    """Trainer whose evaluation is this project's: validation nats a token, by the code that scores the test documents."""
+
+    validation_windows: Sequence[Window] = ()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        nats = nats_per_document(
+            self.model.get_base_model(),
+            self.validation_windows,
+            num_documents=1 + max(window.document for window in self.validation_windows),
+            per_device_batch=self.args.per_device_eval_batch_size,
+        )
+        self.model.train()
+        tokens = sum(int((window.targets != IGNORED).sum()) for window in self.validation_windows)
+        metrics = {"eval_loss": float(nats.sum()) / tokens}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def build_trainer(
+    base: Path,
+    sequences: Sequences,
+    *,
+    quantization: Quantization,
+    lora: Lora,
+    train: Train,
+    per_device_batch: int,
+    gradient_accumulation_steps: int,
+    checkpoints: Path,
+    validation_windows: Sequence[Window] = (),
+    callbacks: Sequence[TrainerCallback] = (),
+    max_steps: int | None = None,
+) -> PerplexityTrainer:
+    """A trainer ready to train: base quantized, LoRA added, data and optimizer settings in place.
+
+    checkpoints: folder for checkpoint-<step>; written to only where max_steps is None.
+    max_steps: optimizer steps of a probe; None trains num_train_epochs.
+
+    Raises:
+        InputError: from model.py, where the machine cannot do what is asked.
+    """
+    set_seed(train.seed)  # before the first LoRA matrix is drawn
+    is_probe = max_steps is not None
+    in_bfloat16 = compute_dtype(train) == torch.bfloat16
+    # `accelerate launch` hands on the precision of accelerate_config.yaml, which on a CPU would be emulated.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if in_bfloat16 else "no"
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=per_device_batch,
+        per_device_eval_batch_size=per_device_batch,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        num_train_epochs=train.num_train_epochs,
+        max_steps=max_steps or -1,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_steps=train.warmup_steps if train.warmup_steps < 1 else int(train.warmup_steps),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim=train.optim,
+        bf16=in_bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        logging_strategy="no" if is_probe else "steps",
+        logging_steps=train.logging_steps,
+        logging_first_step=True,
+        eval_strategy="steps" if validation_windows else "no",
+        eval_steps=train.eval_steps,
+        save_strategy="no" if is_probe else "steps",
+        save_steps=train.save_steps,
+        save_total_limit=2,
+        seed=train.seed,
+        report_to=[] if is_probe or train.report_to == "none" else [train.report_to],
+        remove_unused_columns=False,
+        disable_tqdm=True,  # tracking.py draws the progress bar
+    )
+    model = add_lora(
+        load_base(base, quantization, train), lora, gradient_checkpointing=train.gradient_checkpointing
+    )
+    trainer = PerplexityTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=sequences,
+        eval_dataset=list(validation_windows) or None,
+        data_collator=collate,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.validation_windows = validation_windows
+    return trainer
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows of Sequences -> input_ids and labels, both (batch, seq_length)."""
+    return {key: torch.stack([torch.from_numpy(row[key]) for row in rows]) for key in rows[0]}

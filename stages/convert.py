@@ -1,0 +1,38 @@
+"""convert: models/meta/<model>/ -> models/base/, metrics/convert.json
+
+models/base is in Hugging Face's layout whichever of the two layouts the checkpoint came in.
+"""
+
+from pathlib import Path
+
+from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.llama import convert
+from pdf2lora.params import read_params
+from pdf2lora.runtime import whole_folder, write_json
+
+CHECKPOINTS = Path("models/meta")
+BASE = Path("models/base")
+METRICS = Path("metrics/convert.json")
+
+
+@report_input_errors
+def main() -> None:
+    params = read_params()
+    source = CHECKPOINTS / params.model
+    if not source.is_dir():
+        raise InputError(f"model: {source} is no folder; put the checkpoint there or choose another model")
+
+    with whole_folder(BASE) as folder:
+        summary = convert(
+            source,
+            folder,
+            llama_version=params.checkpoint.llama_version,
+            max_shard_gib=params.convert.max_shard_gib,
+        )
+
+    write_json(METRICS, summary)
+    print(f"convert: {source} -> {BASE}, {summary['num_parameters']:,} parameters")
+
+
+if __name__ == "__main__":
+    main()

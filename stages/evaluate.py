@@ -1,0 +1,113 @@
+"""evaluate: models/base, models/adapter, data/split/test.jsonl -> metrics/eval.json, metrics/eval_documents.csv"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from pdf2lora.corpus import Document, read_documents
+from pdf2lora.errors import report_input_errors
+from pdf2lora.model import load_adapter, load_base
+from pdf2lora.params import read_params
+from pdf2lora.perplexity import Nats, TextSize, bootstrap, nats_per_document, summary
+from pdf2lora.runtime import whole_file, write_json
+from pdf2lora.tokens import Encoder, windows
+from pdf2lora.tracking import machine_metrics
+
+BASE = Path("models/base")
+ADAPTER = Path("models/adapter")
+TEST = Path("data/split/test.jsonl")
+METRICS = Path("metrics/eval.json")
+DOCUMENTS = Path("metrics/eval_documents.csv")
+DIGITS = 6  # after the point: more would be noise of the processor's arithmetic
+
+
+@report_input_errors
+def main() -> None:
+    params = read_params()
+    encoder = Encoder.of(BASE)
+    encoder.require_context(params.train.seq_length)
+    documents = read_documents(TEST)
+    encoded = encoder.encode([document.text for document in documents])
+    sizes = [
+        TextSize(tokens=len(tokens), bytes=len(document.text.encode()), words=len(document.text.split()))
+        for document, tokens in zip(documents, encoded, strict=True)
+    ]
+    looks = [
+        window
+        for number, tokens in enumerate(encoded)
+        for window in windows(
+            number, tokens, bos=encoder.bos, seq_length=params.train.seq_length, stride=params.evaluate.stride
+        )
+    ]
+
+    with (
+        machine_metrics("evaluate"),
+        tqdm(total=2 * len(looks), desc="evaluate", unit="window", disable=None) as progress,
+    ):
+        model = load_adapter(load_base(BASE, params.quantization, params.train), ADAPTER)
+
+        def score() -> Nats:
+            return nats_per_document(
+                model.get_base_model(),
+                looks,
+                num_documents=len(documents),
+                per_device_batch=params.evaluate.per_device_batch,
+                progress=progress.update,
+            )
+
+        adapted = score()
+        with model.disable_adapter():
+            base = score()
+    metrics = result(base, adapted, sizes, num_samples=params.evaluate.bootstrap_samples, seed=params.evaluate.seed)
+
+    write_json(METRICS, metrics)
+    with whole_file(DOCUMENTS) as partial:
+        per_document(documents, sizes, base, adapted).to_csv(partial, index=False, lineterminator="\n")
+    print(summary_line(metrics))
+
+
+def result(base: Nats, adapted: Nats, sizes: list[TextSize], *, num_samples: int, seed: int) -> dict[str, object]:
+    """The tree of metrics/eval.json: base, adapted, improvement, what was counted."""
+    intervals = bootstrap(base, adapted, sizes, num_samples=num_samples, seed=seed)
+    models = {"base": summary(base, sizes), "adapted": summary(adapted, sizes)}
+
+    def low_and_high(name: str) -> dict[str, float]:
+        low, high = intervals[name]
+        return {"low_95": round(low, DIGITS), "high_95": round(high, DIGITS)}
+
+    tree: dict[str, object] = {
+        name: {key: round(value, DIGITS) for key, value in numbers.items()} | low_and_high(name)
+        for name, numbers in models.items()
+    }
+    improvement = 1 - models["adapted"]["perplexity"] / models["base"]["perplexity"]
+    return tree | {
+        "improvement": {"share": round(improvement, DIGITS), **low_and_high("improvement")},
+        "documents": len(sizes),
+        "tokens": sum(size.tokens for size in sizes),
+    }
+
+
+def per_document(documents: list[Document], sizes: list[TextSize], base: Nats, adapted: Nats) -> pd.DataFrame:
+    """A row for each test document, its perplexity under both models."""
+    table = pd.DataFrame([{"id": document.id, **vars(size)} for document, size in zip(documents, sizes, strict=True)])
+    for name, nats in (("base", base), ("adapted", adapted)):
+        table[f"{name}_perplexity"] = np.exp(nats / table["tokens"]).round(DIGITS)
+    table["improvement"] = (1 - table["adapted_perplexity"] / table["base_perplexity"]).round(DIGITS)
+    return table.sort_values("id")
+
+
+def summary_line(metrics: dict[str, object]) -> str:
+    base, adapted, improvement = (metrics[name] for name in ("base", "adapted", "improvement"))
+    assert isinstance(base, dict)
+    assert isinstance(adapted, dict)
+    assert isinstance(improvement, dict)
+    return (
+        f"evaluate: test perplexity {base['perplexity']:.2f} (base) -> {adapted['perplexity']:.2f} (adapted), "
+        f"{improvement['share']:.1%} lower [{improvement['low_95']:.1%}, {improvement['high_95']:.1%}]"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""train: models/base, data/split/{train,validation}.jsonl, metrics/batch.json -> models/adapter/, metrics/train/
+
+Checkpoints are in scratch, under a fingerprint of all that the adapter depends on: a run that was killed goes on from its
+last checkpoint, and a run with other settings or data never finds it.
+"""
+
+import json
+import logging
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers.trainer_utils import get_last_checkpoint
+
+from pdf2lora import model, tokens, training
+from pdf2lora.corpus import read_documents
+from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.params import Params, read_params
+from pdf2lora.runtime import fingerprint, project_root, scratch_folder, sole_owner, whole_folder
+from pdf2lora.tokens import Encoder, pack, windows
+from pdf2lora.tracking import DvcliveCallback, log_to_file, machine_metrics
+from pdf2lora.training import build_trainer
+
+BASE = Path("models/base")
+SIDES = Path("data/split")
+BATCH = Path("metrics/batch.json")
+ADAPTER = Path("models/adapter")
+METRICS = Path("metrics/train")
+
+log = logging.getLogger("train")
+
+
+@report_input_errors
+def main() -> None:
+    params = read_params()
+    require_one_process()
+    require_reporter(params.train.report_to)
+    log_file = log_to_file(project_root() / "logs")
+    batch = json.loads(BATCH.read_text(encoding="utf-8"))
+    encoder = Encoder.of(BASE)
+    encoder.require_context(params.train.seq_length)
+    texts = {side: [d.text for d in read_documents(SIDES / f"{side}.jsonl")] for side in ("train", "validation")}
+    sequences = pack(
+        encoder.encode(texts["train"]), bos=encoder.bos, eos=encoder.eos, seq_length=params.train.seq_length
+    )
+    looks = [
+        window
+        for document, encoded in enumerate(encoder.encode(texts["validation"]))
+        for window in windows(
+            document, encoded, bos=encoder.bos, seq_length=params.train.seq_length, stride=params.train.seq_length
+        )
+    ]
+
+    checkpoints = scratch_folder("train", run_fingerprint(params))
+    with sole_owner(checkpoints), machine_metrics("train") as machine:
+        trainer = build_trainer(
+            BASE,
+            sequences,
+            quantization=params.quantization,
+            lora=params.lora,
+            train=params.train,
+            per_device_batch=batch["per_device_batch"],
+            gradient_accumulation_steps=batch["gradient_accumulation_steps"],
+            checkpoints=checkpoints,
+            validation_windows=looks,
+            callbacks=[DvcliveCallback(METRICS)],
+        )
+        last_checkpoint = get_last_checkpoint(str(checkpoints))
+        log.info("settings: %s", params.model_dump_json())
+        log.info("batch: %s", batch)
+        log.info("trainable parameters: %s", trainer.model.get_nb_trainable_parameters())
+        log.info("starts from %s", last_checkpoint or "the base model")
+        started, first_step = time.monotonic(), _step_of(last_checkpoint)
+        trainer.train(resume_from_checkpoint=last_checkpoint)
+        steps = trainer.state.global_step - first_step
+        tokens_per_s = steps * batch["effective_batch"] * params.train.seq_length / (time.monotonic() - started)
+        machine |= {"steps": steps, "tokens_per_s": round(tokens_per_s), "attention": trainer.model.config._attn_implementation}
+
+        with whole_folder(ADAPTER) as folder:
+            trainer.model.save_pretrained(folder)
+    print(f"train: {trainer.state.global_step} steps, {round(tokens_per_s):,} tokens/s; log in {log_file}")
+
+
+def _step_of(checkpoint: str | None) -> int:
+    return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+
+
+def run_fingerprint(params: Params) -> str:
+    """Of everything that the adapter depends on."""
+    code = [Path(module.__file__ or "") for module in (model, tokens, training)]
+    libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")]
+    return fingerprint(params.quantization, params.lora, params.train, BASE, SIDES, BATCH, *code, *libraries)
+
+
+def require_one_process() -> None:
+    processes = PartialState().num_processes
+    if processes != 1:
+        raise InputError(
+            f"num_processes: accelerate launched {processes} processes, one is supported; set num_processes to 1 in "
+            "accelerate_config.yaml"
+        )
+
+
+def require_reporter(report_to: str) -> None:
+    if report_to == "wandb":
+        try:
+            version("wandb")
+        except ImportError:
+            raise InputError(
+                "train.report_to: 'wandb' is not installed; run pip install wandb or choose 'none'"
+            ) from None
+
+
+if __name__ == "__main__":
+    main()
