@@ -25,7 +25,7 @@ Gib = Annotated[float, Field(gt=0)]
 class Section(BaseModel):
     """A part of params.yaml: unknown keys and other types are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Checkpoint(Section):
@@ -155,7 +155,7 @@ def read_params(file: Path = PARAMS_FILE) -> Params:
         values = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file}: there is no such file; run from the folder that holds dvc.yaml") from None
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not YAML: {' '.join(str(error).split())}; mend the line it names") from None
     if not isinstance(values, dict):
         raise InputError(f"{file}: holds {type(values).__name__}, must hold sections such as 'extract:' and 'train:'")
@@ -168,7 +168,7 @@ def read_params(file: Path = PARAMS_FILE) -> Params:
 
 def _in_words(detail: ErrorDetails) -> Iterable[str]:
     """One pydantic error as lines of ours: key, value, rule, remedy."""
-    key = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("constrained", "literal", "int")))
+    key = ".".join(str(part) for part in detail["loc"] if part not in ("constrained-int", "literal['auto']"))
     value, context = detail["input"], detail.get("ctx", {})
     change = f"change it in {PARAMS_FILE} or with -S {key}=..."
     match detail["type"]:

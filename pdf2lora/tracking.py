@@ -12,7 +12,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -140,7 +140,12 @@ def _write_machine(stage: str, entry: dict[str, Any], samples: list[dict[str, fl
 
 
 def _memory(process: psutil.Process) -> dict[str, float]:
-    return {"process_memory_gib": round(process.memory_info().rss / 2**30, 2)}
+    """Resident memory of this process and its children (the probes of find_batch)."""
+    resident = 0
+    for member in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # ended since it was listed
+            resident += member.memory_info().rss
+    return {"process_memory_gib": round(resident / 2**30, 2)}
 
 
 class _Gpu:

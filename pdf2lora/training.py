@@ -81,6 +81,7 @@ def build_trainer(
         logging_first_step=True,
         eval_strategy="steps" if validation_windows else "no",
         eval_steps=train.eval_steps,
+        eval_on_start=bool(validation_windows),
         save_strategy="no" if is_probe else "steps",
         save_steps=train.save_steps,
         save_total_limit=2,

@@ -5,7 +5,7 @@ models/base is in Hugging Face's layout whichever of the two layouts the checkpo
 
 from pathlib import Path
 
-from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.errors import report_input_errors
 from pdf2lora.llama import convert
 from pdf2lora.params import read_params
 from pdf2lora.runtime import whole_folder, write_json
@@ -19,8 +19,6 @@ METRICS = Path("metrics/convert.json")
 def main() -> None:
     params = read_params()
     source = CHECKPOINTS / params.model
-    if not source.is_dir():
-        raise InputError(f"model: {source} is no folder; put the checkpoint there or choose another model")
 
     with whole_folder(BASE) as folder:
         summary = convert(

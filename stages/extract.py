@@ -49,9 +49,6 @@ def main() -> None:
 
 def find_pdfs(folder: Path) -> list[Path]:
     """All PDFs of a corpus, sub-folders too, in the order of their paths."""
-    if not folder.is_dir():
-        known = ", ".join(sorted(path.name for path in CORPORA.glob("*/"))) or "none yet"
-        raise InputError(f"corpus: {folder} is no folder (there are: {known}); put your PDFs there or choose another corpus")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".pdf" and path.is_file())
     if not files:
         raise InputError(f"corpus: {folder} holds no file that ends in .pdf; put your PDFs there or choose another corpus")

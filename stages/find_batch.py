@@ -4,6 +4,7 @@ The largest per-device batch that fits, and the one that train uses: the largest
 """
 
 import logging
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,6 +79,7 @@ def memory_budget_gib(params: Params) -> float:
 def training_step_gib(params: Params, sequences: Sequences, batch: int) -> float:
     """Peak GiB of `find_batch.steps` optimizer steps at this batch: the step that train runs, nothing left out."""
     logging.disable()
+    warnings.simplefilter("ignore")  # train says these things once, a probe need not
     rows = np.arange(batch * params.find_batch.steps) % len(sequences)
     with TemporaryDirectory() as folder, PeakMemory() as peak:
         build_trainer(

@@ -6,6 +6,7 @@ last checkpoint, and a run with other settings or data never finds it.
 
 import json
 import logging
+import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -79,6 +80,7 @@ def main() -> None:
 
         with whole_folder(ADAPTER) as folder:
             trainer.model.save_pretrained(folder)
+        shutil.rmtree(checkpoints)  # the adapter is whole: a forced re-run trains again instead of loading its end
     print(f"train: {trainer.state.global_step} steps, {round(tokens_per_s):,} tokens/s; log in {log_file}")
 
 

@@ -1,0 +1,46 @@
+# make repro   sets everything up, then runs the pipeline
+# make test    sets everything up, then runs the tests
+# make lint    sets everything up, then ruff and mypy
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Threads that wait without spinning: on a busy machine spinning ones slow each other down many times over.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: repro test lint setup setup-dev clean
+
+repro: setup
+	dvc repro
+
+test: setup-dev
+	OMP_NUM_THREADS=1 pytest
+
+lint: setup-dev
+	ruff check .
+	ruff format --check .
+	mypy
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}; say which: make repro PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch and requirements.txt into $(VENV)"
+	@# a wheel at hand (PIP_FIND_LINKS) comes first; else uv picks the build: CUDA where there is a driver, CPU elsewhere
+	@$(BIN)/pip install --quiet --no-index --no-deps $(TORCH) 2>/dev/null \
+	  || { $(BIN)/pip install --quiet uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend=auto $(TORCH); }
+	@$(BIN)/pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	@echo "installing requirements-dev.txt into $(VENV)"
+	@$(BIN)/pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .scratch

@@ -1,0 +1,173 @@
+"""Fixtures for all tests: PDFs made in code, params.yaml with changes, Python in another process."""
+
+import os
+import random
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from reportlab.lib.pdfencrypt import StandardEncryption
+from reportlab.lib.utils import ImageReader
+from reportlab.pdfgen.canvas import Canvas
+from ruamel.yaml import YAML
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+VOCABULARY = """sea ice river rain heat cloud wind coast forest soil harvest city grid carbon storm drought flood glacier
+ocean model season decade region policy energy report measure cause change level growth loss risk demand supply""".split()
+
+
+def prose(seed: int, num_words: int = 120) -> str:
+    """Sentences of common words, other ones for each seed, in lines of at most 12 words."""
+    rng = random.Random(seed)
+    words = [rng.choice(VOCABULARY) for _ in range(num_words)]
+    lines = [" ".join(words[start : start + 12]) for start in range(0, num_words, 12)]
+    return "\n".join(lines).capitalize() + "."
+
+
+def write_pdf(file: Path, pages: list[str], password: str | None = None) -> Path:
+    """A PDF with these lines on its pages; a password encrypts it, the empty one too."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    encryption = None if password is None else StandardEncryption(password, ownerPassword="owner", strength=128)
+    canvas = Canvas(str(file), encrypt=encryption, invariant=1)
+    for page in pages:
+        text = canvas.beginText(72, 760)
+        text.textLines(page)
+        canvas.drawText(text)
+        canvas.showPage()
+    canvas.save()
+    return file
+
+
+def write_scan(file: Path) -> Path:
+    """A page that is one picture."""
+    canvas = Canvas(str(file), invariant=1)
+    canvas.drawImage(ImageReader(Image.new("RGB", (20, 20), "gray")), 50, 50, 400, 600)
+    canvas.showPage()
+    canvas.save()
+    return file
+
+
+def shown(text: str) -> bytes:
+    """A content stream that shows the text, a line below the other."""
+    return b"BT /F1 12 Tf 72 720 Td 14 TL " + b" ".join(b"(%s) Tj T*" % line.encode() for line in text.split("\n")) + b" ET"
+
+
+def raw_pdf(*contents: bytes, stream_filter: bytes = b"") -> bytes:
+    """A PDF with one page for each content stream, byte by byte as given: what no PDF library would write."""
+    page_numbers = range(4, 4 + 2 * len(contents), 2)
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [%s] /Count %d >>" % (b" ".join(b"%d 0 R" % n for n in page_numbers), len(contents)),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    for number, content in zip(page_numbers, contents, strict=True):
+        objects += [
+            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 595 842] /Resources << /Font << /F1 3 0 R >> >> "
+            b"/Contents %d 0 R >>" % (number + 1),
+            b"<< %s/Length %d >>\nstream\n%s\nendstream" % (stream_filter, len(content), content),
+        ]
+    body, offsets = b"%PDF-1.4\n", []
+    for number, value in enumerate(objects, 1):
+        offsets.append(len(body))
+        body += b"%d 0 obj\n%s\nendobj\n" % (number, value)
+    table = b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1) + b"".join(b"%010d 00000 n \n" % o for o in offsets)
+    trailer = b"trailer << /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (len(objects) + 1, len(body))
+    return body + table + trailer
+
+
+def deflated_blanks(gib: int) -> bytes:
+    """So many GiB of blanks as a zlib stream of 4 MB for each 4 GiB, made from one deflated MiB repeated."""
+    deflate = zlib.compressobj(9)
+    first, next_ = (deflate.compress(b" " * 2**20) + deflate.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+    size = gib * 2**30
+    low, high = (1 + 32 * size) % 65521, (size + 32 * size * (size + 1) // 2) % 65521
+    end_and_adler32 = b"\x03\x00" + (high << 16 | low).to_bytes(4, "big")
+    return first + next_ * (gib * 1024 - 1) + end_and_adler32
+
+
+def flate_bomb() -> bytes:
+    """A page of 4 GiB in a file of 10 kB."""
+    return raw_pdf(zlib.compress(deflated_blanks(4), 9), stream_filter=b"/Filter [/FlateDecode /FlateDecode] ")
+
+
+def hanging_pdf(*pages_before: str) -> bytes:
+    """The last page's content ends in a comment without a line end: PyPDF2 reads it for ever (CVE-2023-36464)."""
+    return raw_pdf(*map(shown, pages_before), b"BT ET % x")
+
+
+@pytest.fixture(scope="session")
+def pdfs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One PDF of each kind, by name."""
+    folder = tmp_path_factory.mktemp("pdfs")
+    whole = write_pdf(folder / "plain.pdf", [prose(1), prose(2), prose(3)])
+    from_bytes = {
+        "hanging": hanging_pdf(prose(4), prose(5)),
+        "bomb": flate_bomb(),
+        "one_bad_page": raw_pdf(shown(prose(6)), b"BT (never closed <<", shown(prose(7))),
+        "truncated": whole.read_bytes()[: whole.stat().st_size // 2],
+        "no_pdf": b"The climate is warming. " * 40,
+        "empty": b"",
+    }
+    for name, content in from_bytes.items():
+        (folder / f"{name}.pdf").write_bytes(content)
+    return {
+        "plain": whole,
+        "password": write_pdf(folder / "password.pdf", [prose(8)], password="secret"),
+        "blank_password": write_pdf(folder / "blank_password.pdf", [prose(9)], password=""),
+        "scan": write_scan(folder / "scan.pdf"),
+        "short": write_pdf(folder / "short.pdf", ["Sea level"]),
+        **{name: folder / f"{name}.pdf" for name in from_bytes},
+    }
+
+
+@pytest.fixture
+def write_params(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the shipped params.yaml to tmp_path, changed: write_params({"lora.r": 16, "lora.rank": None}, without=["train.seed"])."""
+
+    def write(changes: dict[str, Any] | None = None, without: list[str] | None = None) -> Path:
+        values = YAML(typ="safe").load(REPOSITORY / "params.yaml")
+        for key, value in (changes or {}).items():
+            section, name = _section_of(values, key)
+            section[name] = value
+        for key in without or []:
+            section, name = _section_of(values, key)
+            del section[name]
+        file = tmp_path / "params.yaml"
+        YAML(typ="safe").dump(values, file)
+        return file
+
+    return write
+
+
+def _section_of(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values[section]
+    return values, name
+
+
+@pytest.fixture
+def start_python() -> Any:
+    """Starts Python on a piece of code that can import pdf2lora; ended with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

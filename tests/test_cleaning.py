@@ -1,0 +1,264 @@
+import unicodedata
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdf2lora.cleaning import clean, is_readable
+
+BODY = "The sea is warmer than it was and the ice is thinner"
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("The e\ufb03cient \ufb01sh over\ufb02ows", "The efficient fish overflows"),
+        ("cafe\u0301 m\u00b2 \uff21\uff22 \u2460", "café m2 AB 1"),
+        ("a\u00a0b\u2009c\u3000d\te", "a b c d e"),
+    ],
+    ids=["ligatures", "nfkc", "blanks"],
+)
+def test_compatibility_characters_become_plain_ones(page: str, text: str) -> None:
+    assert clean([page]) == text
+
+
+def test_tex_control_codes_become_ligatures() -> None:
+    page = "di\x0berence, \x0crst, in\ruence, e\x0ecient, ba\x0fing"
+    assert clean([page]) == "difference, first, influence, efficient, baffling"
+
+
+def test_tex_codes_may_begin_a_word() -> None:
+    assert clean(["e\x0ecient \x0clters, \row and \rux"]) == "efficient filters, flow and flux"
+
+
+def test_a_lone_carriage_return_is_a_line_end_where_there_are_no_other_tex_codes() -> None:
+    assert clean([f"{BODY}\rthan ever."]) == f"{BODY} than ever."
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_of_all_systems(end: str) -> None:
+    assert clean([end.join([BODY, "than ever before.", "", "A second paragraph", ""])]) == (
+        f"{BODY} than ever before.\n\nA second paragraph"
+    )
+
+
+@pytest.mark.parametrize("cut", ["\x02", "\x02\n", "\x02\r\n", "\ufffe", "\ufffe\r\n", "\u00ad\n", "\u00ad\r\n", "-\n", "\u2010\n", "- \n"])
+def test_a_word_cut_at_a_line_end_is_whole_again(cut: str) -> None:
+    assert clean([f"the adap{cut}tation of forests"]) == "the adaptation of forests"
+
+
+def test_soft_hyphens_within_a_line_go() -> None:
+    assert clean(["cli\u00admate ad\u00adaptation"]) == "climate adaptation"
+
+
+def test_a_word_cut_at_a_page_end_is_whole_again() -> None:
+    assert clean(["the adap-", "tation of forests"]) == "the adaptation of forests"
+
+
+def test_a_hyphen_stays_where_the_document_writes_the_compound_elsewhere() -> None:
+    assert clean(["the long-\nterm plan", "and other long-term plans"]) == "the long-term plan and other long-term plans"
+
+
+def test_a_hyphen_stays_before_a_capital() -> None:
+    assert clean(["the Inter-\nAmerican bank"]) == "the Inter-American bank"
+
+
+@pytest.mark.parametrize("page", ["a well-known fact", "1990-2020", "a dash - and another – here"])
+def test_hyphens_within_a_line_stay(page: str) -> None:
+    assert clean([page]) == page
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("cli\0mate", "climate"),
+        ("the\x01cli\x1fmate", "the cli mate"),
+        ("cli\u200bma\u2060te\ufeff", "climate"),
+        ("نمی\u200cخواهم", "نمی\u200cخواهم"),
+        ("\ue000 heat \uf8ff", "heat"),
+        ("heat \ufffd\ufffd\ufffd\ufffd 12", "heat 12"),
+        ("heat\ufffdwave", "heat wave"),
+        ("heat \ud800 wave", "heat wave"),
+    ],
+    ids=["nul", "control", "zero_width", "joiner_stays", "private_use", "unknown_run", "unknown", "surrogate"],
+)
+def test_characters_that_cannot_be_read_go(page: str, text: str) -> None:
+    assert clean([page]) == text
+
+
+@pytest.mark.parametrize(
+    "leader", ["........", " . . . . . . ", "………", "· · · · ·", "\ufffd\ufffd\ufffd\ufffd\ufffd", "___________", "..  ..  .."]
+)
+def test_dot_leaders_and_blanks_to_fill_in_go(leader: str) -> None:
+    assert clean([f"Introduction {leader} 12"]) == "Introduction 12"
+
+
+def test_an_ellipsis_stays() -> None:
+    assert clean(["and so on... and on"]) == "and so on... and on"
+
+
+def pages_with(headers: list[str], footers: list[str]) -> list[str]:
+    """A page for each header and footer, with a sentence of its own between them."""
+    names = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    sentences = [f"{BODY} on page {name}." for name in names]
+    return ["\n".join(page) for page in zip(headers, sentences, footers, strict=False)]
+
+
+def sentences_of(text: str) -> list[str]:
+    return [paragraph.removeprefix(f"{BODY} on page ") for paragraph in text.split("\n\n")]
+
+
+def test_running_headers_and_footers_with_changing_numbers_go() -> None:
+    headers = [f"Chapter 2: The ocean {number}" for number in range(88, 94)]
+    footers = [f"IPCC {number} Assessment Report" for number in range(1, 7)]
+    text = clean(pages_with(headers, footers))
+    assert "Chapter" not in text
+    assert "Assessment" not in text
+    assert text.count(BODY) == 6
+
+
+def test_alternating_headers_go() -> None:
+    text = clean(pages_with(["The ocean", "A. Author and B. Author"] * 4, [""] * 8))
+    assert "The ocean" not in text
+    assert "Author" not in text
+    assert text.count(BODY) == 8
+
+
+def test_a_header_in_other_capitals_is_the_same_header() -> None:
+    text = clean(pages_with(["The Ocean", "THE OCEAN", "the ocean"], [""] * 3))
+    assert "ocean" not in text.lower()
+
+
+@pytest.mark.parametrize(
+    "number", ["7", "- 7 -", "Page 7", "page 7 of 12", "p. 7", "7/12", "[7]", "vii", "XII", "2041", "– xiv –"]
+)
+def test_page_numbers_go(number: str) -> None:
+    text = clean([f"{number}\n{BODY} here.", f"{BODY} there.\n{number}", f"{BODY} now."])
+    assert text.split("\n\n") == [f"{BODY} here. {BODY} there. {BODY} now."]
+
+
+def test_a_line_of_one_page_stays() -> None:
+    pages = pages_with(["Preface", "Methods", "Results", "Outlook"], [""] * 4)
+    text = clean(pages)
+    assert all(heading in text for heading in ("Preface", "Methods", "Results", "Outlook"))
+
+
+def test_a_repeated_line_within_the_page_stays() -> None:
+    lines = ["first line {n}", "second line {n}", "third line {n}", "Key message", "fourth {n}", "fifth {n}", "sixth {n}"]
+    names = ["alpha", "beta", "gamma", "delta"]
+    text = clean(["\n".join(lines).replace("{n}", name) for name in names])
+    assert text.count("Key message") == 4
+
+
+def test_a_single_page_keeps_its_lines() -> None:
+    assert clean([f"Page 7\n\n{BODY}.\n\n12"]) == f"Page 7\n\n{BODY}.\n\n12"
+
+
+def test_printed_lines_become_paragraphs() -> None:
+    page = "The level of the sea rose by twenty centimetres\nin the course of the last century and it goes\non rising.\nThe rain of the summer fell within a few days of\nJuly in this region."
+    assert clean([page]) == (
+        "The level of the sea rose by twenty centimetres in the course of the last century and it goes on rising.\n\n"
+        "The rain of the summer fell within a few days of July in this region."
+    )
+
+
+def test_a_paragraph_goes_on_over_the_page_end() -> None:
+    assert clean([BODY, "than it was before the year began."]) == f"{BODY} than it was before the year began."
+
+
+def test_headings_and_list_items_stand_apart() -> None:
+    page = (
+        "Results\n"
+        "The level of the sea rose by twenty centimetres:\n"
+        "1. The first cause is the heat of the water, which\n"
+        "makes it wider.\n"
+        "2. The second cause is the ice of the mountains.\n"
+        "(a) The glaciers are smaller than they have been.\n"
+        "• The ice sheets are thinner than they have been.\n"
+        "- The snow is gone in the month of May already."
+    )
+    assert clean([page]).split("\n\n") == [
+        "Results",
+        "The level of the sea rose by twenty centimetres:",
+        "1. The first cause is the heat of the water, which makes it wider.",
+        "2. The second cause is the ice of the mountains.",
+        "(a) The glaciers are smaller than they have been.",
+        "• The ice sheets are thinner than they have been.",
+        "- The snow is gone in the month of May already.",
+    ]
+
+
+@pytest.mark.parametrize("pages", [[], [""], ["", ""], ["\0\n \n\ufffd"], ["....."]])
+def test_nothing_comes_of_nothing(pages: list[str]) -> None:
+    assert clean(pages) == ""
+
+
+ODD_CHARACTERS = (
+    "abyZ.-…·_:\n\n\n\r\t\f\x00\x02\x0b\x0c\x0e\x0f\ufffe\u00ad\u200b\u200c\ufb01\ufffd\ue000\u2028\u0085\u00a0\u0301\u00b4"
+    "\u2010\u2011\u1100\u1161\u11a8é019•()ivx–½ﷺ\u3000\u2024\u0338=\ud800"
+)
+ODD_PAGES = st.lists(st.text(ODD_CHARACTERS, max_size=40), max_size=4)
+LINES = st.lists(st.sampled_from(["Page 3", "the sea", "adap-", "tation.", "long-term", "1. one", "..", "____", BODY, ""]), max_size=8)
+PRINTED_PAGES = st.lists(LINES.map("\n".join), max_size=4)
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+@given(ODD_PAGES | PRINTED_PAGES | st.lists(st.text(max_size=40), max_size=4))
+def test_a_cleaned_text_is_clean(pages: list[str]) -> None:
+    text = clean(pages)
+    assert clean([text]) == text
+    assert text == unicodedata.normalize("NFKC", text)
+    assert not {unicodedata.category(c) for c in text.replace("\n\n", "").translate({0x200C: None, 0x200D: None})} & {
+        "Cc",
+        "Cf",
+        "Co",
+        "Cs",
+    }
+    assert all(line == " ".join(line.split()) for line in text.split("\n"))
+
+
+WORDS = st.lists(st.text("abcdefghijklmnop", min_size=1, max_size=9), min_size=1, max_size=60)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(WORDS, st.integers(1, 9))
+def test_reflowing_keeps_every_word_in_its_place(words: list[str], words_a_line: int) -> None:
+    lines = [" ".join(words[start : start + words_a_line]) for start in range(0, len(words), words_a_line)]
+    assert clean(["\n".join(lines)]).split() == words
+
+
+PROSE = "The sea is warmer than it was before, and a river that I know is dry in summer. "
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PROSE,
+        PROSE + "\x0cgures and \x0bects",
+        "Smith, J. A., Jones, B., Müller, C. D., Li, E. F. and Okafor, G. H.",
+        "海の温度が上がっている。氷は前より薄い。",
+        "Η θάλασσα είναι πιο ζεστή από πριν. Температура воды растёт.",
+        PROSE * 4 + "pneumonoultramicroscopicsilicovolcanoconiosis",
+    ],
+    ids=["prose", "tex_ligatures", "authors", "cjk", "greek_and_russian", "one_long_word"],
+)
+def test_prose_is_readable(text: str) -> None:
+    assert is_readable(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " \n\n ",
+        "1990 2000 2010 | 3.5 4.1",
+        "\x1b\x1c\x13\x15 \x11\x14the \x1e\x12\x13sea \x15\x16",
+        PROSE + "\ue001\ue002\ue003\ue004 " * 3,
+        PROSE + " \ufffd \ufffd \ufffd \ufffd",
+        "t h e  s e a  i s  w a r m e r  t h a n",
+        "theseaiswarmerthanitwasbefore andtheiceisthinnerthanithasbeen today",
+    ],
+    ids=["empty", "blank", "numbers", "shifted_codes", "private_use", "unknown", "set_apart", "run_together"],
+)
+def test_what_only_looks_like_text_is_not_readable(text: str) -> None:
+    assert not is_readable(text)

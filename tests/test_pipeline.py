@@ -1,0 +1,165 @@
+"""dvc.yaml, params.yaml, the requirements and the README against the code that they speak of."""
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pdf2lora.corpus import read_documents
+from pdf2lora.params import Params, read_params
+from pdf2lora.pdf import Reason
+from stages import extract
+
+ROOT = Path(__file__).parent.parent
+PIPELINE: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+STAGES: dict[str, dict[str, Any]] = PIPELINE["stages"]
+DATA_STAGES = ("check", "extract", "split")
+
+
+def imported_modules(file: Path) -> set[str]:
+    """Files of this project that `file` imports, directly or by way of others, as paths from the root."""
+    found: set[str] = set()
+    waiting = [file]
+    while waiting:
+        tree = ast.parse(waiting.pop().read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("pdf2lora", "stages"):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                for path in (ROOT / f"{name.replace('.', '/')}.py" for name in names):
+                    if path.exists() and str(path.relative_to(ROOT)) not in found:
+                        found.add(str(path.relative_to(ROOT)))
+                        waiting.append(path)
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_code_deps_are_exactly_what_the_stage_imports(stage):
+    code = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
+
+    assert code == {f"stages/{stage}.py"} | imported_modules(ROOT / f"stages/{stage}.py")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_has_one_name_everywhere(stage):
+    docstring = ast.get_docstring(ast.parse((ROOT / f"stages/{stage}.py").read_text(encoding="utf-8"))) or ""
+
+    assert re.match(rf"{stage}: .+ -> .+", docstring)
+    assert STAGES[stage]["cmd"].endswith(f"-m stages.{stage}")
+    assert STAGES[stage]["desc"]
+
+
+def test_every_stage_file_is_a_stage():
+    assert {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__"} == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_params_of_a_stage_exist_and_its_own_section_is_among_them(stage):
+    params = read_params(ROOT / "params.yaml").model_dump()
+    for key in STAGES[stage].get("params", []):
+        value: Any = params
+        for part in key.replace("${model}", params["model"]).split("."):
+            value = value[part]
+
+    if stage in Params.model_fields:
+        assert stage in STAGES[stage]["params"]
+
+
+def test_every_section_of_params_belongs_to_a_stage():
+    used = {key.split(".")[0] for stage in STAGES.values() for key in stage.get("params", [])}
+
+    assert used == set(Params.model_fields)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_small_results_are_in_git_and_not_in_the_cache(stage):
+    for kind in ("metrics", "plots"):
+        for entry in STAGES[stage].get(kind, []):
+            assert entry[next(iter(entry))] == {"cache": False}
+
+
+def test_what_one_machine_measured_is_no_output_of_a_stage():
+    assert PIPELINE["metrics"] == ["metrics/machine.json"]
+    assert not [stage for stage in STAGES.values() if "machine" in str(stage.get("metrics")) + str(stage.get("plots"))]
+
+
+def test_converted_weights_are_not_pushed():
+    assert STAGES["convert"]["outs"] == [{"models/base": {"push": False}}]
+
+
+@pytest.mark.parametrize("stage", DATA_STAGES)
+def test_stages_without_a_model_do_not_import_torch(stage):
+    for file in {f"stages/{stage}.py"} | imported_modules(ROOT / f"stages/{stage}.py"):
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not {name for name in names if name.split(".")[0] in ("torch", "transformers")}, file
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "requirements-gpu.txt"])
+def test_requirements_are_pinned(name):
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+
+    assert all(re.fullmatch(r"-r \S+|[A-Za-z0-9._-]+==[0-9][\w.]*", line) for line in lines if line)
+
+
+def test_the_readme_tree_names_every_module():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    modules = [path for folder in ("pdf2lora", "stages") for path in (ROOT / folder).glob("*.py")]
+
+    assert not [path.name for path in modules if path.name != "__init__.py" and path.name not in readme]
+
+
+def test_no_setting_has_a_default_in_code():
+    def fields(section: Any) -> list[Any]:
+        return [field for field in section.model_fields.values()]
+
+    sections = [Params, *(f.annotation for f in fields(Params) if hasattr(f.annotation, "model_fields"))]
+
+    assert all(field.is_required() for section in sections for field in fields(section))
+
+
+class TestDemo:
+    def test_corpus_is_small_and_shows_the_reasons(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+        files = extract.find_pdfs(Path("data/pdfs/demo"))
+        monkeypatch.setattr(extract, "DOCUMENTS", tmp_path / "documents.jsonl")
+        monkeypatch.setattr(extract, "METRICS", tmp_path / "extract.json")
+
+        extract.main()
+
+        documents = read_documents(tmp_path / "documents.jsonl")
+        kept = [document for document in documents if document.reason is None]
+        left_out = {document.id.split("/")[-1]: document.reason for document in documents if document.reason}
+        assert sum(file.stat().st_size for file in files) < 6e6
+        assert len(kept) >= 36
+        assert sum(len(document.text.split()) for document in kept) > 40_000
+        assert left_out == {
+            "04-cryosphere.pdf": Reason.DUPLICATE,  # its exact copy in hard-cases comes first
+            "broken.pdf": Reason.DAMAGED,
+            "cover-only.pdf": Reason.TOO_SHORT,
+            "encrypted.pdf": Reason.ENCRYPTED,
+            "scanned.pdf": Reason.NO_TEXT_LAYER,
+            "unmapped-font.pdf": Reason.UNREADABLE_FONT,
+        }
+        assert not [d.id for d in kept if re.search("[\x00-\x08\x0b-\x1f\ufb00-\ufb06\ufffd]", d.text)]
+        assert not [d.id for d in kept if re.search(r"Page \d+ of \d+", d.text)]
+
+    def test_model_is_small_and_was_measured_on_held_out_books(self):
+        folder = ROOT / "models/meta/demo"
+        training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 14e6
+        assert 4.5e6 < training["num_parameters"] < 5.5e6
+        assert 20 < training["held_out"]["perplexity"] < 40
+
+    def test_adapting_lowers_the_committed_test_perplexity(self):
+        metrics = json.loads((ROOT / "metrics/eval.json").read_text(encoding="utf-8"))
+
+        assert metrics["improvement"]["share"] > 0.1
+        assert metrics["improvement"]["low_95"] > 0
+        assert metrics["adapted"]["perplexity"] < metrics["base"]["perplexity"]

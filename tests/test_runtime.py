@@ -1,0 +1,208 @@
+import json
+import os
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+
+from pdf2lora.errors import InputError
+from pdf2lora.runtime import (
+    file_sha256,
+    fingerprint,
+    project_root,
+    scratch_folder,
+    sole_owner,
+    whole_file,
+    whole_folder,
+    write_json,
+)
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from pdf2lora.runtime import sole_owner
+
+with sole_owner(Path(sys.argv[1])):
+    print("owned", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "sub" / "weights").write_bytes(b"\x00\x01")
+    return folder
+
+
+def test_fingerprint_is_16_hex_digits_and_the_same_for_the_same(folder: Path) -> None:
+    assert fingerprint({"r": 8}, folder) == fingerprint({"r": 8}, folder)
+    assert len(fingerprint(1)) == 16
+    assert int(fingerprint(1), 16) >= 0
+
+
+@pytest.mark.parametrize("other", [(8, "b"), (8,), ("8", "a"), ("a", 8), (8.0, "a"), (8, "a", None)])
+def test_fingerprint_changes_with_the_values(other: tuple[object, ...]) -> None:
+    assert fingerprint(*other) != fingerprint(8, "a")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "config.json").write_text("{ }"),
+        lambda folder: (folder / "sub" / "weights").write_bytes(b"\x00\x02"),
+        lambda folder: (folder / "sub" / "new").touch(),
+        lambda folder: (folder / "sub" / "weights").unlink(),
+        lambda folder: (folder / "config.json").rename(folder / "other.json"),
+    ],
+    ids=["bytes", "bytes_of_sub_folder", "added", "removed", "renamed"],
+)
+def test_fingerprint_changes_with_the_files_of_a_folder(folder: Path, change: Callable[[Path], None]) -> None:
+    before = fingerprint(folder)
+    change(folder)
+    assert fingerprint(folder) != before
+
+
+def test_fingerprint_knows_bytes_and_not_times(folder: Path) -> None:
+    file = folder / "config.json"
+    before = fingerprint(folder), fingerprint(file)
+    os.utime(file, (1, 1))
+    assert (fingerprint(folder), fingerprint(file)) == before
+    file.write_text("[]")
+    assert fingerprint(file) != before[1]
+
+
+def test_fingerprint_does_not_depend_on_where_the_folder_lies(folder: Path) -> None:
+    before = fingerprint(folder)
+    assert fingerprint(folder.rename(folder.with_name("moved"))) == before
+
+
+def test_file_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_project_root_is_where_dvc_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    assert project_root() == Path(".")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert project_root() == tmp_path
+    assert scratch_folder("train", "0123") == tmp_path / ".scratch" / "train" / "0123"
+    assert (tmp_path / ".scratch" / "train" / "0123").is_dir()
+
+
+def test_scratch_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    (scratch_folder("train", "0123") / "checkpoint").touch()
+    assert (scratch_folder("train", "0123") / "checkpoint").exists()
+
+
+def test_whole_file_is_put_in_place_at_the_end(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "out.jsonl"
+    with whole_file(file) as partial:
+        partial.write_text("done")
+        assert not file.exists()
+    assert file.read_text() == "done"
+    assert os.listdir(file.parent) == ["out.jsonl"]
+
+
+def test_whole_folder_replaces_the_old_one_at_the_end(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "split"
+    for name in ("old", "new"):
+        with whole_folder(folder) as partial:
+            (partial / name).touch()
+            assert not (folder / name).exists()
+    assert os.listdir(folder) == ["new"]
+    assert os.listdir(folder.parent) == ["split"]
+
+
+def fail_in(block: AbstractContextManager[Path], write: Callable[[Path], object]) -> None:
+    with pytest.raises(OSError, match="disk full"), block as partial:
+        write(partial)
+        raise OSError("disk full")
+
+
+def test_whole_file_leaves_the_old_content_when_the_block_raises(tmp_path: Path) -> None:
+    file = tmp_path / "out.jsonl"
+    file.write_text("old")
+    fail_in(whole_file(file), lambda partial: partial.write_text("half"))
+    assert file.read_text() == "old"
+    assert os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def test_whole_folder_leaves_the_old_content_when_the_block_raises(tmp_path: Path) -> None:
+    folder = tmp_path / "split"
+    folder.mkdir()
+    (folder / "old").touch()
+    fail_in(whole_folder(folder), lambda partial: (partial / "half").touch())
+    assert os.listdir(folder) == ["old"]
+    assert os.listdir(tmp_path) == ["split"]
+
+
+def test_nothing_is_left_where_nothing_was(tmp_path: Path) -> None:
+    fail_in(whole_file(tmp_path / "file"), lambda partial: partial.write_text("half"))
+    fail_in(whole_folder(tmp_path / "folder"), lambda partial: (partial / "half").touch())
+    assert os.listdir(tmp_path) == []
+
+
+def test_whole_folder_starts_empty_after_a_killed_run(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "split") as partial:
+        left_behind = partial
+    left_behind.mkdir()
+    (left_behind / "half").touch()
+    with whole_folder(tmp_path / "split") as partial:
+        (partial / "train.jsonl").touch()
+    assert os.listdir(tmp_path / "split") == ["train.jsonl"]
+
+
+def test_write_json_gives_the_value_and_its_letters(tmp_path: Path) -> None:
+    file = tmp_path / "metrics" / "eval.json"
+    write_json(file, {"perplexity": 7.25, "corpus": "Klima für Käse"})
+    text = file.read_text(encoding="utf-8")
+    assert json.loads(text) == {"perplexity": 7.25, "corpus": "Klima für Käse"}
+    assert "für Käse" in text
+    assert text.endswith("}\n")
+
+
+def start_owner(start_python: Callable[..., Popen[str]], folder: Path) -> Popen[str]:
+    owner = start_python(OWNER, folder)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "owned\n"
+    return owner
+
+
+def test_a_second_process_is_kept_out(start_python: Callable[..., Popen[str]], tmp_path: Path) -> None:
+    owner = start_owner(start_python, tmp_path)
+    with pytest.raises(InputError) as refused, sole_owner(tmp_path):
+        pytest.fail("both processes own the folder")
+    assert str(refused.value) == (
+        f"{tmp_path}: process {owner.pid} is already at work on these very settings and data; wait for it or end it"
+    )
+
+
+def test_a_killed_owner_lets_go(start_python: Callable[..., Popen[str]], tmp_path: Path) -> None:
+    owner = start_owner(start_python, tmp_path)
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    with sole_owner(tmp_path):
+        assert (tmp_path / "lock").read_text() == str(os.getpid())
+
+
+def test_an_owner_lets_go_at_the_end_and_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), sole_owner(tmp_path):
+        raise RuntimeError("out of memory")
+    for _ in range(2):
+        with sole_owner(tmp_path):
+            assert (tmp_path / "lock").read_text() == str(os.getpid())
+
+
+def test_other_folders_have_other_owners(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with sole_owner(tmp_path / "a"), sole_owner(tmp_path / "b"):
+        assert (tmp_path / "b" / "lock").read_text() == str(os.getpid())
