@@ -8,8 +8,6 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# Threads that wait without spinning: on a busy machine spinning ones slow each other down many times over.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: repro test lint setup setup-dev clean
 

@@ -1,7 +1,8 @@
 """Page text -> clean text: what the page layout put into the words is taken out again.
 
-PDF engines give back what stands on the page: ligatures as one character (or as TeX's control codes), words cut at the end
-of a line, a line break for every printed line, and the same header on every page. A language model would learn all of it.
+PDF engines give back what stands on the page: ligatures as one character (or as TeX's control codes), words cut at
+the end of a line, a line break for every printed line, and the same header on every page. A language model would
+learn all of it.
 """
 
 import re
@@ -45,10 +46,12 @@ def is_readable(text: str) -> bool:
 
 
 def _characters(page: str) -> str:
-    """Every character as plain text: NFKC, ligatures and line ends resolved, the rest of what cannot be read removed."""
+    """Every character as plain text: NFKC, ligatures and line ends resolved, what cannot be read removed."""
     page = page.replace("\r\n", "\n").strip("\f\r\n")
     if re.search("[a-z][\x0b\x0c\x0e\x0f]|[\x0b\x0c\x0e\x0f][a-z]", page):  # else a lone \r is an old line end
-        page = re.sub("(?<=[A-Za-z])[\x0b\x0c\r\x0e\x0f]|[\x0b\x0c\r\x0e\x0f](?=[a-z])", lambda m: OT1_LIGATURES[m[0]], page)
+        page = re.sub(
+            "(?<=[A-Za-z])[\x0b\x0c\r\x0e\x0f]|[\x0b\x0c\r\x0e\x0f](?=[a-z])", lambda m: OT1_LIGATURES[m[0]], page
+        )
     page = CUT.sub("-\n", page.replace("\r", "\n"))
     page = unicodedata.normalize("NFKC", page).replace("\u2010", "-")
     page = page.translate({ord(c): _replacement(c) for c in set(page)})
@@ -128,5 +131,5 @@ def _paragraphs(lines: list[str]) -> list[str]:
         following = lines[number + 1] if number + 1 < len(lines) else ""
         longest_near = max(map(len, lines[max(0, number - 3) : number + 4]))
         short = len(line) < SHORT_LINE * longest_near
-        ended = short and (line[-1] in ".!?:;”\"" or not following[:1].islower())
+        ended = short and (line[-1] in '.!?:;”"' or not following[:1].islower())
     return [paragraph for paragraph in map(_spaced, paragraphs) if paragraph]  # two lines may make one dot leader

@@ -54,8 +54,9 @@ def words(text: str) -> list[str]:
 def near_duplicate_groups(texts: Sequence[str], similarity: float) -> list[list[int]]:
     """Groups of positions whose texts share 5-word shingles to a Jaccard similarity of `similarity` or more.
 
-    MinHash with locality-sensitive hashing (Broder 1997; datasketch), its 128 permutations seeded: near-linear in the number
-    of texts, and the same groups whatever their order. Similarity carries over: a ~ b and b ~ c put a, b, c in one group.
+    MinHash with locality-sensitive hashing (Broder 1997; datasketch), its 128 permutations seeded: near-linear in the
+    number of texts, and the same groups whatever their order. Similarity carries over: a ~ b and b ~ c put a, b, c in
+    one group.
     """
     from datasketch import MinHash, MinHashLSH  # imports scipy: only split pays for it
 
@@ -92,9 +93,10 @@ def split(
 ) -> dict[str, list[Document]]:
     """Train, validation and test documents; a group of near-duplicates is wholly on one side.
 
-    Each group draws a number from a seeded hash of its texts. In the order of these numbers the test side is filled first,
-    then validation, each to its share of the documents (at least one), and train takes the rest. So neither the names nor
-    the order of the files matter, and a document that is added shifts one that stands at a boundary at the most.
+    Each group draws a number from a seeded hash of its texts. In the order of these numbers the test side is filled
+    first, then validation, each to its share of the documents (at least one), and train takes the rest. So neither
+    the names nor the order of the files matter, and a document that is added shifts one that stands at a boundary at
+    the most.
 
     Returns:
         side -> documents in the order of their draws.
@@ -136,4 +138,4 @@ def _ngrams(text: str, vocabulary: dict[str, int]) -> NDArray[np.uint64]:
         return np.empty(0, dtype=np.uint64)
     with np.errstate(over="ignore"):
         powers = np.cumprod(np.full(LEAKAGE_WORDS, 0x9E3779B97F4A7C15, dtype=np.uint64))
-        return np.lib.stride_tricks.sliding_window_view(numbers, LEAKAGE_WORDS) @ powers
+        return np.asarray(np.lib.stride_tricks.sliding_window_view(numbers, LEAKAGE_WORDS) @ powers, dtype=np.uint64)

@@ -1,7 +1,7 @@
 """Which batch fits: a memory model, probes in child processes, the choice.
 
-A probe is the training step itself, optimizer included, on sequences of full length, in a process of its own: a probe that
-dies of lack of memory leaves no fragmented allocator behind for the next.
+A probe is the training step itself, optimizer included, on sequences of full length, in a process of its own: a probe
+that dies of lack of memory leaves no fragmented allocator behind for the next.
 """
 
 import multiprocessing
@@ -30,11 +30,11 @@ class Probe:
 
 
 def search(measure: Callable[[int], float | None], *, smallest: int, largest: int, budget_gib: float) -> list[Probe]:
-    """Finds the largest batch of smallest..largest whose peak is within the budget, in few probes; all probes, in order.
+    """Finds the largest batch of smallest..largest whose peak is within the budget; gives all probes, in order.
 
-    measure(batch) gives the peak in GiB, or None where the step ran out of memory. Memory is nearly a line over the batch,
-    so two probes predict where it meets the budget, and the bounds close in around that point; a prediction outside the
-    bounds makes way for their nearest end. The answer is exact: it fits, and the next batch was probed and does not.
+    measure(batch) gives the peak in GiB, or None where the step ran out of memory. Memory is nearly a line over the
+    batch, so two probes predict where it meets the budget, and the bounds close in around that point; a prediction
+    outside the bounds makes way for their nearest end. The answer is exact: it fits, and the next batch does not.
     """
     probes: list[Probe] = []
 
@@ -68,7 +68,7 @@ def memory_model(probes: list[Probe]) -> tuple[float, float] | None:
 
 
 def choose(probes: list[Probe], effective_batch: int | str) -> tuple[int, int]:
-    """(per_device_batch, gradient_accumulation_steps) whose product is effective_batch; `auto` is the largest that fits.
+    """(per_device_batch, gradient_accumulation_steps), their product effective_batch; `auto`: the largest that fits.
 
     Raises:
         InputError: no probe fits.
@@ -90,15 +90,16 @@ def choose(probes: list[Probe], effective_batch: int | str) -> tuple[int, int]:
 def measure_in_child(step: Callable[..., float], *arguments: Any) -> float | None:
     """step(*arguments) in a child process: its result, or None where the child ran out of memory or was killed for it.
 
-    The child is forked from a server that has imported the libraries and done nothing else, so it starts at once and holds
-    no GPU.
+    On a CPU the child is forked from a server that has imported the libraries, so it starts at once; where there is a
+    GPU it starts from nothing, since importing the libraries touches CUDA, which does not survive a fork.
 
     Raises:
         InputError: the child's own.
         RuntimeError: any other failure of the step, with its text.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pdf2lora.training"])
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    if not torch.cuda.is_available():
+        context.set_forkserver_preload(["pdf2lora.training"])
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_send_result, args=(theirs, step, arguments), daemon=True)
     child.start()
@@ -129,9 +130,9 @@ def _send_result(pipe: Connection, step: Callable[..., float], arguments: tuple[
 class PeakMemory:
     """Peak GiB of the tensors that exist inside the block, on the GPU or the CPU.
 
-    On a GPU: what the allocator reserved. On a CPU: the bytes of all tensors, counted as operations make them and as they
-    are freed. The resident size of the process would also hold the libraries and each kernel's scratch space, which differ
-    from one CPU to the next; these bytes do not.
+    On a GPU: what the allocator reserved. On a CPU: the bytes of all tensors, counted as operations make them and as
+    they are freed. The resident size of the process would also hold the libraries and each kernel's scratch space,
+    which differ from one CPU to the next; these bytes do not.
     """
 
     def __init__(self) -> None:

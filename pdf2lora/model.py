@@ -1,9 +1,5 @@
 """The quantized base, LoRA on top, the attention backend: the only file that knows QLoRA (Dettmers et al. 2023)."""
 
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk; nothing is asked of a hub
-
 import importlib.util
 import logging
 import warnings
@@ -32,8 +28,8 @@ def device() -> torch.device:
 def compute_dtype(train: Train) -> torch.dtype:
     """What products are computed in: bfloat16 on a GPU that has it, float32 on a CPU.
 
-    Most CPUs have no bfloat16 arithmetic and emulate it: on two cores with AVX2 alone a training step of the demo took 38 s
-    in bfloat16 and 2.6 s in float32.
+    Most CPUs have no bfloat16 arithmetic and emulate it: on two cores with AVX2 alone a training step of the demo
+    took 38 s in bfloat16 and 2.6 s in float32.
     """
     if train.compute_dtype == "auto":
         return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
@@ -85,8 +81,8 @@ def load_base(base: Path, quantization: Quantization, train: Train) -> LlamaForC
     )
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            # On CPUs with AVX512-BF16 the first forward in eval mode would repack the weights, and gradients through them
-            # would be wrong from then on (bitsandbytes 0.50).
+            # On CPUs with AVX512-BF16 the first forward in eval mode would repack the weights, and gradients through
+            # them would be wrong from then on (bitsandbytes 0.50).
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -120,7 +116,7 @@ def require_quantization(bits: int) -> None:
             bnb.functional.int8_vectorwise_quant(numbers.half())
     except Exception as error:
         raise InputError(
-            f"quantization.bits: {bits} is not possible here: bitsandbytes {bnb.__version__} on {device().type} fails with "
+            f"quantization.bits: {bits} is not possible here: bitsandbytes {bnb.__version__} on {device().type} says "
             f"'{' '.join(str(error).split())[:200]}'; install a bitsandbytes built for this machine or choose 16"
         ) from error
 

@@ -10,7 +10,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from pdf2lora.errors import InputError
 
@@ -183,7 +184,12 @@ def _in_words(detail: ErrorDetails) -> Iterable[str]:
         case "string_pattern_mismatch":
             yield f"{key}: {value!r} must be made of letters, digits, '_' and '-' (DVC cannot parse a dot); {change}"
         case _:
-            rule = detail["msg"].removeprefix("Input should ").replace("a valid integer", "an integer").replace("valid ", "")
+            rule = (
+                detail["msg"]
+                .removeprefix("Input should ")
+                .replace("a valid integer", "an integer")
+                .replace("valid ", "")
+            )
             yield f"{key}: {value!r} must {rule}; {change}"
 
 

@@ -1,8 +1,8 @@
-"""PDF -> pages of text. An engine runs in a process of its own that can be killed, since PDFs make engines hang, swell and die.
+"""PDF -> pages of text. Engines run in processes that can be killed, since PDFs make them hang, swell and die.
 
-Documents are read in parallel, one thread of this process and one worker process for each core. A worker sends every page as
-soon as it is read, so what came before a fault is kept. The limits are processor seconds and address space, not wall-clock
-time and free memory: a busy machine leaves out no other documents than an idle one.
+Documents are read in parallel, one thread of this process and one worker process for each core. A worker sends every
+page as soon as it is read, so what came before a fault is kept. The limits are processor seconds and address space,
+not wall-clock time and free memory: a busy machine leaves out no other documents than an idle one.
 """
 
 import logging
@@ -96,7 +96,7 @@ def extract(
 
 
 def judge(attempts: list[Attempt], *, clean: bool, min_characters: int) -> Extraction:
-    """Takes the attempt that was complete and readable, else the readable one with most text; else says why there is none."""
+    """Takes the attempt that was complete and readable, else the readable one with most text, else says why not."""
     readable = [attempt for attempt in attempts if cleaning.is_readable("\n".join(attempt.pages))]
     best = max(readable, key=lambda a: (a.outcome == COMPLETE, sum(map(len, a.pages))), default=None)
     raw = "\n".join(best.pages) if best else ""

@@ -1,8 +1,8 @@
-"""Perplexity = exp(summed nats / counted tokens): each token of the test documents scored once, whatever the batch size.
+"""Perplexity = exp(summed nats / counted tokens): each token of the test documents is scored once.
 
-Not the mean over batches of each batch's mean loss, which weighs the tokens of a short batch more. Bits per byte and word
-perplexity count the same nats against the text instead of its tokens, and so compare across tokenizers (Gao et al. 2020,
-The Pile, section 3.1).
+Not the mean over batches of each batch's mean loss, which weighs the tokens of a short batch more. Bits per byte and
+word perplexity count the same nats against the text instead of its tokens, and so compare across tokenizers (Gao et
+al. 2020, The Pile, section 3.1).
 """
 
 import math
@@ -45,7 +45,7 @@ def nats_per_document(
     causal_lm: a LlamaForCausalLM (a PEFT model's inner one counts the adapter in), left in eval mode.
     """
     causal_lm.eval()
-    device = causal_lm.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    device = causal_lm.get_input_embeddings().weight.device  # type: ignore[operator]
     nats = np.zeros(num_documents)
     for first in range(0, len(windows), per_device_batch):
         batch = windows[first : first + per_device_batch]
@@ -81,13 +81,15 @@ def bootstrap(
 ) -> dict[str, tuple[float, float]]:
     """95% intervals of both perplexities and of the improvement, 1 - adapted / base.
 
-    Documents are drawn with replacement, the same draw for both models (Efron and Tibshirani 1993): tokens of a document are
-    not independent, documents nearly are.
+    Documents are drawn with replacement, the same draw for both models (Efron and Tibshirani 1993): tokens of a
+    document are not independent, documents nearly are.
     """
     tokens = np.array([size.tokens for size in sizes])
     drawn = np.random.default_rng(seed).integers(len(sizes), size=(num_samples, len(sizes)))
     counted = tokens[drawn].sum(axis=1)
-    perplexity = {name: np.exp(nats[drawn].sum(axis=1) / counted) for name, nats in (("base", base), ("adapted", adapted))}
+    perplexity = {
+        name: np.exp(nats[drawn].sum(axis=1) / counted) for name, nats in (("base", base), ("adapted", adapted))
+    }
     perplexity["improvement"] = 1 - perplexity["adapted"] / perplexity["base"]
     return {name: (float(low), float(high)) for name, (low, high) in _intervals(perplexity)}
 

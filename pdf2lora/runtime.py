@@ -21,7 +21,11 @@ def fingerprint(*ingredients: object) -> str:
     digest = hashlib.sha256()
     for ingredient in ingredients:
         if isinstance(ingredient, Path):
-            files = sorted(path for path in ingredient.rglob("*") if path.is_file()) if ingredient.is_dir() else [ingredient]
+            files = (
+                sorted(path for path in ingredient.rglob("*") if path.is_file())
+                if ingredient.is_dir()
+                else [ingredient]
+            )
             for file in files:
                 digest.update(f"{file.name} {file_sha256(file)}\n".encode())
         else:
@@ -35,7 +39,7 @@ def file_sha256(file: Path) -> str:
 
 
 def scratch_folder(stage: str, key: str) -> Path:
-    """`.scratch/<stage>/<key>`: what a stage may lose and find again. Not an artifact, not in git, not in DVC's cache."""
+    """`.scratch/<stage>/<key>`: what a stage may lose and make again; in neither git nor DVC's cache."""
     folder = project_root() / ".scratch" / stage / key
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -43,7 +47,7 @@ def scratch_folder(stage: str, key: str) -> Path:
 
 @contextmanager
 def sole_owner(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of a scratch folder. The kernel releases the lock when its process ends, however it ends.
+    """Keeps a second process out of a scratch folder; the kernel frees it when the first ends, however it ends.
 
     Raises:
         InputError: another process holds the folder.

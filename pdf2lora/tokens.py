@@ -56,7 +56,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Rows for the model: inputs and labels, both (num_sequences, seq_length); labels are IGNORED where nothing is learned."""
+    """Rows for the model: inputs and labels, both (num_sequences, seq_length); IGNORED labels teach nothing."""
 
     input_ids: Tokens
     labels: Tokens
@@ -71,8 +71,8 @@ class Sequences:
 def pack(documents: Sequence[Tokens], *, bos: int, eos: int, seq_length: int) -> Sequences:
     """bos, document, eos, bos, document, eos, ... cut into rows; every token is in one row.
 
-    The last row is filled up with eos, which is not learned. As in the pretraining of Llama, a row may hold the end of one
-    document and the beginning of the next.
+    The last row is filled up with eos, which is not learned. As in the pretraining of Llama, a row may hold the end
+    of one document and the beginning of the next.
     """
     stream = np.concatenate([np.concatenate([[bos], document, [eos]]) for document in documents])
     num_rows = -(-len(stream) // seq_length)
@@ -99,8 +99,9 @@ class Window:
 def windows(document: int, tokens: Tokens, *, bos: int, seq_length: int, stride: int) -> list[Window]:
     """Windows that score each token of a document exactly once.
 
-    The first one scores seq_length tokens, each later one moves on by `stride` and scores what is new in it, so that a token
-    has at least seq_length - stride tokens before it, where the document has them (bos stands before the first).
+    The first one scores seq_length tokens, each later one moves on by `stride` and scores what is new in it, so that
+    a token has at least seq_length - stride tokens before it, where the document has them (bos stands before the
+    first).
     """
     with_bos = np.concatenate([[bos], tokens])
     made = []

@@ -1,8 +1,8 @@
 """What is written down while a model trains: dvclive's metrics, the log file, what the machine did.
 
-Two kinds of numbers are kept apart. metrics/train holds what a repeated run gives again: losses, learning rates, the peak of
-allocated GPU memory; it is an output of the pipeline, in git and in dvc.lock. metrics/machine.json and the curves beside it
-hold seconds, throughput, power and the like, which no two runs share; they are nobody's output.
+Two kinds of numbers are kept apart. metrics/train holds what a repeated run gives again: losses, learning rates, the
+peak of allocated GPU memory; it is an output of the pipeline, in git and in dvc.lock. metrics/machine.json and the
+curves beside it hold seconds, throughput, power and the like, which no two runs share; they are nobody's output.
 """
 
 import json

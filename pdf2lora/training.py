@@ -15,7 +15,7 @@ from pdf2lora.tokens import IGNORED, Sequences, Window
 
 
 class PerplexityTrainer(Trainer):  # type: ignore[misc]
-    """Trainer whose evaluation is this project's: validation nats a token, by the code that scores the test documents."""
+    """Trainer that validates as evaluate tests: nats a token, by the code that scores the test documents."""
 
     validation_windows: Sequence[Window] = ()
 
@@ -90,9 +90,7 @@ def build_trainer(
         remove_unused_columns=False,
         disable_tqdm=True,  # tracking.py draws the progress bar
     )
-    model = add_lora(
-        load_base(base, quantization, train), lora, gradient_checkpointing=train.gradient_checkpointing
-    )
+    model = add_lora(load_base(base, quantization, train), lora, gradient_checkpointing=train.gradient_checkpointing)
     trainer = PerplexityTrainer(
         model=model,
         args=arguments,

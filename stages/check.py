@@ -1,8 +1,8 @@
 """check: params.yaml -> data/checked
 
-Runs before the first stage whenever another corpus or model is chosen. Without it DVC would find the missing folder itself,
-name it and nothing else, and have deleted the stage's old outputs by then. The output never changes, so that no stage runs
-again because of it.
+Runs before the first stage whenever another corpus or model is chosen. Without it DVC would find the missing folder
+itself, name it and nothing else, and have deleted the stage's old outputs by then. The output never changes, so that
+no stage runs again because of it.
 """
 
 from pathlib import Path

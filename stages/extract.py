@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -51,12 +52,14 @@ def find_pdfs(folder: Path) -> list[Path]:
     """All PDFs of a corpus, sub-folders too, in the order of their paths."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".pdf" and path.is_file())
     if not files:
-        raise InputError(f"corpus: {folder} holds no file that ends in .pdf; put your PDFs there or choose another corpus")
+        raise InputError(
+            f"corpus: {folder} holds no file that ends in .pdf; put your PDFs there or choose another corpus"
+        )
     return files
 
 
-def extract_cached(files: dict[str, Path], cache: Path, settings: dict[str, object]) -> dict[str, pdf.Extraction]:
-    """sha256 -> extraction; each is kept in `cache` the moment it is done, so an interrupted stage goes on where it was."""
+def extract_cached(files: dict[str, Path], cache: Path, settings: dict[str, Any]) -> dict[str, pdf.Extraction]:
+    """sha256 -> extraction; each is put into `cache` at once, so an interrupted stage goes on from there."""
     extractions = {}
     for sha256 in files:
         cached = cache / f"{sha256}.json"
@@ -64,7 +67,11 @@ def extract_cached(files: dict[str, Path], cache: Path, settings: dict[str, obje
             extractions[sha256] = pdf.Extraction(**json.loads(cached.read_text(encoding="utf-8")))
     missing = {file: sha256 for sha256, file in files.items() if sha256 not in extractions}
     for file, extraction in tqdm(
-        pdf.extract(missing, **settings), total=len(missing), desc="extract", unit="pdf", disable=None  # type: ignore[arg-type]
+        pdf.extract(missing, **settings),
+        total=len(missing),
+        desc="extract",
+        unit="pdf",
+        disable=None,
     ):
         with whole_file(cache / f"{missing[file]}.json") as partial:
             partial.write_text(json.dumps(asdict(extraction), ensure_ascii=False), encoding="utf-8")

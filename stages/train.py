@@ -1,16 +1,19 @@
 """train: models/base, data/split/{train,validation}.jsonl, metrics/batch.json -> models/adapter/, metrics/train/
 
-Checkpoints are in scratch, under a fingerprint of all that the adapter depends on: a run that was killed goes on from its
-last checkpoint, and a run with other settings or data never finds it.
+Checkpoints are in scratch, under a fingerprint of all that the adapter depends on: a run that was killed goes on from
+its last checkpoint, and a run with other settings or data never finds it.
 """
 
 import json
 import logging
+import os
 import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
+import torch
 from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -35,6 +38,7 @@ log = logging.getLogger("train")
 @report_input_errors
 def main() -> None:
     params = read_params()
+    take_all_cores()
     require_one_process()
     require_reporter(params.train.report_to)
     log_file = log_to_file(project_root() / "logs")
@@ -76,7 +80,11 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=last_checkpoint)
         steps = trainer.state.global_step - first_step
         tokens_per_s = steps * batch["effective_batch"] * params.train.seq_length / (time.monotonic() - started)
-        machine |= {"steps": steps, "tokens_per_s": round(tokens_per_s), "attention": trainer.model.config._attn_implementation}
+        machine |= {
+            "steps": steps,
+            "tokens_per_s": round(tokens_per_s),
+            "attention": trainer.model.config._attn_implementation,
+        }
 
         with whole_folder(ADAPTER) as folder:
             trainer.model.save_pretrained(folder)
@@ -93,6 +101,14 @@ def run_fingerprint(params: Params) -> str:
     code = [Path(module.__file__ or "") for module in (model, tokens, training)]
     libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")]
     return fingerprint(params.quantization, params.lora, params.train, BASE, SIDES, BATCH, *code, *libraries)
+
+
+def take_all_cores() -> None:
+    """Undoes what `accelerate launch` does where OMP_NUM_THREADS is not set: it starts us with one thread."""
+    launcher = psutil.Process().parent()
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and launcher is not None and "OMP_NUM_THREADS" not in launcher.environ():
+        torch.set_num_threads(os.cpu_count() or 1)
 
 
 def require_one_process() -> None:

@@ -17,14 +17,16 @@ from reportlab.pdfgen.canvas import Canvas
 from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-VOCABULARY = """sea ice river rain heat cloud wind coast forest soil harvest city grid carbon storm drought flood glacier
-ocean model season decade region policy energy report measure cause change level growth loss risk demand supply""".split()
+VOCABULARY = (
+    "sea ice river rain heat cloud wind coast forest soil harvest city grid carbon storm drought flood glacier ocean "
+    "model season decade region policy energy report measure cause change level growth loss risk demand supply"
+)
 
 
 def prose(seed: int, num_words: int = 120) -> str:
     """Sentences of common words, other ones for each seed, in lines of at most 12 words."""
     rng = random.Random(seed)
-    words = [rng.choice(VOCABULARY) for _ in range(num_words)]
+    words = rng.choices(VOCABULARY.split(), k=num_words)
     lines = [" ".join(words[start : start + 12]) for start in range(0, num_words, 12)]
     return "\n".join(lines).capitalize() + "."
 
@@ -54,7 +56,11 @@ def write_scan(file: Path) -> Path:
 
 def shown(text: str) -> bytes:
     """A content stream that shows the text, a line below the other."""
-    return b"BT /F1 12 Tf 72 720 Td 14 TL " + b" ".join(b"(%s) Tj T*" % line.encode() for line in text.split("\n")) + b" ET"
+    return (
+        b"BT /F1 12 Tf 72 720 Td 14 TL "
+        + b" ".join(b"(%s) Tj T*" % line.encode() for line in text.split("\n"))
+        + b" ET"
+    )
 
 
 def raw_pdf(*contents: bytes, stream_filter: bytes = b"") -> bytes:
@@ -75,7 +81,9 @@ def raw_pdf(*contents: bytes, stream_filter: bytes = b"") -> bytes:
     for number, value in enumerate(objects, 1):
         offsets.append(len(body))
         body += b"%d 0 obj\n%s\nendobj\n" % (number, value)
-    table = b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1) + b"".join(b"%010d 00000 n \n" % o for o in offsets)
+    table = b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1) + b"".join(
+        b"%010d 00000 n \n" % o for o in offsets
+    )
     trailer = b"trailer << /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (len(objects) + 1, len(body))
     return body + table + trailer
 
@@ -127,7 +135,7 @@ def pdfs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def write_params(tmp_path: Path) -> Callable[..., Path]:
-    """Writes the shipped params.yaml to tmp_path, changed: write_params({"lora.r": 16, "lora.rank": None}, without=["train.seed"])."""
+    """Writes the shipped params.yaml to tmp_path, changed: write_params({"lora.r": 16}, without=["train.seed"])."""
 
     def write(changes: dict[str, Any] | None = None, without: list[str] | None = None) -> Path:
         values = YAML(typ="safe").load(REPOSITORY / "params.yaml")

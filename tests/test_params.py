@@ -159,7 +159,9 @@ def test_keys_that_do_not_agree_are_refused(write_params: WriteParams, changes: 
 
 
 def test_keys_that_just_agree_are_good(write_params: WriteParams) -> None:
-    params = read_params(write_params({"find_batch.min": 8, "find_batch.max": 8, "evaluate.stride": 64, "train.seq_length": 64}))
+    params = read_params(
+        write_params({"find_batch.min": 8, "find_batch.max": 8, "evaluate.stride": 64, "train.seq_length": 64})
+    )
     assert (params.find_batch.min, params.evaluate.stride) == (8, 64)
 
 

@@ -122,9 +122,13 @@ def test_whole_folder_replaces_the_old_one_at_the_end(tmp_path: Path) -> None:
 
 
 def fail_in(block: AbstractContextManager[Path], write: Callable[[Path], object]) -> None:
-    with pytest.raises(OSError, match="disk full"), block as partial:
-        write(partial)
-        raise OSError("disk full")
+    def write_and_fail() -> None:
+        with block as partial:
+            write(partial)
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_and_fail()
 
 
 def test_whole_file_leaves_the_old_content_when_the_block_raises(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
     python -m tools.demo_model.make_tokenizer TEXT_FOLDER
 
-One line a token: its bytes in base64, a space, its rank. Special tokens are not in the file: Llama 3 appends its 256 after
-the last rank, so 3,840 ranks make a vocabulary of 4,096.
+One line a token: its bytes in base64, a space, its rank. Special tokens are not in the file: Llama 3 appends its 256
+after the last rank, so 3,840 ranks make a vocabulary of 4,096.
 """
 
 import base64

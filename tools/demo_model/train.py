@@ -4,8 +4,9 @@
 
 Trained from random weights on the public-domain prose of TEXT_FOLDER and nothing else; the climate documents of
 data/pdfs/demo are not among it. Written in Meta's layout: params.json, consolidated.00.pth (bf16), tokenizer.model,
-training.json (settings, loss by epoch, perplexity on books that were held out). The layers and the names of their weights
-are those of Meta's llama-models (models/llama3/model.py): grouped queries, interleaved rotary pairs, scaled rope, SwiGLU.
+training.json (settings, loss by epoch, perplexity on books that were held out). Layers and names of weights
+are those of Meta's llama-models (models/llama3/model.py): grouped queries, interleaved rotary pairs, scaled rope,
+SwiGLU.
 """
 
 import argparse
@@ -42,7 +43,7 @@ class Shape:
     rope_theta: float = 500000.0
 
     def params_json(self) -> dict[str, object]:
-        """Meta gives the hidden size of the feed-forward as a rule: round up(2/3 * 4 * dim * multiplier, multiple_of)."""
+        """Meta gives the feed-forward's width as a rule: 2/3 * 4 * dim * multiplier, rounded up to multiple_of."""
         shape = {name: value for name, value in asdict(self).items() if name != "ffn_dim"}
         multiplier = self.ffn_dim / (8 * self.dim / 3)
         return shape | {"ffn_dim_multiplier": round(multiplier, 4), "multiple_of": 64, "use_scaled_rope": True}
@@ -78,7 +79,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k, v = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
-        return self.wo(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2))
+        return self.wo(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+        )
 
 
 class FeedForward(nn.Module):
@@ -137,7 +140,7 @@ def tokenizer(model: Path) -> tiktoken.Encoding:
 
 
 def pack(pieces: list[str], encoding: tiktoken.Encoding, length: int, seed: int | None = None) -> Tensor:
-    """begin_of_text, piece, end_of_text, begin_of_text, ... cut into rows of length + 1 (inputs and their next tokens)."""
+    """begin_of_text, piece, end_of_text, begin_of_text, ... in rows of length + 1 (inputs and their next tokens)."""
     begin, end = encoding.n_vocab - 2, encoding.n_vocab - 1
     order = np.arange(len(pieces)) if seed is None else np.random.default_rng(seed).permutation(len(pieces))
     encoded = encoding.encode_ordinary_batch([pieces[i] for i in order])

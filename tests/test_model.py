@@ -1,0 +1,297 @@
+import logging
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from tiny_llama import LORA, QUANTIZATION, TRAIN, VOCABULARY_SIZE, changed, quiet, same, trainable, write_tiny_llama
+from torch import Tensor, nn
+
+from pdf2lora import model as model_module
+from pdf2lora.errors import InputError
+from pdf2lora.model import add_lora, attention, compute_dtype, load_adapter, load_base, require_quantization
+
+pytestmark = quiet
+LAYER_OF_BITS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: nn.Linear}
+BLOCK_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+NUM_LAYERS = 2
+IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+NO_DROPOUT = changed(LORA, lora_dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def load(base, *, bits=4, train=TRAIN):
+    return load_base(base, changed(QUANTIZATION, bits=bits), train)
+
+
+def logits(model) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS.to(model.device)).logits
+
+
+def gradients(model) -> dict[str, Tensor]:
+    """Of the next-token loss, by the names of the trainable parameters."""
+    model.train().zero_grad()
+    ids = IDS.to(model.device)
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+
+
+def redraw_b(model):
+    """B matrices as after a training: no longer zero."""
+    torch.manual_seed(1)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(value, std=0.05)
+    return model
+
+
+# the base
+
+
+@pytest.mark.parametrize("bits", LAYER_OF_BITS)
+def test_linear_layers_of_the_blocks_are_quantized_and_nothing_else(base, bits):
+    model = load(base, bits=bits)
+
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    in_blocks = {name: module for name, module in linear.items() if name != "lm_head"}
+    assert len(in_blocks) == NUM_LAYERS * len(BLOCK_LINEARS)
+    assert {name.rpartition(".")[2] for name in in_blocks} == BLOCK_LINEARS
+    assert {type(module) for module in in_blocks.values()} == {LAYER_OF_BITS[bits]}
+    assert type(linear["lm_head"]) is nn.Linear
+    others = [model.lm_head, model.model.embed_tokens, model.model.norm]
+    others += [norm for layer in model.model.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    assert {module.weight.dtype for module in others} == {torch.float32}
+
+
+def test_settings_of_4_bit_arrive_in_the_layers(base):
+    def first_state(**changes):
+        layer = load_base(base, changed(QUANTIZATION, **changes), TRAIN).model.layers[0].self_attn.q_proj
+        assert layer.compute_dtype == torch.float32
+        return layer.weight.quant_state
+
+    assert (first_state().quant_type, first_state().nested) == ("nf4", True)
+    assert first_state(bnb_4bit_quant_type="fp4").quant_type == "fp4"
+    assert not first_state(bnb_4bit_use_double_quant=False).nested
+
+
+def test_no_parameter_of_the_base_is_trained_and_no_keys_are_kept(base):
+    model = load(base)
+
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.config.use_cache
+
+
+@pytest.mark.parametrize("bits", LAYER_OF_BITS)
+def test_quantized_base_is_near_the_whole_one(base, bits):
+    whole = load(base, bits=16)
+    quantized = load(base, bits=bits)
+
+    distance = (logits(quantized) - logits(whole)).norm() / logits(whole).norm()
+
+    assert distance <= {4: 0.4, 8: 0.03, 16: 0}[bits]
+    assert bits == 16 or distance > 0
+
+
+def test_4_bit_layers_are_never_repacked(base):
+    layers = [module for module in load(base).modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+    assert len(layers) == NUM_LAYERS * len(BLOCK_LINEARS)
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+def test_4_bit_gradients_are_those_of_the_dequantized_weights_also_after_an_evaluation(base):
+    quantized = redraw_b(add_lora(load(base), NO_DROPOUT, gradient_checkpointing=False))
+    whole = redraw_b(add_lora(load(base, bits=16), NO_DROPOUT, gradient_checkpointing=False))
+    with torch.no_grad():
+        for name, module in quantized.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                weight = bnb.functional.dequantize_4bit(module.weight, module.weight.quant_state)
+                whole.get_submodule(name).weight.copy_(weight)
+        for name, value in whole.named_parameters():
+            if value.requires_grad:
+                value.copy_(quantized.get_parameter(name))
+
+    torch.testing.assert_close(logits(quantized), logits(whole), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradients(quantized), gradients(whole), rtol=1e-3, atol=1e-5)
+
+
+# LoRA
+
+
+@pytest.mark.parametrize("bits", LAYER_OF_BITS)
+def test_forward_and_backward_run(base, bits):
+    model = add_lora(load(base, bits=bits), LORA, gradient_checkpointing=True)
+
+    found = gradients(model)
+
+    assert logits(model).shape == (*IDS.shape, VOCABULARY_SIZE)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    assert all(gradient.any() for name, gradient in found.items() if "lora_B" in name)  # A's wait for B to leave zero
+
+
+@pytest.mark.parametrize(
+    ("r", "targets", "num_trainable"),
+    [
+        (8, ["q_proj", "k_proj", "v_proj", "o_proj"], 2 * 8 * (2 * (64 + 64) + 2 * (64 + 32))),
+        (4, ["q_proj"], 2 * 4 * (64 + 64)),
+        (16, ["gate_proj", "down_proj"], 2 * 16 * (64 + 128) * 2),
+    ],
+)
+def test_number_of_trainable_parameters(base, r, targets, num_trainable):
+    model = add_lora(load(base), changed(LORA, r=r, target_modules=targets), gradient_checkpointing=False)
+
+    assert model.get_nb_trainable_parameters()[0] == num_trainable
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, "float32"), (16, "float32"), (4, "bfloat16"), (16, "bfloat16")])
+def test_only_lora_is_trained_and_it_is_float32(base, bits, dtype):
+    train = changed(TRAIN, compute_dtype=dtype)
+
+    model = add_lora(load(base, bits=bits, train=train), LORA, gradient_checkpointing=False)
+
+    assert model.base_model.model.lm_head.weight.dtype == getattr(torch, dtype)
+    found = trainable(model)
+    assert len(found) == NUM_LAYERS * len(LORA.target_modules) * 2
+    assert all("lora_A" in name or "lora_B" in name for name in found)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+
+
+def test_settings_of_lora_arrive_in_the_layers(base):
+    layer = add_lora(load(base), LORA, gradient_checkpointing=False).base_model.model.model.layers[0].self_attn.q_proj
+
+    assert layer.scaling["default"] == LORA.lora_alpha / LORA.r
+    assert layer.lora_dropout["default"].p == LORA.lora_dropout
+
+
+@pytest.mark.parametrize("bits", LAYER_OF_BITS)
+def test_fresh_adapter_changes_nothing(base, bits):
+    before = logits(load(base, bits=bits))
+
+    model = add_lora(load(base, bits=bits), LORA, gradient_checkpointing=False)
+
+    assert not any(value.any() for name, value in trainable(model).items() if "lora_B" in name)
+    assert all(value.any() for name, value in trainable(model).items() if "lora_A" in name)
+    assert torch.equal(logits(model), before)
+
+
+def test_adapter_that_is_saved_is_loaded_again_and_disabled_it_is_the_base(base, tmp_path):
+    before = logits(load(base))
+    model = redraw_b(add_lora(load(base), LORA, gradient_checkpointing=True))
+    model.save_pretrained(tmp_path)
+
+    loaded = load_adapter(load(base), tmp_path)
+
+    adapted = logits(loaded)
+    assert torch.equal(adapted, logits(model))
+    assert not torch.allclose(adapted, before, atol=0.01)
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), before)
+    assert torch.equal(logits(loaded), adapted)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(base):
+    def seeded_gradients(gradient_checkpointing):
+        torch.manual_seed(0)
+        model = redraw_b(add_lora(load(base), LORA, gradient_checkpointing=gradient_checkpointing))
+        torch.manual_seed(5)  # the same dropout
+        assert model.base_model.model.is_gradient_checkpointing == gradient_checkpointing
+        return gradients(model)
+
+    assert same(seeded_gradients(True), seeded_gradients(False))
+
+
+# the machine
+
+
+@pytest.mark.parametrize(("setting", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_compute_dtype_without_a_gpu(no_gpu, setting, dtype):
+    assert compute_dtype(changed(TRAIN, compute_dtype=setting)) == dtype
+
+
+def test_flash_attention_without_a_gpu_is_refused(no_gpu):
+    with pytest.raises(InputError) as caught:
+        attention(changed(TRAIN, attention="flash_attention_2"))
+
+    assert str(caught.value) == (
+        "train.attention: 'flash_attention_2' cannot run here: there is no CUDA GPU; choose 'auto' or 'sdpa' "
+        "(or see requirements-gpu.txt)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "dtype", "obstacle"),
+    [
+        (False, (9, 0), "auto", "the package flash-attn is not installed"),
+        (True, (9, 0), "float32", "it computes in half precision only"),
+        (True, (7, 5), "bfloat16", "it needs a GPU of compute capability 8.0 or more"),
+    ],
+)
+def test_other_obstacles_to_flash_attention_are_named(monkeypatch, installed, capability, dtype, obstacle):
+    pretend_gpu(monkeypatch, capability)
+    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: object() if installed else None)
+    train = changed(TRAIN, attention="flash_attention_2", compute_dtype=dtype)
+
+    with pytest.raises(InputError, match=f"'flash_attention_2' cannot run here: {obstacle};"):
+        attention(train)
+    assert attention(changed(train, attention="auto")) == "sdpa"
+
+
+def test_flash_attention_where_nothing_is_in_its_way(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    pretend_gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: object())
+    train = changed(TRAIN, compute_dtype="bfloat16")
+
+    assert attention(changed(train, attention="auto")) == "flash_attention_2"
+    assert attention(changed(train, attention="flash_attention_2")) == "flash_attention_2"
+    assert attention(changed(train, attention="sdpa")) == "sdpa"
+    assert caplog.messages == [
+        "attention: auto asked for, flash_attention_2 runs",
+        "attention: flash_attention_2 asked for, flash_attention_2 runs",
+        "attention: sdpa asked for, sdpa runs",
+    ]
+
+
+def pretend_gpu(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+
+def test_auto_says_what_runs_and_why(no_gpu, caplog):
+    caplog.set_level(logging.INFO)
+
+    assert attention(changed(TRAIN, attention="auto")) == "sdpa"
+
+    assert caplog.messages == ["attention: auto asked for, sdpa runs (there is no CUDA GPU)"]
+
+
+def test_attention_that_is_chosen_is_the_one_of_the_model(base):
+    assert load(base).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("bits", "function"), [(4, "quantize_4bit"), (8, "int8_vectorwise_quant")])
+def test_quantization_that_fails_is_the_users_to_mend(base, monkeypatch, bits, function):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no kernel\nimage")
+
+    monkeypatch.setattr(bnb.functional, function, fail)
+
+    with pytest.raises(InputError) as caught:
+        load(base, bits=bits)
+
+    device = model_module.device().type
+    assert str(caught.value) == (
+        f"quantization.bits: {bits} is not possible here: bitsandbytes {bnb.__version__} on {device} says "
+        "'no kernel image'; install a bitsandbytes built for this machine or choose 16"
+    )
+    require_quantization(16)

@@ -1,0 +1,200 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_llama import BOS, CONTEXT_LENGTH, END_OF_TURN, EOS, write_tiny_llama
+
+from pdf2lora.errors import InputError
+from pdf2lora.tokens import IGNORED, Encoder, pack, windows
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return Encoder.of(write_tiny_llama(tmp_path_factory.mktemp("base")))
+
+
+def numbered(*lengths):
+    """Documents in which no token occurs twice."""
+    ends = np.cumsum(lengths)
+    return [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+
+# Encoder
+
+
+def test_encoder_reads_ids_and_context_length(encoder):
+    assert (encoder.bos, encoder.eos, encoder.context_length) == (BOS, EOS, CONTEXT_LENGTH)
+
+
+def test_encoder_takes_the_first_of_several_eos(tmp_path):
+    encoder = Encoder.of(write_tiny_llama(tmp_path, eos=[EOS, END_OF_TURN]))
+
+    assert encoder.eos == EOS
+
+
+def test_encode_adds_no_special_tokens(encoder):
+    (tokens,) = encoder.encode(["ice"])
+
+    assert tokens.dtype == np.int64
+    assert len(tokens) == 3
+    assert encoder.encode([""])[0].shape == (0,)
+
+
+def test_special_token_in_a_document_stays_text(encoder):
+    text = "the sea <|end_of_text|> rises <|begin_of_text|>"
+
+    (tokens,) = encoder.encode([text])
+
+    assert len(tokens) == len(text)
+    assert tokens.max() < BOS
+
+
+@settings(deadline=None)
+@given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=4))
+def test_every_text_is_encoded_by_itself_and_without_loss(encoder, texts):
+    encoded = encoder.encode(texts)
+
+    assert [encoder.tokenizer.decode(tokens.tolist()) for tokens in encoded] == texts
+    for text, tokens in zip(texts, encoded, strict=True):
+        np.testing.assert_array_equal(tokens, encoder.encode([text])[0])
+
+
+def test_seq_length_may_be_as_long_as_the_context(encoder):
+    encoder.require_context(CONTEXT_LENGTH)
+
+
+def test_seq_length_longer_than_the_context_is_refused(encoder):
+    with pytest.raises(InputError) as caught:
+        encoder.require_context(CONTEXT_LENGTH + 1)
+
+    assert str(caught.value) == (
+        "train.seq_length: 129 must not be greater than the context of the base model (128 tokens); "
+        "change it in params.yaml or with -S train.seq_length=..."
+    )
+
+
+# pack
+
+
+def test_pack_puts_bos_and_eos_around_each_document():
+    packed = pack([np.array([1, 2, 3]), np.array([4])], bos=8, eos=9, seq_length=4)
+
+    assert packed.input_ids.tolist() == [[8, 1, 2, 3], [9, 8, 4, 9]]
+    assert packed.labels.tolist() == packed.input_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("length", "num_rows", "num_padding"),
+    [(0, 1, 6), (1, 1, 5), (5, 1, 1), (6, 1, 0), (7, 2, 7), (14, 2, 0), (15, 3, 7)],
+)
+def test_last_row_is_filled_up_with_eos_that_is_not_learned(length, num_rows, num_padding):
+    packed = pack(numbered(length), bos=98, eos=99, seq_length=8)
+
+    assert len(packed) == num_rows
+    padding = packed.labels.ravel() == IGNORED
+    assert padding.sum() == num_padding
+    assert padding[len(padding) - num_padding :].all()
+    assert (packed.input_ids.ravel()[padding] == 99).all()
+
+
+def test_rows_are_given_by_number():
+    packed = pack(numbered(9), bos=98, eos=99, seq_length=8)
+
+    assert {key: row.tolist() for key, row in packed[1].items()} == {
+        "input_ids": [7, 8, 99, 99, 99, 99, 99, 99],
+        "labels": [7, 8, 99] + [IGNORED] * 5,
+    }
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    seq_length=st.integers(1, 30),
+)
+def test_every_token_is_in_exactly_one_row(lengths, seq_length):
+    documents = numbered(*lengths)
+
+    packed = pack(documents, bos=998, eos=999, seq_length=seq_length)
+
+    learned = packed.labels[packed.labels != IGNORED]
+    np.testing.assert_array_equal(learned[learned < 998], np.arange(sum(lengths)))
+    assert np.count_nonzero(learned == 998) == np.count_nonzero(learned == 999) == len(documents)
+    np.testing.assert_array_equal(packed.input_ids[packed.labels != IGNORED], learned)
+    assert packed.input_ids.shape == packed.labels.shape == (len(packed), seq_length)
+    assert packed.labels.size - len(learned) < seq_length
+
+
+# windows
+
+NUMBERED_BOS = 9999
+
+
+def scored(window):
+    """Position in the window -> the token that is scored there."""
+    return {int(i): int(window.targets[i]) for i in np.flatnonzero(window.targets != IGNORED)}
+
+
+def test_windows_of_a_document_by_hand():
+    first, second, third = windows(3, np.arange(7), bos=9, seq_length=4, stride=2)
+
+    assert [window.document for window in (first, second, third)] == [3, 3, 3]
+    assert first.input_ids.tolist() == [9, 0, 1, 2]
+    assert first.targets.tolist() == [0, 1, 2, 3]
+    assert second.input_ids.tolist() == [1, 2, 3, 4]
+    assert second.targets.tolist() == [IGNORED, IGNORED, 4, 5]
+    assert third.input_ids.tolist() == [2, 3, 4, 5]
+    assert third.targets.tolist() == [IGNORED, IGNORED, IGNORED, 6]
+
+
+def test_document_shorter_than_a_window():
+    (window,) = windows(0, np.arange(3), bos=9, seq_length=6, stride=2)
+
+    assert window.input_ids.tolist() == [9, 0, 1, 9, 9, 9]
+    assert window.targets.tolist() == [0, 1, 2, IGNORED, IGNORED, IGNORED]
+
+
+def test_document_as_long_as_a_window_is_one_window():
+    assert len(windows(0, np.arange(6), bos=9, seq_length=6, stride=2)) == 1
+    assert len(windows(0, np.arange(7), bos=9, seq_length=6, stride=2)) == 2
+
+
+def test_stride_of_a_whole_window_scores_each_window_in_full():
+    made = windows(0, np.arange(8), bos=9, seq_length=4, stride=4)
+
+    assert [list(scored(window).values()) for window in made] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_empty_document_has_no_window():
+    assert windows(0, np.arange(0), bos=9, seq_length=4, stride=2) == []
+
+
+@settings(deadline=None)
+@given(length=st.integers(0, 90), seq_length=st.integers(1, 24), data=st.data())
+def test_each_token_is_scored_once_after_enough_context(length, seq_length, data):
+    stride = data.draw(st.integers(1, seq_length), label="stride")
+
+    made = windows(0, np.arange(length), bos=NUMBERED_BOS, seq_length=seq_length, stride=stride)
+
+    assert [target for window in made for target in scored(window).values()] == list(range(length))
+    for window in made:
+        assert window.input_ids.shape == window.targets.shape == (seq_length,)
+        for position, target in scored(window).items():
+            read = window.input_ids[: position + 1].tolist()
+            before = [NUMBERED_BOS, *range(target)]
+            assert read == before[-len(read) :]  # up to the token before the target, with no gap
+            assert len(read) >= min(len(before), seq_length - stride)
+
+
+@settings(deadline=None)
+@given(length=st.integers(1, 90), seq_length=st.integers(1, 24), data=st.data())
+def test_filled_up_positions_come_last_and_are_not_counted(length, seq_length, data):
+    stride = data.draw(st.integers(1, seq_length), label="stride")
+
+    *whole, last = windows(0, np.arange(length), bos=NUMBERED_BOS, seq_length=seq_length, stride=stride)
+
+    num_filled = max(0, seq_length - length)
+    assert (last.targets[seq_length - num_filled :] == IGNORED).all()
+    assert (last.input_ids[seq_length - num_filled :] == NUMBERED_BOS).all()
+    assert max(scored(last)) == seq_length - num_filled - 1
+    for window in whole:
+        assert max(scored(window)) == seq_length - 1

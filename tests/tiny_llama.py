@@ -1,0 +1,127 @@
+"""A tiny random Llama in Hugging Face's layout, made in a blink: 2 layers, hidden size 64, a byte-level tokenizer.
+
+With it go settings to train it with, documents to train it on, and what tests ask of a trained one.
+"""
+
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pdf2lora.corpus import Document, text_sha256, write_documents
+from pdf2lora.params import Lora, Quantization, Section, Train
+from pdf2lora.tokens import Sequences
+
+BOS, EOS, END_OF_TURN, PAD = range(256, 260)
+VOCABULARY_SIZE = 260
+CONTEXT_LENGTH = 128
+SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|pad|>"]
+
+QUANTIZATION = Quantization(bits=4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+LORA = Lora(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+TRAIN = Train(
+    seq_length=32,
+    effective_batch=2,
+    num_train_epochs=1,
+    learning_rate=0.01,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.25,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    optim="paged_adamw_8bit",
+    compute_dtype="float32",
+    attention="sdpa",
+    gradient_checkpointing=True,
+    logging_steps=1,
+    eval_steps=2,
+    save_steps=2,
+    seed=0,
+    report_to="none",
+)
+S = TypeVar("S", bound=Section)
+
+# What PEFT says of a base elsewhere than in models/base, transformers 5.23 of names that 5.17 has no others for, and
+# bitsandbytes of paged optimizers on a CPU.
+quiet = pytest.mark.filterwarnings(
+    "ignore:The PEFT config's", "ignore:`(gradient|is_gradient)_checkpointing:FutureWarning", "ignore:Paged optimizers"
+)
+
+
+def changed(section: S, **changes: object) -> S:
+    """A section of the settings with changes, checked like params.yaml."""
+    return type(section)(**(section.model_dump() | changes))
+
+
+def write_tiny_llama(folder: Path, *, seed: int = 0, eos: int | list[int] = EOS) -> Path:
+    """config.json, model.safetensors, tokenizer.json; random weights, large enough that each of them matters."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT_LENGTH,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        bos_token_id=BOS,
+        eos_token_id=eos,
+        pad_token_id=PAD,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A token for each byte, numbered in the order of ByteLevel's alphabet, then the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={sign: number for number, sign in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    return tokenizer
+
+
+def write_texts(file: Path, texts: list[str]) -> Path:
+    """The texts as documents of one side of the split."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_documents(file, [make_document(f"{file.stem}-{number}.pdf", text) for number, text in enumerate(texts)])
+    return file
+
+
+def make_document(name: str, text: str) -> Document:
+    return Document(
+        id=name,
+        sha256=text_sha256(name + text),
+        num_pages=1,
+        pages_read=1,
+        engine="pdfium",
+        attempts={"pdfium": "complete"},
+        characters_raw=len(text),
+        characters=len(text),
+        reason=None,
+        text=text,
+    )
+
+
+def random_sequences(num_sequences: int, *, seq_length: int = 32, seed: int = 0) -> Sequences:
+    """Rows of random bytes, all of which are learned."""
+    rows = np.random.default_rng(seed).integers(0, BOS, size=(num_sequences, seq_length))
+    return Sequences(rows, rows.copy())
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the parameters that training changes, by name."""
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
