@@ -21,7 +21,7 @@ SHORT_LINE = 0.6  # of the longest line near it: a shorter one may end a paragra
 
 _PAGE_NUMBER = re.compile(r"\W*(?:page|p\.)?\s*(?:\d{1,4}|[ivx]{1,6})(?:\s*(?:of|/)\s*\d{1,4})?\W*", re.IGNORECASE)
 _LIST_ITEM = re.compile(r"[-–•▪◦*]\s|\(?(?:\d{1,3}|[A-Za-z]|[ivx]{1,4})[.)]\s")
-_CUT_WORD = re.compile(r"([^\W\d_]+)-\n([^\W\d_]+)")
+_CUT_WORD = re.compile(r"(-?)([^\W\d_]+)-\n(?=(\w+))")
 
 
 def clean(pages: list[str]) -> str:
@@ -41,8 +41,10 @@ def is_readable(text: str) -> bool:
         return False
     noise = len(re.findall("[\x00\x01\x03-\x08\x10-\x1f\ue000-\uf8ff\ufffd]+", text)) / len(text)
     set_apart = sum(len(word) == 1 and word.islower() for word in words) / len(words)  # capitals may be initials
+    latin = re.findall("[a-z]", unicodedata.normalize("NFD", text).lower())
+    vowels = sum(letter in "aeiouy" for letter in latin) / len(latin) if len(latin) > 200 else 0.4
     run_together = sum(len(word) for word in re.findall(r"[A-Za-zÀ-ɏͰ-ӿ]{26,}", text)) / sum(map(len, words))
-    return noise < 0.03 and set_apart < 0.15 and run_together < 0.2
+    return noise < 0.03 and set_apart < 0.15 and run_together < 0.2 and vowels > 0.2
 
 
 def _characters(page: str) -> str:
@@ -72,7 +74,7 @@ def _replacement(character: str) -> str:
 
 def _spaced(line: str) -> str:
     """Words one blank apart, without dot leaders and blanks to fill in."""
-    return " ".join(re.sub(r"(?:[.…·_]\s*){4,}", " ", line).split())
+    return " ".join(re.sub(r"(?:[.…·_]\s*){5,}", " ", line).split())
 
 
 def _without_running_lines(pages: list[list[str]]) -> list[list[str]]:
@@ -106,12 +108,15 @@ def _key(line: str) -> str:
 
 
 def _whole_words(text: str) -> str:
-    """Joins words that were cut at a line's end; a hyphen stays where the document writes that compound elsewhere."""
-    compounds = Counter(re.findall(r"[^\W\d_]+-[^\W\d_]+", text))
+    """Joins words that were cut at a line's end; the hyphen stays where the document writes that compound elsewhere."""
+    compounds = {compound.casefold() for compound in re.findall(r"\b(?=([^\W\d_]+-[^\W\d_]+))", text)}
 
     def whole(cut: re.Match[str]) -> str:
-        compound = f"{cut[1]}-{cut[2]}"
-        return compound if compounds[compound] or cut[2][0].isupper() else cut[1] + cut[2]
+        hyphen_before, start, rest = cut.groups()
+        is_compound = (
+            hyphen_before or rest[0].isupper() or rest[0].isdigit() or f"{start}-{rest}".casefold() in compounds
+        )
+        return f"{hyphen_before}{start}{'-' if is_compound else ''}"
 
     return _CUT_WORD.sub(whole, text)
 

@@ -60,7 +60,7 @@ def near_duplicate_groups(texts: Sequence[str], similarity: float) -> list[list[
     """
     from datasketch import MinHash, MinHashLSH  # imports scipy: only split pays for it
 
-    index = MinHashLSH(threshold=similarity, num_perm=128)
+    index = MinHashLSH(threshold=min(similarity, 0.9), num_perm=128)  # finds candidates; jaccard decides
     sketches = []
     for number, text in enumerate(texts):
         sketch = MinHash(num_perm=128, seed=1)
@@ -115,8 +115,10 @@ def split(
 
     waiting = sorted(groups, key=draw)
     filled: dict[str, list[Document]] = {side: [] for side in SIDES}
-    for side, fraction in (("test", test_fraction), ("validation", validation_fraction)):
-        wanted = max(1, round(fraction * len(documents))) if fraction else 0
+    test_wanted = max(1, round(test_fraction * len(documents)))
+    up_to_validation = round((test_fraction + validation_fraction) * len(documents))
+    validation_wanted = max(1, up_to_validation - test_wanted) if validation_fraction else 0
+    for side, wanted in (("test", test_wanted), ("validation", validation_wanted)):
         while len(filled[side]) < wanted and len(waiting) > 1 + (side == "test" and validation_fraction > 0):
             filled[side] += [documents[number] for number in sorted(waiting.pop(0), key=hashes.__getitem__)]
     filled["train"] = [documents[number] for group in waiting for number in sorted(group, key=hashes.__getitem__)]

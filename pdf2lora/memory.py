@@ -5,6 +5,7 @@ that dies of lack of memory leaves no fragmented allocator behind for the next.
 """
 
 import multiprocessing
+import signal
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ def search(measure: Callable[[int], float | None], *, smallest: int, largest: in
 
     measure(batch) gives the peak in GiB, or None where the step ran out of memory. Memory is nearly a line over the
     batch, so two probes predict where it meets the budget, and the bounds close in around that point; a prediction
-    outside the bounds makes way for their nearest end. The answer is exact: it fits, and the next batch does not.
+    outside the bounds makes way for their nearest end, and the longer the search, the nearer to the middle. The answer
+    is exact: it fits, and the next batch does not.
     """
     probes: list[Probe] = []
 
@@ -49,7 +51,8 @@ def search(measure: Callable[[int], float | None], *, smallest: int, largest: in
     while too_large - fits > 1:
         line = memory_model(probes)
         predicted = int((budget_gib - line[0]) / line[1]) if line and line[1] > 0 else 2 * fits
-        batch = min(max(predicted, fits + 1), too_large - 1)
+        margin = min(2 ** max(0, len(probes) - 4), (too_large - fits) // 2)
+        batch = min(max(predicted, fits + margin), too_large - margin)
         if probe(batch):
             fits = batch
         else:
@@ -107,7 +110,10 @@ def measure_in_child(step: Callable[..., float], *arguments: Any) -> float | Non
     try:
         result = ours.recv()
     except EOFError:
-        result = OUT_OF_MEMORY  # killed by the kernel: the only way to end without a word
+        child.join()
+        if child.exitcode != -signal.SIGKILL:  # what the kernel sends where memory ends
+            raise RuntimeError(f"the training step of a probe ended with exit code {child.exitcode}") from None
+        result = OUT_OF_MEMORY
     child.join()
     if isinstance(result, float):
         return result
@@ -124,6 +130,8 @@ def _send_result(pipe: Connection, step: Callable[..., float], arguments: tuple[
     except InputError as error:
         pipe.send(error)
     except Exception as error:
+        if "DefaultCPUAllocator" in str(error):  # torch has no exception of its own for it
+            return pipe.send(OUT_OF_MEMORY)
         pipe.send(RuntimeError(f"the training step of a probe failed: {type(error).__name__}: {error}"))
 
 

@@ -181,7 +181,10 @@ def _in_words(detail: ErrorDetails) -> Iterable[str]:
             yield f"{key}: {value!r} must be {context['expected']}; {change}"
         case "value_error":
             yield from str(context["error"]).split("\n")
+        case "too_short":
+            yield f"{key}: {value!r} must hold at least {context['min_length']}; {change}"
         case "string_pattern_mismatch":
+            key = key.removesuffix(".[key]")
             yield f"{key}: {value!r} must be made of letters, digits, '_' and '-' (DVC cannot parse a dot); {change}"
         case _:
             rule = (

@@ -138,27 +138,23 @@ class Worker:
         if self.process is None or not self.process.is_alive():
             self._start()
         attempt = Attempt(engine)
-        started = self._processor_seconds()
-        self.pipe.send((str(file), engine, max_pages))
-        while True:
-            try:
-                if self.pipe.poll(0.1):
-                    kind, value = self.pipe.recv()
-                elif self._processor_seconds() - started > self.timeout_s:
-                    attempt.outcome = Reason.TIMED_OUT
-                    break
-                else:
+        try:
+            started = self._processor_seconds()
+            self.pipe.send((str(file), engine, max_pages))
+            while self._processor_seconds() - started <= self.timeout_s:
+                if not self.pipe.poll(0.1):
                     continue
-            except (EOFError, ConnectionError, psutil.Error):
-                attempt.outcome = Reason.CRASHED
-                break
-            if kind == "page":
-                attempt.pages.append(value)
-            elif kind == "num_pages":
-                attempt.num_pages = value
-            else:
-                attempt.outcome = value
-                return attempt
+                kind, value = self.pipe.recv()
+                if kind == "page":
+                    attempt.pages.append(value)
+                elif kind == "num_pages":
+                    attempt.num_pages = value
+                else:
+                    attempt.outcome = value
+                    return attempt
+            attempt.outcome = Reason.TIMED_OUT
+        except (EOFError, OSError, psutil.Error):  # the worker died, perhaps in the middle of a message
+            attempt.outcome = Reason.CRASHED
         self._stop()
         return attempt
 
@@ -187,17 +183,22 @@ def _work(pipe: Connection, memory_gib: float, timeout_s: float) -> None:
     os.dup2(silence, sys.stderr.fileno())
     logging.disable()
     if sys.platform == "linux":
-        limit = int(memory_gib * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _limit(resource.RLIMIT_AS, int(memory_gib * 2**30))
+    _limit(resource.RLIMIT_CORE, 0)
     while True:
         try:
             file, engine, max_pages = pipe.recv()
         except EOFError:
             return
         # A parent that was killed cannot kill: past twice its time an orphan is ended by the kernel.
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + 2 * timeout_s) + 1, resource.RLIM_INFINITY))
+        _limit(resource.RLIMIT_CPU, int(time.process_time() + 2 * timeout_s) + 1)
         pipe.send(("ended", _read_pages(pipe, Path(file), engine, max_pages)))
+
+
+def _limit(kind: int, value: int) -> None:
+    """Sets a soft limit; the hard one may be set for the whole job (`ulimit`, a cluster) and cannot be raised."""
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def _read_pages(pipe: Connection, file: Path, engine: str, max_pages: int) -> str:

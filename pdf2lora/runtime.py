@@ -27,7 +27,7 @@ def fingerprint(*ingredients: object) -> str:
                 else [ingredient]
             )
             for file in files:
-                digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+                digest.update(os.fsencode(file.relative_to(ingredient)) + f" {file_sha256(file)}\n".encode())
         else:
             digest.update(f"{ingredient!r}\n".encode())
     return digest.hexdigest()[:16]

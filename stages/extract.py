@@ -5,6 +5,7 @@ settings and code is taken from scratch: a PDF that is added to a corpus is the 
 """
 
 import json
+import os
 from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import version
@@ -73,8 +74,9 @@ def extract_cached(files: dict[str, Path], cache: Path, settings: dict[str, Any]
         unit="pdf",
         disable=None,
     ):
-        with whole_file(cache / f"{missing[file]}.json") as partial:
-            partial.write_text(json.dumps(asdict(extraction), ensure_ascii=False), encoding="utf-8")
+        if pdf.Reason.CRASHED not in extraction.attempts.values():  # a crash may be the machine's: tried again
+            with whole_file(cache / f"{missing[file]}.json") as partial:
+                partial.write_text(json.dumps(asdict(extraction), ensure_ascii=False), encoding="utf-8")
         extractions[missing[file]] = extraction
     return extractions
 
@@ -91,7 +93,11 @@ def accounted(files: list[tuple[Path, str]], extractions: dict[str, pdf.Extracti
             reason, text = (pdf.Reason.DUPLICATE, "") if key in seen else (None, text)
             seen.add(key)
         fields = asdict(extraction) | {"reason": reason, "text": text}
-        documents.append(Document(id=path.as_posix(), sha256=sha256, characters=len(text), **fields))
+        documents.append(
+            Document(
+                id=os.fsencode(path).decode("utf-8", "backslashreplace"), sha256=sha256, characters=len(text), **fields
+            )
+        )
     return documents
 
 

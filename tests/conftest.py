@@ -1,5 +1,6 @@
 """Fixtures for all tests: PDFs made in code, params.yaml with changes, Python in another process."""
 
+import logging
 import os
 import random
 import subprocess
@@ -179,3 +180,17 @@ def start_python() -> Any:
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def plain_logging(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Logging as at the start of a process, and afterwards again what it was."""
+    root = logging.getLogger()
+    level = root.level
+    monkeypatch.setattr(root, "handlers", [])
+    yield
+    logging.captureWarnings(False)
+    logging.disable(logging.NOTSET)
+    root.setLevel(level)
+    for handler in root.handlers:
+        handler.close()

@@ -304,3 +304,22 @@ def test_prose_is_readable(text: str) -> None:
 )
 def test_what_only_looks_like_text_is_not_readable(text: str) -> None:
     assert not is_readable(text)
+
+
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        ("COVID-\n19", "COVID-19"),
+        ("the mid-\n2020s", "the mid-2020s"),
+        ("inter-\nnatio-\nnal", "international"),
+        ("state-of-\nthe-art", "state-of-the-art"),
+        ("long-term plans. Long-\nterm plans", "long-term plans. Long-term plans"),
+    ],
+)
+def test_hyphens_at_line_ends(page, expected):
+    assert clean([page]) == expected
+
+
+def test_letters_shifted_to_other_letters_are_not_readable():
+    assert is_readable("The climate is changing and we must act. " * 10)
+    assert not is_readable("Wkh folpdwh lv fkdqjlqj dqg zh pxvw dfw. " * 10)

@@ -253,3 +253,10 @@ def test_leakage_agrees_with_counting(train: list[str], test: list[str]) -> None
 
     seen, tested = set(ngrams(train)), ngrams(test)
     assert leakage(train, test) == (sum(ngram in seen for ngram in tested) / len(tested) if tested else None)
+
+
+@pytest.mark.parametrize("similarity", [0.95, 1.0])
+def test_a_similarity_of_one_groups_equal_texts(similarity):
+    text = " ".join(f"word{n}" for n in range(300))
+
+    assert near_duplicate_groups([text, text, text + " more"], similarity)[0][:2] == [0, 1]

@@ -264,3 +264,56 @@ def test_min_characters_counts_what_is_left_after_cleaning() -> None:
     whole = Attempt("pypdf2", COMPLETE, 1, ["The sea level ..............................."])
     assert judged(whole, min_characters=20).reason == "too_short"
     assert judged(whole, min_characters=20, clean=False).reason is None
+
+
+def many_lines(pages: int) -> bytes:
+    """Pages that PyPDF2 reads slowly, each in a fraction of a second."""
+    from io import BytesIO
+
+    from reportlab.pdfgen.canvas import Canvas
+
+    file = BytesIO()
+    canvas = Canvas(file, invariant=1)
+    for _ in range(pages):
+        text = canvas.beginText(50, 800)
+        for number in range(2500):
+            text.textLine(f"words {number}")
+        canvas.drawText(text)
+        canvas.showPage()
+    canvas.save()
+    return file.getvalue()
+
+
+def test_the_time_limit_holds_while_pages_keep_arriving(tmp_path):
+    file = tmp_path / "slow.pdf"
+    file.write_bytes(many_lines(60))
+
+    attempt = Worker(timeout_s=0.5, memory_gib=1).read(file, "pypdf2", 60)
+
+    assert attempt.outcome == Reason.TIMED_OUT
+    assert 0 < len(attempt.pages) < 60
+
+
+def test_a_worker_that_is_dead_before_the_first_word_is_a_crash(tmp_path):
+    class Dead(Worker):
+        def _start(self):
+            super()._start()
+            self.process.kill()
+            self.process.join()
+
+    assert Dead(timeout_s=1, memory_gib=1).read(tmp_path / "any.pdf", "pypdf2", 1).outcome == Reason.CRASHED
+
+
+def test_limits_of_the_whole_job_are_kept(tmp_path, monkeypatch):
+    import resource
+
+    from pdf2lora import pdf
+
+    limits = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (5, 10))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: limits.append(pair))
+
+    pdf._limit(resource.RLIMIT_CPU, 100)
+    pdf._limit(resource.RLIMIT_CPU, 7)
+
+    assert limits == [(10, 10), (7, 10)]

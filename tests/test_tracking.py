@@ -1,0 +1,219 @@
+import csv
+import json
+import logging
+import math
+import re
+import shutil
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from tiny_llama import BOS, LORA, QUANTIZATION, TRAIN, changed, quiet, random_sequences, write_tiny_llama
+
+from pdf2lora import tracking
+from pdf2lora.tokens import windows
+from pdf2lora.tracking import DvcliveCallback, log_to_file, machine_metrics
+from pdf2lora.training import build_trainer
+
+pytestmark = quiet
+LOOKS = windows(0, np.arange(50), bos=BOS, seq_length=32, stride=32)
+CURVES = {"train/loss", "train/perplexity", "validation/loss", "validation/perplexity", "learning_rate", "gradient_norm"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    return tmp_path
+
+
+@pytest.fixture
+def build(base, project):
+    """A trainer of 4 steps that writes to a folder of this name, with checkpoints beside it."""
+
+    def build(name, **changes):
+        return build_trainer(
+            base,
+            random_sequences(8),
+            quantization=QUANTIZATION,
+            lora=LORA,
+            train=changed(TRAIN, **changes),
+            per_device_batch=2,
+            gradient_accumulation_steps=1,
+            checkpoints=project / f"{name}-checkpoints",
+            validation_windows=LOOKS,
+            callbacks=[DvcliveCallback(project / name)],
+        )
+
+    return build
+
+
+def curves(folder):
+    """Name of each curve -> its (step, value) in the order of the file."""
+    found = {}
+    for file in (folder / "plots/metrics").rglob("*.tsv"):
+        name = str(file.relative_to(folder / "plots/metrics").with_suffix(""))
+        with file.open(newline="") as lines:
+            rows = list(csv.DictReader(lines, delimiter="\t"))
+        found[name] = [(int(row["step"]), float(row[name.rpartition("/")[2]])) for row in rows]
+    return found
+
+
+# DvcliveCallback
+
+
+def test_curves_hold_what_the_trainer_logged(build, project):
+    trainer = build("train")
+    trainer.train()
+
+    found = curves(project / "train")
+    assert found.keys() == CURVES | ({"gpu_memory_gib"} if torch.cuda.is_available() else set())
+    for name, ours in {"loss": "train/loss", "eval_loss": "validation/loss", "grad_norm": "gradient_norm"}.items():
+        history = [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
+        assert found[ours] == pytest.approx(np.array(history), rel=1e-9)
+    assert [step for step, _ in found["learning_rate"]] == [step for step, _ in found["train/loss"]] == [1, 2, 3, 4]
+    assert [step for step, _ in found["validation/loss"]] == [0, 2, 4]
+    for side in ("train", "validation"):
+        for (_, loss), (_, perplexity) in zip(found[f"{side}/loss"], found[f"{side}/perplexity"], strict=True):
+            assert perplexity == pytest.approx(math.exp(loss), rel=1e-9)
+
+
+def test_summary_holds_the_last_values(build, project):
+    build("train").train()
+
+    summary = json.loads((project / "train/metrics.json").read_text())
+    found = curves(project / "train")
+    assert summary["step"] == 4
+    assert summary["train"]["loss"] == found["train/loss"][-1][1]
+    assert summary["validation"]["perplexity"] == found["validation/perplexity"][-1][1]
+
+
+def test_nothing_is_written_outside_the_folder(build, project):
+    build("train").train()
+
+    assert {path.name for path in project.iterdir()} == {"dvc.yaml", "train", "train-checkpoints"}
+    assert (project / "dvc.yaml").read_text() == "stages: {}\n"
+    assert {path.name for path in (project / "train").iterdir()} == {"metrics.json", "plots"}
+
+
+def test_resumed_training_has_the_curves_of_a_whole_one(build, project):
+    build("whole").train()
+    shutil.copytree(project / "whole-checkpoints/checkpoint-2", project / "resumed-checkpoints/checkpoint-2")
+
+    resumed = build("resumed")
+    resumed.args.eval_on_start = False  # as in the train stage: the history of the checkpoint holds it
+    resumed.train(resume_from_checkpoint=str(project / "resumed-checkpoints/checkpoint-2"))
+
+    assert curves(project / "resumed") == curves(project / "whole")
+    assert (project / "resumed/metrics.json").read_text() == (project / "whole/metrics.json").read_text()
+
+
+def test_each_step_is_a_line_of_the_log(build, caplog):
+    caplog.set_level(logging.INFO, logger="train")
+
+    build("train", num_train_epochs=0.5).train()
+
+    first_words = [" ".join(message.split()[:3]) for message in caplog.messages if message.startswith("step ")]
+    assert first_words == ["step 0 {'eval_loss':", "step 1 {'loss':", "step 2 {'loss':", "step 2 {'eval_loss':", "step 2 {}"]
+
+
+# machine_metrics
+
+
+@pytest.fixture
+def many_samples(project, monkeypatch):
+    monkeypatch.setattr(tracking, "SAMPLE_S", 0.02)
+    return project
+
+
+def test_machine_metrics_of_two_stages_merge(many_samples):
+    with machine_metrics("find_batch"):
+        time.sleep(0.1)
+    with machine_metrics("train") as machine:
+        machine["tokens_per_s"] = 123
+
+    metrics = json.loads((many_samples / "metrics/machine.json").read_text())
+    assert metrics.keys() == {"machine", "find_batch", "train"}
+    assert {"processor", "gpu", "python", "torch", "transformers", "peft", "bitsandbytes"} < metrics["machine"].keys()
+    assert metrics["find_batch"]["seconds"] >= 0.1
+    assert metrics["train"]["tokens_per_s"] == 123
+    assert metrics["train"]["peak_process_memory_gib"] > 0.05
+
+
+def test_machine_metrics_of_a_stage_that_runs_again_replace_its_own(many_samples):
+    for tokens_per_s in (1, 2):
+        with machine_metrics("train") as machine:
+            machine["tokens_per_s"] = tokens_per_s
+
+    assert json.loads((many_samples / "metrics/machine.json").read_text())["train"]["tokens_per_s"] == 2
+
+
+def test_samples_are_a_table(many_samples):
+    with machine_metrics("train"):
+        time.sleep(0.3)
+
+    header, *rows = (line.split("\t") for line in (many_samples / "metrics/machine/train.tsv").read_text().splitlines())
+    assert header[:2] == ["seconds", "process_memory_gib"]
+    assert len(rows) >= 3
+    seconds = [float(row[0]) for row in rows]
+    assert seconds == sorted(seconds)
+    peak = json.loads((many_samples / "metrics/machine.json").read_text())["train"]["peak_process_memory_gib"]
+    assert peak == max(float(row[1]) for row in rows)
+
+
+def test_memory_of_children_counts(many_samples, start_python):
+    def peak_gib(stage):
+        with machine_metrics(stage):
+            time.sleep(0.05)
+        return json.loads((many_samples / "metrics/machine.json").read_text())[stage]["peak_process_memory_gib"]
+
+    alone = peak_gib("alone")
+    child = start_python("import time; held = b'x' * 400 * 2**20; print('holds', flush=True); time.sleep(60)")
+    assert child.stdout.readline() == "holds\n"
+
+    assert peak_gib("with_child") == pytest.approx(alone + 0.4, abs=0.05)
+
+
+def test_stage_that_fails_has_no_machine_metrics(many_samples):
+    with pytest.raises(ZeroDivisionError), machine_metrics("train"):
+        1 / 0  # noqa: B018
+
+    assert not (many_samples / "metrics").exists()
+
+
+# log_to_file
+
+
+@pytest.mark.usefixtures("plain_logging")
+def test_log_goes_to_a_file(tmp_path):
+    file = log_to_file(tmp_path / "logs")
+    logging.getLogger("train").info("step %d", 1)
+    logging.getLogger("train").debug("a detail")
+    warnings.warn("the sea rises", stacklevel=1)
+
+    assert file.parent == tmp_path / "logs"
+    assert re.fullmatch(r"training_\d{8}_\d{6}\.log", file.name)
+    text = file.read_text()
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO train: step 1$", text, re.MULTILINE)
+    assert "a detail" not in text
+
+
+@pytest.mark.usefixtures("plain_logging")
+@pytest.mark.filterwarnings("default")
+def test_warnings_go_to_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", sys.modules["logging"]._showwarning)
+    file = log_to_file(tmp_path)
+
+    warnings.warn("the sea rises", UserWarning, stacklevel=1)
+
+    assert "WARNING py.warnings:" in file.read_text()
+    assert "UserWarning: the sea rises" in file.read_text()
