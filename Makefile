@@ -26,8 +26,8 @@ setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 
 $(VENV)/.installed: requirements.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}; say which: make repro PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"Python 3.11 or 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}; say which: make repro PYTHON=python3.11")'
+	@$(PYTHON) -m venv $(VENV)
 	@echo "installing torch and requirements.txt into $(VENV)"
 	@# a wheel at hand (PIP_FIND_LINKS) comes first; else uv picks the build: CUDA where there is a driver, CPU elsewhere
 	@$(BIN)/pip install --quiet --no-index --no-deps $(TORCH) 2>/dev/null \

@@ -81,7 +81,8 @@ def choose(probes: list[Probe], effective_batch: int | str) -> tuple[int, int]:
         peak = f"needs {probes[0].peak_gib:.2f} GiB" if probes[0].peak_gib else "runs out of memory"
         raise InputError(
             f"find_batch.min: {probes[0].batch} sequences do not fit: a training step {peak}; lower find_batch.min or "
-            "train.seq_length, turn train.gradient_checkpointing on, or raise the budget"
+            "train.seq_length, turn train.gradient_checkpointing on, or raise find_batch.cpu_memory_gib "
+            "(on a GPU: lower find_batch.gpu_headroom_gib)"
         )
     if effective_batch == "auto":
         return largest, 1

@@ -130,6 +130,8 @@ def add_lora(model: LlamaForCausalLM, lora: Lora, *, gradient_checkpointing: boo
         model.gradient_checkpointing_enable({"use_reentrant": False})
     settings = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="models/base", **lora.model_dump())
     peft_model = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    # PEFT keeps a set and would write it to adapter_config.json in another order in every process.
+    peft_model.peft_config["default"].target_modules = sorted(lora.target_modules)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

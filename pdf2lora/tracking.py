@@ -84,7 +84,7 @@ class DvcliveCallback(TrainerCallback):  # type: ignore[misc]
 
     def _write(self, entry: dict[str, float], step: int) -> None:
         self.live.step = step
-        for name, value in entry.items():
+        for name, value in sorted(entry.items()):  # as the history of a checkpoint comes back
             if name in METRIC_NAMES:
                 self.live.log_metric(METRIC_NAMES[name], value)
             if name in ("loss", "eval_loss"):

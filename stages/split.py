@@ -28,7 +28,7 @@ def main() -> None:
     except ValueError as error:
         raise InputError(
             f"{DOCUMENTS}: {len(kept)} documents kept, too few to split ({error}); add PDFs"
-            + (" or set split.validation_fraction to 0" if params.validation_fraction else "")
+            + (" or set split.validation_fraction to 0" if params.validation_fraction and len(kept) > 1 else "")
         ) from None
     metrics: dict[str, object] = {side: counts(documents) for side, documents in sides.items()}
     metrics["test_13grams_in_train"] = leakage(*[[d.text for d in sides[side]] for side in ("train", "test")])

@@ -71,7 +71,10 @@ def main() -> None:
             validation_windows=looks,
             callbacks=[DvcliveCallback(METRICS)],
         )
+        for unfinished in [c for c in checkpoints.glob("checkpoint-*") if not (c / "trainer_state.json").exists()]:
+            shutil.rmtree(unfinished)  # a run was killed while it wrote this one: that file comes last
         last_checkpoint = get_last_checkpoint(str(checkpoints))
+        trainer.args.eval_on_start &= last_checkpoint is None  # the look at its step is in the checkpoint's history
         log.info("settings: %s", params.model_dump_json())
         log.info("batch: %s", batch)
         log.info("trainable parameters: %s", trainer.model.get_nb_trainable_parameters())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,14 +184,15 @@ def start_python() -> Any:
 
 
 @pytest.fixture
-def plain_logging(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Logging as at the start of a process, and afterwards again what it was."""
+def own_logging(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Lets a stage set up logging as in a process of its own, where pytest has no handlers; undone afterwards."""
     root = logging.getLogger()
     level = root.level
-    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(logging, "basicConfig", partial(logging.basicConfig, force=True))
     yield
     logging.captureWarnings(False)
     logging.disable(logging.NOTSET)
     root.setLevel(level)
-    for handler in root.handlers:
+    for handler in [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]:
+        root.removeHandler(handler)
         handler.close()

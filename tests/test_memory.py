@@ -20,7 +20,7 @@ MIB = 2**20
 
 
 def searched(peaks, *, budget_gib):
-    """Searches 1..len(peaks), where peaks[batch - 1] is a batch's peak; gives (largest that fits or None, its probes)."""
+    """The largest batch that fits and all probes; peaks[batch - 1] is a batch's peak."""
     probes = search(lambda batch: peaks[batch - 1], smallest=1, largest=len(peaks), budget_gib=budget_gib)
     assert [probe.peak_gib for probe in probes] == [peaks[probe.batch - 1] for probe in probes]
     assert len({probe.batch for probe in probes}) == len(probes)
@@ -28,7 +28,8 @@ def searched(peaks, *, budget_gib):
 
 
 def largest_of_all(peaks, *, budget_gib):
-    return max((number for number, peak in enumerate(peaks, 1) if peak is not None and peak <= budget_gib), default=None)
+    fitting = [number for number, peak in enumerate(peaks, 1) if peak is not None and peak <= budget_gib]
+    return max(fitting, default=None)
 
 
 @settings(deadline=None)
@@ -145,9 +146,7 @@ def test_choice_is_the_largest_divisor_that_fits(largest, effective_batch, chose
     assert choose(probes_with_largest(largest), effective_batch) == chosen
 
 
-@pytest.mark.parametrize(
-    ("peak", "what_happens"), [(8.125, "needs 8.12 GiB"), (None, "runs out of memory")]
-)
+@pytest.mark.parametrize(("peak", "what_happens"), [(8.125, "needs 8.12 GiB"), (None, "runs out of memory")])
 @pytest.mark.parametrize("effective_batch", [4, "auto"])
 def test_choice_where_nothing_fits(peak, what_happens, effective_batch):
     with pytest.raises(InputError) as caught:
@@ -155,7 +154,8 @@ def test_choice_where_nothing_fits(peak, what_happens, effective_batch):
 
     assert str(caught.value) == (
         f"find_batch.min: 2 sequences do not fit: a training step {what_happens}; lower find_batch.min or "
-        "train.seq_length, turn train.gradient_checkpointing on, or raise the budget"
+        "train.seq_length, turn train.gradient_checkpointing on, or raise find_batch.cpu_memory_gib "
+        "(on a GPU: lower find_batch.gpu_headroom_gib)"
     )
 
 

@@ -101,7 +101,9 @@ def test_quantized_base_is_near_the_whole_one(base, bits):
     assert bits == 16 or distance > 0
 
 
-def test_4_bit_layers_are_never_repacked(base):
+def test_4_bit_layers_are_never_repacked(base, monkeypatch):
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+
     layers = [module for module in load(base).modules() if isinstance(module, bnb.nn.Linear4bit)]
 
     assert len(layers) == NUM_LAYERS * len(BLOCK_LINEARS)

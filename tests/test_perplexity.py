@@ -118,9 +118,7 @@ def test_progress_counts_windows(causal_lm):
 
     nats_of(causal_lm, per_device_batch=4, progress=steps.append)
 
-    num_windows = sum(
-        len(windows(0, tokens, bos=BOS, seq_length=SEQ_LENGTH, stride=STRIDE)) for tokens in DOCUMENTS
-    )
+    num_windows = sum(len(windows(0, tokens, bos=BOS, seq_length=SEQ_LENGTH, stride=STRIDE)) for tokens in DOCUMENTS)
     assert sum(steps) == num_windows
     assert set(steps[:-1]) == {4}
 

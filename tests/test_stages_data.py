@@ -305,7 +305,7 @@ def test_one_document_cannot_be_split() -> None:
     write_corpus(1)
     assert refusal(split.main) == (
         "error: data/documents.jsonl: 1 documents kept, too few to split "
-        "(1 groups of documents cannot fill train, validation, test); add PDFs or set split.validation_fraction to 0"
+        "(1 groups of documents cannot fill train, validation, test); add PDFs"
     )
     assert not Path("data/split").exists()
     assert not Path("metrics").exists()

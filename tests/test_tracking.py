@@ -4,7 +4,6 @@ import logging
 import math
 import re
 import shutil
-import sys
 import time
 import warnings
 
@@ -20,7 +19,8 @@ from pdf2lora.training import build_trainer
 
 pytestmark = quiet
 LOOKS = windows(0, np.arange(50), bos=BOS, seq_length=32, stride=32)
-CURVES = {"train/loss", "train/perplexity", "validation/loss", "validation/perplexity", "learning_rate", "gradient_norm"}
+CURVES = {f"{side}/{name}" for side in ("train", "validation") for name in ("loss", "perplexity")}
+CURVES |= {"learning_rate", "gradient_norm"}
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,9 @@ def test_each_step_is_a_line_of_the_log(build, caplog):
 
     build("train", num_train_epochs=0.5).train()
 
-    first_words = [" ".join(message.split()[:3]) for message in caplog.messages if message.startswith("step ")]
-    assert first_words == ["step 0 {'eval_loss':", "step 1 {'loss':", "step 2 {'loss':", "step 2 {'eval_loss':", "step 2 {}"]
+    lines = [message for message in caplog.messages if message.startswith("step ")]
+    begins = ["step 0 {'eval_loss':", "step 1 {'loss':", "step 2 {'loss':", "step 2 {'eval_loss':", "step 2 {}"]
+    assert [line[: len(begin)] for line, begin in zip(lines, begins, strict=True)] == begins
 
 
 # machine_metrics
@@ -193,27 +194,17 @@ def test_stage_that_fails_has_no_machine_metrics(many_samples):
 # log_to_file
 
 
-@pytest.mark.usefixtures("plain_logging")
-def test_log_goes_to_a_file(tmp_path):
+@pytest.mark.usefixtures("own_logging")
+@pytest.mark.filterwarnings("default")
+def test_log_and_warnings_go_to_a_file(tmp_path):
     file = log_to_file(tmp_path / "logs")
     logging.getLogger("train").info("step %d", 1)
     logging.getLogger("train").debug("a detail")
-    warnings.warn("the sea rises", stacklevel=1)
+    warnings.warn("the sea rises", UserWarning, stacklevel=1)
 
     assert file.parent == tmp_path / "logs"
     assert re.fullmatch(r"training_\d{8}_\d{6}\.log", file.name)
     text = file.read_text()
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO train: step 1$", text, re.MULTILINE)
+    assert re.search(r"WARNING py\.warnings: .*UserWarning: the sea rises", text)
     assert "a detail" not in text
-
-
-@pytest.mark.usefixtures("plain_logging")
-@pytest.mark.filterwarnings("default")
-def test_warnings_go_to_the_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(warnings, "showwarning", sys.modules["logging"]._showwarning)
-    file = log_to_file(tmp_path)
-
-    warnings.warn("the sea rises", UserWarning, stacklevel=1)
-
-    assert "WARNING py.warnings:" in file.read_text()
-    assert "UserWarning: the sea rises" in file.read_text()

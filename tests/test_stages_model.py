@@ -1,0 +1,443 @@
+import csv
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+from contextlib import chdir
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPOSITORY, prose
+from safetensors.torch import load_file
+from tiny_llama import LORA, QUANTIZATION, TRAIN, quiet, same, write_texts, write_tiny_llama
+from transformers import Trainer
+
+from pdf2lora.memory import PeakMemory, measure_in_child
+from pdf2lora.model import load_adapter, load_base
+from pdf2lora.params import read_params
+from pdf2lora.tracking import DvcliveCallback
+from stages import evaluate, find_batch, train
+
+pytestmark = quiet
+TEXTS = {
+    "train": [prose(seed, 20) for seed in range(3)],
+    "validation": [prose(10, 12)],
+    "test": ["short", prose(11, 30), prose(12, 15)],
+}
+SETTINGS = {
+    **{f"train.{key}": value for key, value in TRAIN.model_dump().items()},
+    **{f"lora.{key}": value for key, value in LORA.model_dump().items()},
+    **{f"quantization.{key}": value for key, value in QUANTIZATION.model_dump().items()},
+    "train.save_steps": 3,
+    "find_batch.min": 1,
+    "find_batch.max": 16,
+    "find_batch.steps": 1,
+    "find_batch.cpu_memory_gib": 0.008,
+    "evaluate.stride": 12,
+    "evaluate.per_device_batch": 4,
+    "evaluate.bootstrap_samples": 200,
+    "evaluate.seed": 0,
+}
+NUM_STEPS = 7  # of 2 sequences of 32 bytes
+BATCH = {"per_device_batch": 2, "gradient_accumulation_steps": 1, "effective_batch": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server_of_children():
+    """Starts the server that children are forked from where it can import this project: each then starts at once."""
+    with chdir(REPOSITORY):
+        assert measure_in_child(float, 1) == 1
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def project(tmp_path, base, monkeypatch, write_params):
+    """A project as it is before find_batch; the stages run in it. `configure` writes its params.yaml with changes."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DVC_ROOT", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for side, texts in TEXTS.items():
+        write_texts(tmp_path / f"data/split/{side}.jsonl", texts)
+    shutil.copytree(base, tmp_path / "models/base")
+
+    def configure(changes=None):
+        write_params(SETTINGS | (changes or {}))
+
+    configure()
+    return SimpleNamespace(folder=tmp_path, configure=configure)
+
+
+@pytest.fixture
+def with_batch(project):
+    """The project after find_batch."""
+    (project.folder / "metrics").mkdir()
+    (project.folder / "metrics/batch.json").write_text(json.dumps(BATCH))
+    return project
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Where the first undisturbed run of train left its outputs: made once, by the first test that asks for it."""
+    return tmp_path_factory.mktemp("undisturbed")
+
+
+@pytest.fixture
+def trained(with_batch, undisturbed):
+    """The project after train."""
+    if not any(undisturbed.iterdir()):
+        assert run_in_child(train.main) == 0
+        shutil.copytree(with_batch.folder, undisturbed, dirs_exist_ok=True)
+    shutil.copytree(undisturbed, with_batch.folder, dirs_exist_ok=True)
+    return with_batch
+
+
+def run_in_child(function, *arguments):
+    """The exit code of a new process that does this in the current folder."""
+    child = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def kill_myself(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_a_checkpoint_is_written():
+    DvcliveCallback.on_save = kill_myself
+    train.main()
+
+
+def train_until_the_second_checkpoint_is_half_written():
+    save_rng_state = Trainer._save_rng_state
+
+    def save_or_die(trainer, folder):
+        if trainer.state.global_step > 3:
+            kill_myself()
+        save_rng_state(trainer, folder)
+
+    Trainer._save_rng_state = save_or_die
+    train.main()
+
+
+def train_with_environment(environment):
+    os.environ.update(environment)
+    train.main()
+
+
+def adapter_of(folder):
+    return load_file(folder / "models/adapter/adapter_model.safetensors")
+
+
+def log_of(folder):
+    (file,) = (folder / "logs").glob("training_*.log")
+    return file.read_text()
+
+
+def read(file):
+    return json.loads(Path(file).read_text())
+
+
+def error_of(main):
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code
+
+
+@pytest.mark.parametrize("stage", [find_batch, train, evaluate])
+def test_seq_length_longer_than_the_context_is_refused(with_batch, stage, own_logging):
+    with_batch.configure({"train.seq_length": 129})
+
+    assert error_of(stage.main) == (
+        "error: train.seq_length: 129 must not be greater than the context of the base model (128 tokens); "
+        "change it in params.yaml or with -S train.seq_length=..."
+    )
+
+
+# find_batch
+
+
+def test_find_batch_probes_the_training_step_and_decides_the_same_each_time(project, capsys):
+    project.configure({"train.effective_batch": 6, "train.seq_length": 128})
+
+    find_batch.main()
+
+    first = Path("metrics/batch.json").read_bytes()
+    found = json.loads(first)
+    fitting = [probe["batch"] for probe in found["probes"] if probe["fits"]]
+    assert found["largest_batch"] == max(fitting)
+    assert found["per_device_batch"] * found["gradient_accumulation_steps"] == found["effective_batch"] == 6
+    assert 1 <= found["per_device_batch"] <= found["largest_batch"]
+    if not torch.cuda.is_available():
+        assert (found["device"], found["budget_gib"]) == ("cpu", 0.008)
+        assert 1 < found["largest_batch"] < 16
+        assert {"batch": found["largest_batch"] + 1, "fits": False} in [
+            {key: probe[key] for key in ("batch", "fits")} for probe in found["probes"]
+        ]
+        assert found["memory_model"]["gib_per_sequence"] > 0
+    assert f"find_batch: {found['largest_batch']} sequences fit in" in capsys.readouterr().out
+
+    find_batch.main()
+
+    assert Path("metrics/batch.json").read_bytes() == first
+    assert read("metrics/machine.json")["find_batch"]["peak_process_memory_gib"] > 0
+
+
+@pytest.fixture
+def made_up_memory(monkeypatch):
+    """Probes that need 0.001 GiB a sequence, and room for 12 of them."""
+    monkeypatch.setattr(find_batch, "measure_in_child", lambda step, params, sequences, batch: 0.001 * batch)
+    monkeypatch.setattr(find_batch, "memory_budget_gib", lambda params: 0.012)
+
+
+@pytest.mark.usefixtures("made_up_memory")
+@pytest.mark.parametrize(
+    ("effective_batch", "per_device_batch", "accumulation"), [("auto", 12, 1), (12, 12, 1), (24, 12, 2), (13, 1, 13)]
+)
+def test_find_batch_makes_the_effective_batch_of_params(project, effective_batch, per_device_batch, accumulation):
+    project.configure({"train.effective_batch": effective_batch})
+
+    find_batch.main()
+
+    found = read("metrics/batch.json")
+    assert found["largest_batch"] == 12
+    assert (found["per_device_batch"], found["gradient_accumulation_steps"]) == (per_device_batch, accumulation)
+    assert found["effective_batch"] == per_device_batch * accumulation
+    assert found["memory_model"] == {"fixed_gib": 0, "gib_per_sequence": 0.001}
+    assert [probe["batch"] for probe in found["probes"]] == [1, 2, 12, 13]
+
+
+@pytest.mark.usefixtures("made_up_memory")
+def test_find_batch_where_nothing_fits(project):
+    project.configure({"find_batch.min": 15})
+
+    assert error_of(find_batch.main) == (
+        "error: find_batch.min: 15 sequences do not fit: a training step needs 0.01 GiB; lower find_batch.min or "
+        "train.seq_length, turn train.gradient_checkpointing on, or raise find_batch.cpu_memory_gib "
+        "(on a GPU: lower find_batch.gpu_headroom_gib)"
+    )
+    assert not Path("metrics/batch.json").exists()
+
+
+def test_find_batch_probes_full_steps_even_of_a_short_corpus(project, monkeypatch, own_logging):
+    monkeypatch.setattr(PeakMemory, "gib", 0.5)
+    built = []
+
+    def build(base, sequences, **arguments):
+        built.append((sequences, arguments))
+        return SimpleNamespace(train=lambda: None)
+
+    monkeypatch.setattr(find_batch, "build_trainer", build)
+    project.configure({"find_batch.steps": 3})
+    params = read_params()
+    two_rows = find_batch.pack([torch.arange(60).numpy()], bos=1, eos=2, seq_length=32)
+
+    assert find_batch.training_step_gib(params, two_rows, 5) == 0.5
+
+    ((sequences, arguments),) = built
+    assert sequences.input_ids.shape == (5 * 3, 32)
+    assert (arguments["per_device_batch"], arguments["max_steps"]) == (5, 3)
+    assert (arguments["train"], arguments["lora"], arguments["quantization"]) == (
+        params.train,
+        params.lora,
+        params.quantization,
+    )
+
+
+# train
+
+
+def test_train_writes_an_adapter_that_loads(trained):
+    model = load_adapter(load_base(Path("models/base"), QUANTIZATION, TRAIN), Path("models/adapter"))
+
+    assert model.peft_config["default"].r == LORA.r
+    assert model.peft_config["default"].base_model_name_or_path == "models/base"
+    saved = adapter_of(trained.folder)
+    assert len(saved) == 2 * 4 * 2
+    assert all(value.any() and value.dtype == torch.float32 for value in saved.values())
+
+
+def test_train_writes_metrics_log_and_curves(trained):
+    metrics = read("metrics/train/metrics.json")
+    assert metrics["step"] == NUM_STEPS
+    assert metrics["train"]["perplexity"] == pytest.approx(math.exp(metrics["train"]["loss"]))
+    assert metrics["validation"]["loss"] < math.log(260)
+    machine = read("metrics/machine.json")["train"]
+    assert (machine["steps"], machine["attention"]) == (NUM_STEPS, "sdpa")
+    assert machine["tokens_per_s"] > 0
+    log = log_of(trained.folder)
+    for line in (
+        'settings: {"corpus":',
+        "starts from the base model",
+        f"step {NUM_STEPS} {{'loss':",
+        "trainable parameters: (",
+    ):
+        assert line in log
+
+
+def test_train_removes_its_checkpoints(trained):
+    assert list(Path(".scratch/train").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "until_killed", [train_until_a_checkpoint_is_written, train_until_the_second_checkpoint_is_half_written]
+)
+def test_killed_training_goes_on_from_its_checkpoint(trained, until_killed):
+    set_aside("models/adapter", "metrics/train", "logs")
+
+    assert run_in_child(until_killed) == -signal.SIGKILL
+    assert len(list(Path(".scratch/train").glob("*/checkpoint-3"))) == 1
+    assert not Path("models/adapter").exists()
+    for made in ("metrics/train", "logs"):  # DVC removes the outputs of a stage that runs again
+        shutil.rmtree(made)
+    assert run_in_child(train.main) == 0
+
+    assert "/checkpoint-3\n" in log_of(Path())
+    assert read("metrics/machine.json")["train"]["steps"] == NUM_STEPS - 3
+    assert same(adapter_of(Path()), adapter_of(Path("undisturbed")))
+    files = [file for file in Path("metrics/train").rglob("*") if file.is_file()]
+    assert len(files) == 7
+    for file in files:
+        assert file.read_bytes() == (Path("undisturbed") / file).read_bytes(), file
+
+
+def set_aside(*folders):
+    for folder in folders:
+        Path("undisturbed", folder).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder, Path("undisturbed", folder))
+
+
+def test_fingerprint_of_a_run_changes_with_all_that_the_adapter_depends_on(with_batch):
+    def fingerprint_with(changes):
+        with_batch.configure(changes)
+        return train.run_fingerprint(read_params())
+
+    first = fingerprint_with({})
+    assert fingerprint_with({"evaluate.seed": 5}) == first
+    others = [fingerprint_with(change) for change in ({"train.seed": 5}, {"lora.r": 4}, {"quantization.bits": 8})]
+    for file in ("data/split/train.jsonl", "models/base/config.json", "metrics/batch.json"):
+        with Path(file).open("a") as text:
+            text.write("\n")
+        others.append(fingerprint_with({}))
+    assert len({first, *others}) == 7
+
+
+def test_training_without_validation_documents(with_batch):
+    write_texts(Path("data/split/validation.jsonl"), [])
+
+    assert run_in_child(train.main) == 0
+
+    assert "validation" not in read("metrics/train/metrics.json")
+
+
+def test_wandb_offline_writes_a_run(with_batch, tmp_path):
+    with_batch.configure({"train.report_to": "wandb", "train.num_train_epochs": 0.2})
+    folders = {name: str(tmp_path / "wandb-files") for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR")}
+    (tmp_path / "wandb-files").mkdir()
+
+    assert run_in_child(train_with_environment, folders | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}) == 0
+
+    (run,) = tmp_path.glob("wandb-files/wandb/offline-run-*")
+    assert list(run.glob("run-*.wandb"))
+    assert Path("models/adapter/adapter_model.safetensors").exists()
+
+
+def test_wandb_that_is_not_installed(with_batch, monkeypatch):
+    with_batch.configure({"train.report_to": "wandb"})
+
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(train, "version", version)
+
+    assert error_of(train.main) == (
+        "error: train.report_to: 'wandb' is not installed; run pip install wandb or choose 'none'"
+    )
+
+
+def test_more_than_one_process_is_refused(with_batch, monkeypatch):
+    monkeypatch.setattr(train, "PartialState", lambda: SimpleNamespace(num_processes=2))
+
+    assert error_of(train.main) == (
+        "error: num_processes: accelerate launched 2 processes, one is supported; set num_processes to 1 in "
+        "accelerate_config.yaml"
+    )
+
+
+@pytest.mark.parametrize(
+    ("launched", "set_by_the_user", "takes_all"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_train_takes_all_cores_where_accelerate_left_it_one(monkeypatch, launched, set_by_the_user, takes_all):
+    environment = {"OMP_NUM_THREADS": "1"} if set_by_the_user else {}
+    launcher = SimpleNamespace(environ=lambda: environment)
+    monkeypatch.setattr(train.psutil, "Process", lambda: SimpleNamespace(parent=lambda: launcher))
+    monkeypatch.setattr(train.os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    if not launched:
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+
+    train.take_all_cores()
+
+    assert taken == ([6] if takes_all else [])
+
+
+# evaluate
+
+
+def test_evaluate_writes_both_perplexities_and_a_row_for_each_document(trained, capsys):
+    evaluate.main()
+
+    metrics = read("metrics/eval.json")
+    assert metrics["documents"] == len(TEXTS["test"])
+    assert metrics["tokens"] == sum(len(text) for text in TEXTS["test"])
+    base, adapted, improvement = (metrics[name] for name in ("base", "adapted", "improvement"))
+    for numbers in (base, adapted):
+        assert numbers["low_95"] <= numbers["perplexity"] <= numbers["high_95"]
+        assert numbers["bits_per_byte"] == pytest.approx(math.log2(numbers["perplexity"]), abs=1e-5)  # a token a byte
+    assert adapted["perplexity"] < 0.9 * base["perplexity"]
+    assert improvement["share"] == pytest.approx(1 - adapted["perplexity"] / base["perplexity"], abs=2e-6)
+    assert improvement["low_95"] <= improvement["share"] <= improvement["high_95"]
+
+    rows = documents_of_evaluation()
+    assert [row["id"] for row in rows] == ["test-0.pdf", "test-1.pdf", "test-2.pdf"]
+    assert [int(row["bytes"]) for row in rows] == [len(text) for text in TEXTS["test"]]
+    assert [int(row["words"]) for row in rows] == [len(text.split()) for text in TEXTS["test"]]
+    for name in ("base", "adapted"):
+        nats = sum(int(row["tokens"]) * math.log(float(row[f"{name}_perplexity"])) for row in rows)
+        assert math.exp(nats / metrics["tokens"]) == pytest.approx(metrics[name]["perplexity"], rel=1e-6)
+    assert f"test perplexity {base['perplexity']:.2f} (base) -> {adapted['perplexity']:.2f}" in capsys.readouterr().out
+    assert read("metrics/machine.json").keys() == {"machine", "train", "evaluate"}
+
+
+def documents_of_evaluation():
+    with Path("metrics/eval_documents.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def numbers_of_evaluation():
+    """All of eval.json and of the table, one after the other."""
+    metrics = read("metrics/eval.json")
+    numbers = [value for part in metrics.values() for value in (part.values() if isinstance(part, dict) else [part])]
+    return numbers + [float(value) for row in documents_of_evaluation() for key, value in row.items() if key != "id"]
+
+
+def test_evaluate_gives_the_same_numbers_for_every_batch_size(trained):
+    found = {}
+    for per_device_batch in (1, 4):
+        trained.configure({"evaluate.per_device_batch": per_device_batch})
+        evaluate.main()
+        found[per_device_batch] = numbers_of_evaluation()
+
+    assert found[1] == pytest.approx(found[4], rel=1e-6, abs=2e-6)
