@@ -83,9 +83,14 @@ def test_same_seed_gives_the_same_adapter(build, bits):
 
 
 def test_other_seed_gives_another_adapter(build):
-    one, other = (trained(build(train=changed(TRAIN, seed=seed))) for seed in (0, 1))
+    one, other = (build(train=changed(TRAIN, seed=seed)) for seed in (0, 1))
+    assert not same(trainable(one.model), trainable(other.model))  # already as they are drawn
+
+    one.train()
+    other.train()
 
     assert not same(trainable(one.model), trainable(other.model))
+    assert logged(one, "loss") != logged(other, "loss")
 
 
 def test_training_changes_every_lora_matrix_and_nothing_else(build):
