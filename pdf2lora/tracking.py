@@ -11,10 +11,11 @@ import math
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from pdf2lora.runtime import write_json
 MACHINE = Path("metrics/machine.json")
 CURVES = Path("metrics/machine")
 SAMPLE_S = 1.0
+
+log = logging.getLogger(__name__)
 
 # The Trainer's names for what it logs -> ours, which are also the names of the plots' files.
 METRIC_NAMES = {
@@ -120,7 +123,8 @@ def machine_metrics(stage: str) -> Iterator[dict[str, Any]]:
         finished.set()
         sampler.join()
     entry = {"seconds": round(time.monotonic() - started, 1), **own}
-    entry |= {f"peak_{name}": max(s[name] for s in samples) for name in samples[-1] if name != "seconds"}
+    names = [name for name in dict.fromkeys(chain.from_iterable(samples)) if name != "seconds"]
+    entry |= {f"peak_{name}": max(sample[name] for sample in samples if name in sample) for name in names}
     _write_machine(stage, entry, samples)
 
 
@@ -133,8 +137,8 @@ def _write_machine(stage: str, entry: dict[str, Any], samples: list[dict[str, fl
         **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")},
     }
     write_json(MACHINE, machine | {stage: entry})
-    columns = list(samples[-1])
-    rows = ["\t".join(columns), *("\t".join(str(sample[column]) for column in columns) for sample in samples)]
+    columns = list(dict.fromkeys(chain.from_iterable(samples)))
+    rows = ["\t".join(columns), *("\t".join(str(sample.get(name, "")) for name in columns) for sample in samples)]
     CURVES.mkdir(parents=True, exist_ok=True)
     (CURVES / f"{stage}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
@@ -149,22 +153,37 @@ def _memory(process: psutil.Process) -> dict[str, float]:
 
 
 class _Gpu:
-    """NVML, asked directly: dvclive's monitor logs nothing at all where there is no NVIDIA driver."""
+    """NVML, asked directly: dvclive's monitor logs nothing at all where there is no NVIDIA driver.
+
+    What cannot be measured is left out of the samples and costs nobody their training.
+    """
 
     def __init__(self) -> None:
         self.handle: Any = None
-        if torch.cuda.is_available():
+        if not torch.cuda.is_available():
+            return
+        try:
             import pynvml
 
             pynvml.nvmlInit()
+            uuid = torch.cuda.get_device_properties(
+                torch.cuda.current_device()
+            ).uuid  # its index may be another to NVML
+            self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
             self.nvml = pynvml
-            self.handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        except Exception as error:
+            log.warning("GPU utilization and power are not measured: %s (nvidia-ml-py: requirements-gpu.txt)", error)
 
     def read(self) -> dict[str, float]:
         if self.handle is None:
             return {}
-        return {
-            "gpu_memory_gib": round(self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used / 2**30, 2),
-            "gpu_utilization_percent": self.nvml.nvmlDeviceGetUtilizationRates(self.handle).gpu,
-            "gpu_power_w": round(self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1000),
+        readings: dict[str, Callable[[], float]] = {
+            "gpu_memory_gib": lambda: round(self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used / 2**30, 2),
+            "gpu_utilization_percent": lambda: self.nvml.nvmlDeviceGetUtilizationRates(self.handle).gpu,
+            "gpu_power_w": lambda: round(self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1000),
         }
+        values = {}
+        for name, reading in readings.items():
+            with suppress(self.nvml.NVMLError):  # not every GPU, and no MIG slice, answers every question
+                values[name] = reading()
+        return values

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -110,8 +111,9 @@ def take_all_cores() -> None:
     """Undoes what `accelerate launch` does where OMP_NUM_THREADS is not set: it starts us with one thread."""
     launcher = psutil.Process().parent()
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and launcher is not None and "OMP_NUM_THREADS" not in launcher.environ():
-        torch.set_num_threads(os.cpu_count() or 1)
+    with suppress(psutil.AccessDenied):
+        if launched and launcher is not None and "OMP_NUM_THREADS" not in launcher.environ():
+            torch.set_num_threads(os.cpu_count() or 1)
 
 
 def require_one_process() -> None:

@@ -4,8 +4,10 @@ import logging
 import math
 import re
 import shutil
+import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,3 +210,38 @@ def test_log_and_warnings_go_to_a_file(tmp_path):
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO train: step 1$", text, re.MULTILINE)
     assert re.search(r"WARNING py\.warnings: .*UserWarning: the sea rises", text)
     assert "a detail" not in text
+
+
+def test_a_gpu_that_does_not_answer_costs_nobody_their_training(tmp_path, monkeypatch):
+    class NVMLError(Exception):
+        pass
+
+    def silent(handle):
+        raise NVMLError("not supported")
+
+    gpu = tracking._Gpu()
+    gpu.handle = "gpu"
+    gpu.nvml = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=3 * 2**30),
+        nvmlDeviceGetUtilizationRates=silent,
+        nvmlDeviceGetPowerUsage=silent,
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tracking, "_Gpu", lambda: gpu)
+
+    with tracking.machine_metrics("train"):
+        pass
+
+    entry = json.loads(tracking.MACHINE.read_text())["train"]
+    assert entry["peak_gpu_memory_gib"] == 3
+    assert "peak_gpu_power_w" not in entry
+
+
+def test_a_gpu_without_nvml_is_said_and_not_measured(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+
+    assert tracking._Gpu().read() == {}
+    assert "GPU utilization and power are not measured" in caplog.text
+    assert "requirements-gpu.txt" in caplog.text
