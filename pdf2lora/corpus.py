@@ -95,8 +95,8 @@ def split(
 
     Each group draws a number from a seeded hash of its texts. In the order of these numbers the test side is filled
     first, then validation, each to its share of the documents (at least one), and train takes the rest. So neither
-    the names nor the order of the files matter, and a document that is added shifts one that stands at a boundary at
-    the most.
+    the names nor the order of the files matter, and a document that is added moves one across each boundary at the
+    most.
 
     Returns:
         side -> documents in the order of their draws.
