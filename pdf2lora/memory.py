@@ -1,16 +1,18 @@
-"""Which batch fits: a memory model, probes in child processes, the choice.
+"""Which batch fits and which is fastest: a memory model, probes in a child process, the choice.
 
-A probe is the training step itself, optimizer included, on sequences of full length, in a process of its own: a probe
-that dies of lack of memory leaves no fragmented allocator behind for the next.
+A probe is the training step itself, optimizer included, on sequences of full length. It runs in a process of its own,
+which may die of lack of memory without harm, and which is replaced if a failed probe leaves memory behind: so that no
+probe meets the fragments of another.
 """
 
+import gc
 import multiprocessing
 import signal
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,16 +20,52 @@ from torch.utils._pytree import tree_map_only
 
 from pdf2lora.errors import InputError
 
-OUT_OF_MEMORY = "out of memory"
+AS_FAST = 0.98  # of the best throughput: such settings count as equally fast, and the smallest is taken
+LEFT_BEHIND = 64 * 2**20  # bytes that a failed probe may leave reserved
+
+
+class Measurement(NamedTuple):
+    """The peak of a probe's tensors, and its throughput."""
+
+    peak_gib: float
+    tokens_per_s: float
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a training step at one batch size took; peak_gib is None where it did not come to its end."""
+    """A training step at one batch size; peak_gib is None where it did not come to its end."""
 
     batch: int
     fits: bool
     peak_gib: float | None
+
+
+@dataclass(frozen=True)
+class Mode:
+    """The probes of one way of gradient checkpointing."""
+
+    gradient_checkpointing: str
+    probes: list[Probe]
+
+    @property
+    def largest(self) -> int:
+        """The largest batch that fits; 0: none does."""
+        return max((probe.batch for probe in self.probes if probe.fits), default=0)
+
+    def peak_gib(self, batch: int) -> float | None:
+        """Measured, or read off the memory model where this batch was not probed."""
+        measured = {probe.batch: probe.peak_gib for probe in self.probes}
+        line = memory_model(self.probes)
+        return measured.get(batch) or (line and line[0] + line[1] * batch)
+
+
+class Choice(NamedTuple):
+    gradient_checkpointing: str
+    per_device_batch: int
+    gradient_accumulation_steps: int
+
+
+Measure = Callable[[str, int], Measurement | None]
 
 
 def search(measure: Callable[[int], float | None], *, smallest: int, largest: int, budget_gib: float) -> list[Probe]:
@@ -70,76 +108,164 @@ def memory_model(probes: list[Probe]) -> tuple[float, float] | None:
     return low - per_sequence * few, per_sequence
 
 
-def choose(probes: list[Probe], effective_batch: int | str) -> tuple[int, int]:
-    """(per_device_batch, gradient_accumulation_steps), their product effective_batch; `auto`: the largest that fits.
+def search_modes(
+    measure: Measure, modes: Sequence[str], *, smallest: int, largest: int, budget_gib: float
+) -> list[Mode]:
+    """Searches each mode, from the fastest step to the smallest, until `largest` fits.
+
+    A mode that recomputes more is not faster at the same batch: it is of use only for batches that did not fit before.
+    """
+    searched: list[Mode] = []
+    for mode in modes:
+
+        def measure_peak(batch: int, mode: str = mode) -> float | None:
+            measured = measure(mode, batch)
+            return None if measured is None else measured.peak_gib
+
+        searched.append(Mode(mode, search(measure_peak, smallest=smallest, largest=largest, budget_gib=budget_gib)))
+        if searched[-1].largest == largest:
+            break
+    return searched
+
+
+def choose(modes: Sequence[Mode], effective_batch: int | str, tokens_per_s: Callable[[str, int], float]) -> Choice:
+    """The fastest of what fits: of each mode the largest batch that divides effective_batch (`auto`: the largest).
+
+    tokens_per_s(mode, batch) is asked for only where there is more than one to choose from. Of those that are equally
+    fast the one that takes the least memory.
 
     Raises:
-        InputError: no probe fits.
+        InputError: no probe of any mode fits.
     """
-    largest = max((probe.batch for probe in probes if probe.fits), default=0)
-    if not largest:
-        peak = f"needs {probes[0].peak_gib:.2f} GiB" if probes[0].peak_gib else "runs out of memory"
+    candidates = [(mode, _largest_divisor(mode.largest, effective_batch)) for mode in modes if mode.largest]
+    if not candidates:
+        first = modes[-1].probes[0]
+        peak = f"needs {first.peak_gib:.2f} GiB" if first.peak_gib else "runs out of memory"
         raise InputError(
-            f"find_batch.min: {probes[0].batch} sequences do not fit: a training step {peak}; lower find_batch.min or "
-            "train.seq_length, turn train.gradient_checkpointing on, or raise find_batch.cpu_memory_gib "
-            "(on a GPU: lower find_batch.gpu_headroom_gib)"
+            f"find_batch.min: {first.batch} sequences do not fit: a training step {peak}; lower find_batch.min or "
+            "train.seq_length, set train.gradient_checkpointing to auto, or raise find_batch.cpu_memory_gib "
+            "(on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)"
         )
+    if len(candidates) > 1:
+        speeds = [tokens_per_s(mode.gradient_checkpointing, batch) for mode, batch in candidates]
+        fastest = max(speeds)
+        fast = [candidate for candidate, speed in zip(candidates, speeds, strict=True) if speed >= AS_FAST * fastest]
+        candidates = sorted(fast, key=lambda candidate: candidate[0].peak_gib(candidate[1]) or 0.0)
+    mode, batch = candidates[0]
+    accumulation = 1 if effective_batch == "auto" else int(effective_batch) // batch
+    return Choice(mode.gradient_checkpointing, batch, accumulation)
+
+
+def _largest_divisor(largest: int, effective_batch: int | str) -> int:
     if effective_batch == "auto":
-        return largest, 1
+        return largest
     assert isinstance(effective_batch, int)
-    per_device = next(batch for batch in range(min(largest, effective_batch), 0, -1) if effective_batch % batch == 0)
-    return per_device, effective_batch // per_device
+    return next(batch for batch in range(min(largest, effective_batch), 0, -1) if effective_batch % batch == 0)
 
 
-def measure_in_child(step: Callable[..., float], *arguments: Any) -> float | None:
-    """step(*arguments) in a child process: its result, or None where the child ran out of memory or was killed for it.
+@dataclass(frozen=True)
+class OutOfMemory:
+    """A child's answer where memory ended; it takes no further question unless it freed all that the probe had."""
+
+    takes_more: bool
+
+
+class Child:
+    """prepare(*arguments) in a child process, and functions of what it returns.
 
     On a CPU the child is forked from a server that has imported the libraries, so it starts at once; where there is a
     GPU it starts from nothing, since importing the libraries touches CUDA, which does not survive a fork.
-
-    Raises:
-        InputError: the child's own.
-        RuntimeError: any other failure of the step, with its text.
     """
-    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+
+    def __init__(self, prepare: Callable[..., Any], *arguments: Any):
+        self.task = (prepare, arguments)
+        self.process: Any = None
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(prepared, *arguments), or None where the child ran out of memory or was killed for it.
+
+        Raises:
+            InputError: the child's own.
+            RuntimeError: any other failure of the child, with its text.
+        """
+        if self.process is None:
+            self._start()
+        self.pipe.send((function, arguments))
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            exit_code, self.process = self.process.exitcode, None
+            if exit_code != -signal.SIGKILL:  # what the kernel sends where memory ends
+                raise RuntimeError(f"the training step of a probe ended with exit code {exit_code}") from None
+            return None
+        if isinstance(answer, OutOfMemory):
+            if not answer.takes_more:
+                self.end()
+            return None
+        if isinstance(answer, Exception):
+            self.end()
+            raise answer
+        return answer
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.pipe.close()
+            self.process.join()
+            self.process = None
+
+    def _start(self) -> None:
+        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        if not torch.cuda.is_available():
+            context.set_forkserver_preload(["pdf2lora.training"])
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_answer, args=(theirs, *self.task), daemon=True)
+        self.process.start()
+        theirs.close()
+
+
+def _answer(pipe: Connection, prepare: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """The child's life: ends with the pipe, with a failure, or with memory that does not come back."""
+    prepared: Any = None
+    reserved = 0
+    while True:
+        try:
+            function, of = pipe.recv()
+        except EOFError:
+            return None
+        try:
+            if prepared is None:
+                prepared = prepare(*arguments)
+                reserved = _reserved_bytes()
+            pipe.send(function(prepared, *of))
+            continue
+        except (torch.OutOfMemoryError, MemoryError):
+            pass
+        except InputError as error:
+            return pipe.send(error)
+        except Exception as error:
+            if "DefaultCPUAllocator" not in str(error):  # torch has no exception of its own for it
+                return pipe.send(RuntimeError(f"the training step of a probe failed: {type(error).__name__}: {error}"))
+        # outside of `except`, whose traceback holds the failed step's tensors
+        takes_more = torch.cuda.is_available() and prepared is not None and _reserved_bytes() - reserved < LEFT_BEHIND
+        pipe.send(OutOfMemory(takes_more))
+        if not takes_more:
+            return None
+
+
+def _reserved_bytes() -> int:
+    """What the GPU's allocator holds once all that is free has been given back."""
+    gc.collect()
     if not torch.cuda.is_available():
-        context.set_forkserver_preload(["pdf2lora.training"])
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_send_result, args=(theirs, step, arguments), daemon=True)
-    child.start()
-    theirs.close()
-    try:
-        result = ours.recv()
-    except EOFError:
-        child.join()
-        if child.exitcode != -signal.SIGKILL:  # what the kernel sends where memory ends
-            raise RuntimeError(f"the training step of a probe ended with exit code {child.exitcode}") from None
-        result = OUT_OF_MEMORY
-    child.join()
-    if isinstance(result, float):
-        return result
-    if result == OUT_OF_MEMORY:
-        return None
-    raise result
-
-
-def _send_result(pipe: Connection, step: Callable[..., float], arguments: tuple[Any, ...]) -> None:
-    try:
-        pipe.send(float(step(*arguments)))
-    except (torch.OutOfMemoryError, MemoryError):
-        pipe.send(OUT_OF_MEMORY)
-    except InputError as error:
-        pipe.send(error)
-    except Exception as error:
-        if "DefaultCPUAllocator" in str(error):  # torch has no exception of its own for it
-            return pipe.send(OUT_OF_MEMORY)
-        pipe.send(RuntimeError(f"the training step of a probe failed: {type(error).__name__}: {error}"))
+        return 0
+    torch.cuda.empty_cache()
+    return int(torch.cuda.memory_reserved())
 
 
 class PeakMemory:
     """Peak GiB of the tensors that exist inside the block, on the GPU or the CPU.
 
-    On a GPU: what the allocator reserved. On a CPU: the bytes of all tensors, counted as operations make them and as
+    On a GPU: what the allocator gave out. On a CPU: the bytes of all tensors, counted as operations make them and as
     they are freed. The resident size of the process would also hold the libraries and each kernel's scratch space,
     which differ from one CPU to the next; these bytes do not.
     """
@@ -161,7 +287,7 @@ class PeakMemory:
 
     @property
     def gib(self) -> float:
-        return float(torch.cuda.max_memory_reserved() if self.on_gpu else self.counter.peak) / 2**30
+        return float(torch.cuda.max_memory_allocated() if self.on_gpu else self.counter.peak) / 2**30
 
 
 class _TensorBytes(TorchDispatchMode):

@@ -25,6 +25,13 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def limit_gpu_memory(gib: float) -> None:
+    """The allocator of this process reserves no more than this: a large GPU stands for a small one."""
+    if torch.cuda.is_available():
+        total = torch.cuda.mem_get_info()[1] / 2**30
+        torch.cuda.set_per_process_memory_fraction(min(gib / total, 1.0))
+
+
 def compute_dtype(train: Train) -> torch.dtype:
     """What products are computed in: bfloat16 on a GPU that has it, float32 on a CPU.
 
@@ -121,13 +128,11 @@ def require_quantization(bits: int) -> None:
         ) from error
 
 
-def add_lora(model: LlamaForCausalLM, lora: Lora, *, gradient_checkpointing: bool) -> PeftModel:
+def add_lora(model: LlamaForCausalLM, lora: Lora) -> PeftModel:
     """New LoRA matrices in float32 (Hu et al. 2021) on the frozen base; B starts at zero.
 
     PEFT's prepare_model_for_kbit_training is not used: it also casts embeddings, head and norms to float32.
     """
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     settings = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="models/base", **lora.model_dump())
     peft_model = get_peft_model(model, settings, autocast_adapter_dtype=False)
     # PEFT keeps a set and would write it to adapter_config.json in another order in every process.

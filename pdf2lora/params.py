@@ -71,7 +71,8 @@ class Lora(Section):
 class FindBatch(Section):
     min: Positive
     max: Positive
-    steps: Positive
+    steps: Annotated[int, Field(ge=2)]
+    memory_gib: Gib | Literal["auto"]
     cpu_memory_gib: Gib
     gpu_headroom_gib: Annotated[float, Field(ge=0)]
 
@@ -85,10 +86,12 @@ class Train(Section):
     warmup_steps: Annotated[float, Field(ge=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
-    optim: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"]
+    optim: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused"]
+    kernels: Literal["auto", "reference", "fused", "fp8"]
     compute_dtype: Literal["auto", "bfloat16", "float32"]
     attention: Literal["auto", "flash_attention_2", "sdpa"]
-    gradient_checkpointing: bool
+    gradient_checkpointing: Literal["auto", "none", "mlp", "full", "offload"]
+    deterministic: bool
     logging_steps: Positive
     eval_steps: Positive
     save_steps: Positive
@@ -169,7 +172,11 @@ def read_params(file: Path = PARAMS_FILE) -> Params:
 
 def _in_words(detail: ErrorDetails) -> Iterable[str]:
     """One pydantic error as lines of ours: key, value, rule, remedy."""
-    key = ".".join(str(part) for part in detail["loc"] if part not in ("constrained-int", "literal['auto']"))
+    key = ".".join(
+        str(part)
+        for part in detail["loc"]
+        if part not in ("constrained-int", "constrained-float", "float", "literal['auto']")
+    )
     value, context = detail["input"], detail.get("ctx", {})
     change = f"change it in {PARAMS_FILE} or with -S {key}=..."
     match detail["type"]:

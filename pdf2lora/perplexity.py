@@ -11,13 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
+from pdf2lora.forward import Forward
+from pdf2lora.loss import nats_per_target
 from pdf2lora.tokens import IGNORED, Window
-
-HEAD_CHUNK = 2048  # positions whose logits exist at a time: float32 logits of a whole batch would be gigabytes
 
 Nats = NDArray[np.float64]
 
@@ -33,7 +31,7 @@ class TextSize:
 
 @torch.no_grad()
 def nats_per_document(
-    causal_lm: torch.nn.Module,
+    forward: Forward,
     windows: Sequence[Window],
     *,
     num_documents: int,
@@ -42,28 +40,21 @@ def nats_per_document(
 ) -> Nats:
     """Negative log-likelihood of each document, (num_documents,), summed over the targets of its windows.
 
-    causal_lm: a LlamaForCausalLM (a PEFT model's inner one counts the adapter in), left in eval mode.
+    The model is left in eval mode.
     """
-    causal_lm.eval()
-    device = causal_lm.get_input_embeddings().weight.device  # type: ignore[operator]
-    nats = np.zeros(num_documents)
+    forward.model.eval()
+    head = forward.model.get_base_model().get_output_embeddings().weight
+    nats = torch.zeros(num_documents, dtype=torch.float64, device=head.device)
     for first in range(0, len(windows), per_device_batch):
         batch = windows[first : first + per_device_batch]
-        inputs = torch.from_numpy(np.stack([window.input_ids for window in batch])).to(device)
-        targets = torch.from_numpy(np.stack([window.targets for window in batch])).to(device)
-        hidden = causal_lm.model(input_ids=inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
+        inputs = torch.from_numpy(np.stack([window.input_ids for window in batch])).to(head.device)
+        targets = torch.from_numpy(np.stack([window.targets for window in batch])).to(head.device)
+        owners = torch.tensor([window.document for window in batch], device=head.device)
         counted = targets != IGNORED
-        scores = _nats(causal_lm.lm_head, hidden[counted], targets[counted])  # type: ignore[arg-type]
-        owner = torch.tensor([window.document for window in batch], device=device)[:, None].expand_as(targets)[counted]
-        np.add.at(nats, owner.cpu().numpy(), scores.double().cpu().numpy())
+        scores = nats_per_target(forward(inputs)[counted], head, targets[counted])
+        nats.index_add_(0, owners[:, None].expand_as(targets)[counted], scores.double())
         progress(len(batch))
-    return nats
-
-
-def _nats(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    """-log p of each target; hidden: (positions, hidden_size), targets: (positions,)."""
-    chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
-    return torch.cat([F.cross_entropy(head(h).float(), t, reduction="none") for h, t in chunks])
+    return nats.cpu().numpy()
 
 
 def summary(nats: Nats, sizes: Sequence[TextSize]) -> dict[str, float]:

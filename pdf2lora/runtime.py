@@ -22,7 +22,7 @@ def fingerprint(*ingredients: object) -> str:
     for ingredient in ingredients:
         if isinstance(ingredient, Path):
             files = (
-                sorted(path for path in ingredient.rglob("*") if path.is_file())
+                sorted(path for path in ingredient.rglob("*") if path.is_file() and path.suffix != ".pyc")
                 if ingredient.is_dir()
                 else [ingredient]
             )

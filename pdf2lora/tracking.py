@@ -8,6 +8,7 @@ curves beside it hold seconds, throughput, power and the like, which no two runs
 import json
 import logging
 import math
+import os
 import platform
 import threading
 import time
@@ -19,13 +20,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from dvclive import Live
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import LlamaConfig, TrainerCallback
 
 from pdf2lora.runtime import write_json
+from pdf2lora.throughput import model_flops_utilization
 
 MACHINE = Path("metrics/machine.json")
 CURVES = Path("metrics/machine")
@@ -61,22 +64,29 @@ class DvcliveCallback(TrainerCallback):  # type: ignore[misc]
     checkpoint's log history.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, tokens_per_step: int):
+        self.tokens_per_step = tokens_per_step
         self.live = Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
         self.log = logging.getLogger("train")
         self.progress: Any = None
+        self.last_log = (0, 0.0)  # step, seconds
+        self.step_starts: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for entry in state.log_history:
             self._write(entry, entry["step"])
         self.progress = tqdm(desc="train", total=state.max_steps, initial=state.global_step, unit="step", disable=None)
+        self.last_log = (state.global_step, time.monotonic())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if torch.cuda.is_available():
             state.log_history[-1]["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self._write(state.log_history[-1], state.global_step)
         self.log.info("step %d %s", state.global_step, {k: v for k, v in logs.items() if k in METRIC_NAMES})
-        self.progress.set_postfix({k: f"{v:.3g}" for k, v in logs.items() if k in ("loss", "eval_loss")})
+        self._show_progress(state, logs)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_starts.append(time.monotonic())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.update()
@@ -84,6 +94,31 @@ class DvcliveCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.close()
         self.live.end()
+
+    def throughput(self, config: LlamaConfig, seq_length: int) -> dict[str, float | None]:
+        """Of the median training step, without the looks at the validation documents; and the GPU memory it took."""
+        numbers: dict[str, float | None] = {}
+        steps = np.diff(self.step_starts[1:])  # the first one compiles kernels
+        if len(steps):
+            tokens_per_s = self.tokens_per_step / float(np.median(steps))
+            utilization = model_flops_utilization(tokens_per_s, config, seq_length, device_name())
+            numbers["step_tokens_per_s"] = round(tokens_per_s)
+            numbers["model_flops_utilization"] = utilization and round(utilization, 3)
+        if torch.cuda.is_available():
+            numbers["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            numbers["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        return numbers
+
+    def _show_progress(self, state: Any, logs: dict[str, float]) -> None:
+        """Loss, and on training steps the throughput since the last one that was logged, and GPU memory."""
+        shown = {name: f"{logs[name]:.3g}" for name in ("loss", "eval_loss") if name in logs}
+        (step, seconds), now = self.last_log, time.monotonic()
+        if "loss" in logs and state.global_step > step:
+            shown["tokens/s"] = f"{(state.global_step - step) * self.tokens_per_step / (now - seconds):,.0f}"
+        if "gpu_memory_gib" in state.log_history[-1]:
+            shown["GiB"] = f"{state.log_history[-1]['gpu_memory_gib']:.1f}"
+        self.progress.set_postfix(shown)
+        self.last_log = (state.global_step, now)
 
     def _write(self, entry: dict[str, float], step: int) -> None:
         self.live.step = step
@@ -107,9 +142,11 @@ def machine_metrics(stage: str) -> Iterator[dict[str, Any]]:
     own: dict[str, Any] = {}
     finished = threading.Event()
     started = time.monotonic()
+    gpu = _Gpu()
+    joules = gpu.joules()
 
     def sample() -> None:
-        process, gpu = psutil.Process(), _Gpu()
+        process = psutil.Process()
         while True:
             samples.append({"seconds": round(time.monotonic() - started, 1), **_memory(process), **gpu.read()})
             if finished.wait(SAMPLE_S):
@@ -122,25 +159,36 @@ def machine_metrics(stage: str) -> Iterator[dict[str, Any]]:
     finally:
         finished.set()
         sampler.join()
+    columns = list(dict.fromkeys(chain.from_iterable(samples)))
     entry = {"seconds": round(time.monotonic() - started, 1), **own}
-    names = [name for name in dict.fromkeys(chain.from_iterable(samples)) if name != "seconds"]
-    entry |= {f"peak_{name}": max(sample[name] for sample in samples if name in sample) for name in names}
-    _write_machine(stage, entry, samples)
+    if joules is not None:
+        entry["joules"] = round((gpu.joules() or joules) - joules)
+    entry |= {
+        f"peak_{name}": max(sample[name] for sample in samples if name in sample)
+        for name in columns
+        if name != "seconds"
+    }
+    _write_machine(stage, entry)
+    rows = ["\t".join(columns), *("\t".join(str(sample.get(name, "")) for name in columns) for sample in samples)]
+    CURVES.mkdir(parents=True, exist_ok=True)
+    (CURVES / f"{stage}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def _write_machine(stage: str, entry: dict[str, Any], samples: list[dict[str, float]]) -> None:
+def device_name() -> str:
+    """What computes here: the GPU's name, or cpu."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _write_machine(stage: str, entry: dict[str, Any]) -> None:
     machine = json.loads(MACHINE.read_text(encoding="utf-8")) if MACHINE.exists() else {}
     machine["machine"] = {
         "processor": platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF"),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")},
     }
     write_json(MACHINE, machine | {stage: entry})
-    columns = list(dict.fromkeys(chain.from_iterable(samples)))
-    rows = ["\t".join(columns), *("\t".join(str(sample.get(name, "")) for name in columns) for sample in samples)]
-    CURVES.mkdir(parents=True, exist_ok=True)
-    (CURVES / f"{stage}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def _memory(process: psutil.Process) -> dict[str, float]:
@@ -173,6 +221,14 @@ class _Gpu:
             self.nvml = pynvml
         except Exception as error:
             log.warning("GPU utilization and power are not measured: %s (nvidia-ml-py: requirements-gpu.txt)", error)
+
+    def joules(self) -> float | None:
+        """Energy since the driver was loaded."""
+        if self.handle is None:
+            return None
+        with suppress(self.nvml.NVMLError):
+            return float(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1000
+        return None
 
     def read(self) -> dict[str, float]:
         if self.handle is None:

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from pdf2lora.forward import Forward, Kernels, build_forward
+from pdf2lora.loss import linear_cross_entropy
 from pdf2lora.model import add_lora, compute_dtype, load_base
 from pdf2lora.params import Lora, Quantization, Train
 from pdf2lora.perplexity import nats_per_document
@@ -15,13 +19,30 @@ from pdf2lora.tokens import IGNORED, Sequences, Window
 
 
 class PerplexityTrainer(Trainer):  # type: ignore[misc]
-    """Trainer that validates as evaluate tests: nats a token, by the code that scores the test documents."""
+    """Trainer on a Forward: the loss never sees the logits of a whole batch, and validation is what evaluate does."""
 
+    forward: Forward
     validation_windows: Sequence[Window] = ()
 
+    def compute_loss(
+        self,
+        model: PeftModel,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """Nats a target, over the targets of all batches that are accumulated into this optimizer step."""
+        assert num_items_in_batch is not None
+        hidden = self.forward(inputs["input_ids"])
+        targets = inputs["labels"].roll(-1, dims=1)
+        targets[:, -1] = IGNORED
+        head = model.get_base_model().get_output_embeddings().weight
+        return linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten()) / num_items_in_batch
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Nats a token of the validation documents, by the code that scores the test documents."""
         nats = nats_per_document(
-            self.model.get_base_model(),
+            self.forward,
             self.validation_windows,
             num_documents=1 + max(window.document for window in self.validation_windows),
             per_device_batch=self.args.per_device_eval_batch_size,
@@ -34,13 +55,24 @@ class PerplexityTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
 
+def build_model(base: Path, quantization: Quantization, lora: Lora, train: Train) -> PeftModel:
+    """The quantized base with new LoRA matrices, the same for the same train.seed.
+
+    Raises:
+        InputError: from model.py, where the machine cannot do what is asked.
+    """
+    model = load_base(base, quantization, train)
+    set_seed(train.seed)  # before the first LoRA matrix is drawn
+    return add_lora(model, lora)
+
+
 def build_trainer(
-    base: Path,
+    model: PeftModel,
     sequences: Sequences,
     *,
-    quantization: Quantization,
-    lora: Lora,
     train: Train,
+    kernels: Kernels,
+    gradient_checkpointing: str,
     per_device_batch: int,
     gradient_accumulation_steps: int,
     checkpoints: Path,
@@ -48,19 +80,18 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     max_steps: int | None = None,
 ) -> PerplexityTrainer:
-    """A trainer ready to train: base quantized, LoRA added, data and optimizer settings in place.
+    """A trainer ready to train the LoRA matrices of `model`: data and optimizer settings in place.
 
+    gradient_checkpointing: one of forward.CHECKPOINTING[kernels].
     checkpoints: folder for checkpoint-<step>; written to only where max_steps is None.
     max_steps: optimizer steps of a probe; None trains num_train_epochs.
-
-    Raises:
-        InputError: from model.py, where the machine cannot do what is asked.
     """
-    set_seed(train.seed)  # before the first LoRA matrix is drawn
     is_probe = max_steps is not None
     in_bfloat16 = compute_dtype(train) == torch.bfloat16
     # `accelerate launch` hands on the precision of accelerate_config.yaml, which on a CPU would be emulated.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if in_bfloat16 else "no"
+    torch.use_deterministic_algorithms(train.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs that writes all memory once more
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=per_device_batch,
@@ -79,6 +110,7 @@ def build_trainer(
         logging_strategy="no" if is_probe else "steps",
         logging_steps=train.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is not a number is shown, not replaced; and looking waits for the GPU
         eval_strategy="steps" if validation_windows else "no",
         eval_steps=train.eval_steps,
         eval_on_start=bool(validation_windows),
@@ -90,7 +122,6 @@ def build_trainer(
         remove_unused_columns=False,
         disable_tqdm=True,  # tracking.py draws the progress bar
     )
-    model = add_lora(load_base(base, quantization, train), lora, gradient_checkpointing=train.gradient_checkpointing)
     trainer = PerplexityTrainer(
         model=model,
         args=arguments,
@@ -100,10 +131,11 @@ def build_trainer(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.forward = build_forward(model, kernels, gradient_checkpointing)
     trainer.validation_windows = validation_windows
     return trainer
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Rows of Sequences -> input_ids and labels, both (batch, seq_length)."""
     return {key: torch.stack([torch.from_numpy(row[key]) for row in rows]) for key in rows[0]}

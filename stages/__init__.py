@@ -8,3 +8,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Everything is on disk; nothing is asked of a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# On a GPU: memory in segments that grow, so that what fits once fits again (no fragments between them), and workspaces
+# with which cuBLAS repeats its sums in the same order.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from pdf2lora.corpus import Document, read_documents
 from pdf2lora.errors import report_input_errors
+from pdf2lora.forward import build_forward, choose_kernels
 from pdf2lora.model import load_adapter, load_base
 from pdf2lora.params import read_params
 from pdf2lora.perplexity import Nats, TextSize, bootstrap, nats_per_document, summary
@@ -46,11 +47,13 @@ def main() -> None:
         machine_metrics("evaluate"),
         tqdm(total=2 * len(looks), desc="evaluate", unit="window", disable=None) as progress,
     ):
+        kernels = choose_kernels(params.train, params.quantization, params.lora)
         model = load_adapter(load_base(BASE, params.quantization, params.train), ADAPTER)
+        forward = build_forward(model, "fused" if kernels == "fp8" else kernels)  # a test in fp8 would be approximate
 
         def score() -> Nats:
             return nats_per_document(
-                model.get_base_model(),
+                forward,
                 looks,
                 num_documents=len(documents),
                 per_device_batch=params.evaluate.per_device_batch,

@@ -18,20 +18,23 @@ import torch
 from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
 
-from pdf2lora import model, tokens, training
+from pdf2lora import forward, loss, model, tokens, training
 from pdf2lora.corpus import read_documents
 from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.forward import choose_kernels
+from pdf2lora.model import limit_gpu_memory
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime import fingerprint, project_root, scratch_folder, sole_owner, whole_folder
 from pdf2lora.tokens import Encoder, pack, windows
-from pdf2lora.tracking import DvcliveCallback, log_to_file, machine_metrics
-from pdf2lora.training import build_trainer
+from pdf2lora.tracking import DvcliveCallback, device_name, log_to_file, machine_metrics
+from pdf2lora.training import build_model, build_trainer
 
 BASE = Path("models/base")
 SIDES = Path("data/split")
 BATCH = Path("metrics/batch.json")
 ADAPTER = Path("models/adapter")
 METRICS = Path("metrics/train")
+KERNELS = Path("pdf2lora/kernels")
 
 log = logging.getLogger("train")
 
@@ -58,19 +61,30 @@ def main() -> None:
         )
     ]
 
+    tokens_per_step = batch["effective_batch"] * params.train.seq_length
+    tracker = DvcliveCallback(METRICS, tokens_per_step=tokens_per_step)
     checkpoints = scratch_folder("train", run_fingerprint(params))
     with sole_owner(checkpoints), machine_metrics("train") as machine:
+        if batch["device"] != device_name():
+            print(
+                f"train: {BATCH} was measured on {batch['device']}, this is {device_name()}; "
+                "`dvc repro -f -s find_batch` finds the fastest batch here"
+            )
+        kernels = choose_kernels(params.train, params.quantization, params.lora)
+        if batch["memory_gib"] != "auto":
+            limit_gpu_memory(batch["memory_gib"])
+        peft_model = build_model(BASE, params.quantization, params.lora, params.train)
         trainer = build_trainer(
-            BASE,
+            peft_model,
             sequences,
-            quantization=params.quantization,
-            lora=params.lora,
             train=params.train,
+            kernels=kernels,
+            gradient_checkpointing=batch["gradient_checkpointing"],
             per_device_batch=batch["per_device_batch"],
             gradient_accumulation_steps=batch["gradient_accumulation_steps"],
             checkpoints=checkpoints,
             validation_windows=looks,
-            callbacks=[DvcliveCallback(METRICS)],
+            callbacks=[tracker],
         )
         for unfinished in [c for c in checkpoints.glob("checkpoint-*") if not (c / "trainer_state.json").exists()]:
             shutil.rmtree(unfinished)  # a run was killed while it wrote this one: that file comes last
@@ -81,30 +95,45 @@ def main() -> None:
         log.info("trainable parameters: %s", trainer.model.get_nb_trainable_parameters())
         log.info("starts from %s", last_checkpoint or "the base model")
         started, first_step = time.monotonic(), _step_of(last_checkpoint)
-        trainer.train(resume_from_checkpoint=last_checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=last_checkpoint)
+        except torch.OutOfMemoryError as error:
+            raise InputError(out_of_memory(trainer.state.global_step, checkpoints, error)) from error
         steps = trainer.state.global_step - first_step
-        tokens_per_s = steps * batch["effective_batch"] * params.train.seq_length / (time.monotonic() - started)
         machine |= {
             "steps": steps,
-            "tokens_per_s": round(tokens_per_s),
-            "attention": trainer.model.config._attn_implementation,
+            "kernels": kernels,
+            "attention": peft_model.config._attn_implementation if kernels == "reference" else "flash (PyTorch)",
+            "tokens_per_s": round(steps * tokens_per_step / (time.monotonic() - started)),
+            **tracker.throughput(peft_model.config, params.train.seq_length),
         }
 
         with whole_folder(ADAPTER) as folder:
             trainer.model.save_pretrained(folder)
         shutil.rmtree(checkpoints)  # the adapter is whole: a forced re-run trains again instead of loading its end
-    print(f"train: {trainer.state.global_step} steps, {round(tokens_per_s):,} tokens/s; log in {log_file}")
+    print(f"train: {trainer.state.global_step} steps, {machine['tokens_per_s']:,} tokens/s; log in {log_file}")
 
 
 def _step_of(checkpoint: str | None) -> int:
     return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
 
 
+def out_of_memory(step: int, checkpoints: Path, error: torch.OutOfMemoryError) -> str:
+    """In mid-run, where find_batch had found room: something else has taken it."""
+    kept = get_last_checkpoint(str(checkpoints))
+    return (
+        f"train: the GPU ran out of memory in step {step + 1} ({str(error).split('.')[0]}); free it (nvidia-smi shows "
+        "who uses it) and run dvc repro again, which goes on from "
+        f"{f'the checkpoint of step {_step_of(kept)}' if kept else 'the base model'}, "
+        "or find a smaller batch: dvc repro -f -s find_batch"
+    )
+
+
 def run_fingerprint(params: Params) -> str:
     """Of everything that the adapter depends on."""
-    code = [Path(module.__file__ or "") for module in (model, tokens, training)]
+    code = [Path(module.__file__ or "") for module in (forward, loss, model, tokens, training)]
     libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")]
-    return fingerprint(params.quantization, params.lora, params.train, BASE, SIDES, BATCH, *code, *libraries)
+    return fingerprint(params.quantization, params.lora, params.train, BASE, SIDES, BATCH, KERNELS, *code, *libraries)
 
 
 def take_all_cores() -> None:

@@ -1,0 +1,125 @@
+"""Causal attention between the rows of one product (queries, keys and values side by side) and those of the next.
+
+PyTorch's own FlashAttention-2 kernels (Dao 2023) do the work, called below autograd since the decoder layer is one
+autograd function. Fewer key heads than query heads (Ainslie et al. 2023) are passed on as they are.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pdf2lora.kernels.rows import Rows, block_and_warps, store_fp8
+
+
+class Heads(NamedTuple):
+    """How the rows of one layer divide into heads."""
+
+    num_queries: int
+    num_keys: int
+    head_dim: int
+    seq_length: int
+
+    @property
+    def num_rotated(self) -> int:
+        return self.num_queries + self.num_keys
+
+    @property
+    def width(self) -> int:
+        return (self.num_queries + 2 * self.num_keys) * self.head_dim
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views (batch, heads, seq_length, head_dim) of queries, keys and values in rows (tokens, width)."""
+        heads = qkv.view(-1, self.seq_length, self.width // self.head_dim, self.head_dim).transpose(1, 2)
+        query, key, value = heads.split([self.num_queries, self.num_keys, self.num_keys], dim=1)
+        return query, key, value
+
+    def rows(self, attended: Tensor) -> Tensor:
+        """(batch, heads, seq_length, head_dim) -> (tokens, heads * head_dim)."""
+        return attended.transpose(1, 2).reshape(-1, self.num_queries * self.head_dim)
+
+
+class Attended(NamedTuple):
+    """What attention leaves for its backward pass."""
+
+    output: Tensor
+    context: tuple[object, ...]
+
+
+def forward(qkv: Tensor, heads: Heads) -> Attended:
+    """qkv: (tokens, width), rotated; the output is (batch, heads, seq_length, head_dim)."""
+    output, *context, _ = torch.ops.aten._scaled_dot_product_flash_attention(*heads.split(qkv), is_causal=True)
+    return Attended(output, tuple(context))
+
+
+def backward(grad: Tensor, qkv: Tensor, attended: Attended, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, each (batch, heads, seq_length, head_dim); grad: (tokens, heads * head_dim)."""
+    logsumexp, start_q, start_k, max_q, max_k, seed, offset = attended.context
+    by_head = grad.view(-1, heads.seq_length, heads.num_queries, heads.head_dim).transpose(1, 2)
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        by_head, *heads.split(qkv), attended.output, logsumexp, start_q, start_k, max_q, max_k, 0.0, True, seed, offset
+    )
+    return gradients
+
+
+@triton.jit
+def _strided(of, batch, position, head, column, batch_stride, head_stride, position_stride, inside):
+    at = of + batch * batch_stride + position * position_stride + head * head_stride + column
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _unrotated_rows(
+    query, key, value, cos, sin, values, fp8, scale,
+    query_batch, query_head, query_position, key_batch, key_head, key_position, value_batch, value_head, value_position,
+    seq_length, NUM_QUERIES: tl.constexpr, NUM_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUES: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    batch, position = row // seq_length, row % seq_length
+    columns = tl.arange(0, BLOCK)
+    width: tl.constexpr = (NUM_QUERIES + 2 * NUM_KEYS) * HEAD_DIM
+    half: tl.constexpr = HEAD_DIM // 2
+    inside = columns < width
+    head, column = columns // HEAD_DIM, columns % HEAD_DIM
+    other = (column + half) % HEAD_DIM
+    is_query = head < NUM_QUERIES
+    is_key = (head >= NUM_QUERIES) & (head < NUM_QUERIES + NUM_KEYS)
+    is_value = (head >= NUM_QUERIES + NUM_KEYS) & inside
+    key_at, value_at = head - NUM_QUERIES, head - NUM_QUERIES - NUM_KEYS
+    x = _strided(query, batch, position, head, column, query_batch, query_head, query_position, is_query)
+    y = _strided(query, batch, position, head, other, query_batch, query_head, query_position, is_query)
+    x += _strided(key, batch, position, key_at, column, key_batch, key_head, key_position, is_key)
+    y += _strided(key, batch, position, key_at, other, key_batch, key_head, key_position, is_key)
+    angle = position * half + column % half
+    rotated = is_query | is_key
+    c = tl.load(cos + angle, mask=rotated, other=1.0)
+    s = tl.load(sin + angle, mask=rotated, other=0.0)
+    x = x * c + tl.where(column < half, y, -y) * s
+    x += _strided(value, batch, position, value_at, column, value_batch, value_head, value_position, is_value)
+    if VALUES:
+        tl.store(values + row * width + columns, x.to(values.dtype.element_ty), mask=inside)
+    if FP8:
+        store_fp8(x, fp8, scale, row, columns, width, inside)
+
+
+def unrotated_rows(
+    gradients: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, heads: Heads, *, values: bool, fp8: bool
+) -> Rows:
+    """Gradients of rotated queries, rotated keys and values -> gradient of the product's rows, (tokens, width).
+
+    Reads and writes 2 bytes a feature.
+    """
+    query, key, value = gradients
+    tokens = query.shape[0] * query.shape[2]
+    rows = Rows.empty(query.new_empty(tokens, 0), heads.width, values=values, fp8=fp8)
+    block, warps = block_and_warps(heads.width)
+    _unrotated_rows[(tokens,)](
+        query, key, value, cos, sin, rows.values, rows.fp8, rows.scale,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        heads.seq_length, NUM_QUERIES=heads.num_queries, NUM_KEYS=heads.num_keys, HEAD_DIM=heads.head_dim,
+        VALUES=values, FP8=fp8, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return rows

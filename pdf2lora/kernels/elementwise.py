@@ -1,0 +1,192 @@
+"""What happens to each row between two products: residual add, RMSNorm, SwiGLU, rotary positions.
+
+All of it is bound by memory: the docstrings count the bytes of a feature, at two bytes for a bfloat16. Arithmetic is in
+float32 and rounded once at the end, where transformers rounds after each step.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pdf2lora.kernels.rows import Rows, block_and_warps, store_fp8
+
+
+@triton.jit
+def _add_rmsnorm(
+    residual, update, weight, total, values, fp8, scale, rstd, num_features, eps,
+    ADD: tl.constexpr, VALUES: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < num_features
+    at = row * num_features + columns
+    x = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(update + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x, 0) / num_features + eps)
+    tl.store(rstd + row, inverse)
+    y = x * inverse * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if VALUES:
+        tl.store(values + at, y.to(values.dtype.element_ty), mask=inside)
+    if FP8:
+        store_fp8(y, fp8, scale, row, columns, num_features, inside)
+
+
+def add_rmsnorm(
+    residual: Tensor, update: Tensor | None, weight: Tensor, eps: float, *, values: bool = True, fp8: bool = False
+) -> tuple[Tensor, Rows, Tensor]:
+    """(residual + update, its RMSNorm times weight, 1 / RMS); without an update the first is `residual` itself.
+
+    residual, update: (tokens, features); weight: (features,). Reads 4 bytes a feature and writes 4 (Zhang and Sennrich
+    2019, Root Mean Square Layer Normalization).
+    """
+    tokens, features = residual.shape
+    total = residual if update is None else torch.empty_like(residual)
+    normed = Rows.empty(residual, features, values=values, fp8=fp8)
+    rstd = torch.empty(tokens, dtype=torch.float32, device=residual.device)
+    block, warps = block_and_warps(features)
+    _add_rmsnorm[(tokens,)](
+        residual, update, weight, total, normed.values, normed.fp8, normed.scale, rstd, features, eps,
+        ADD=update is not None, VALUES=values, FP8=fp8, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return total, normed, rstd
+
+
+@triton.jit
+def _rmsnorm_backward(
+    grad, x, rstd, weight, beside, fp8, scale, num_features,
+    BESIDE: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < num_features
+    at = row * num_features + columns
+    inverse = tl.load(rstd + row)
+    direction = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * inverse
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    g *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    dx = inverse * (g - direction * (tl.sum(g * direction, 0) / num_features))
+    if BESIDE:
+        dx += tl.load(beside + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(grad + at, dx.to(grad.dtype.element_ty), mask=inside)
+    if FP8:
+        store_fp8(dx, fp8, scale, row, columns, num_features, inside)
+
+
+def rmsnorm_backward_(
+    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, beside: Tensor | None, *, fp8: bool = False
+) -> Rows:
+    """Gradient of x from that of its RMSNorm, plus `beside`, what reached x by the residual path; in place of `grad`.
+
+    grad, x, beside: (tokens, features). Reads 6 bytes a feature and writes 2. The weight is frozen: no gradient of it.
+    """
+    tokens, features = x.shape
+    quantized = Rows.empty(x, features, values=False, fp8=fp8)
+    block, warps = block_and_warps(features)
+    _rmsnorm_backward[(tokens,)](
+        grad, x, rstd, weight, beside, quantized.fp8, quantized.scale, features,
+        BESIDE=beside is not None, FP8=fp8, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return quantized._replace(values=grad)
+
+
+@triton.jit
+def _swiglu(gate_up, values, fp8, scale, width, VALUES: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(gate_up + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
+    y = gate * tl.sigmoid(gate) * up
+    if VALUES:
+        tl.store(values + row * width + columns, y.to(values.dtype.element_ty), mask=inside)
+    if FP8:
+        store_fp8(y, fp8, scale, row, columns, width, inside)
+
+
+def swiglu(gate_up: Tensor, *, values: bool = True, fp8: bool = False) -> Rows:
+    """silu(gate) * up, (tokens, width), from (tokens, 2 * width): gate, then up (Shazeer 2020, GLU Variants).
+
+    Reads 4 bytes a feature of the result and writes 2.
+    """
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    product = Rows.empty(gate_up, width, values=values, fp8=fp8)
+    block, warps = block_and_warps(width)
+    _swiglu[(tokens,)](
+        gate_up, product.values, product.fp8, product.scale, width,
+        VALUES=values, FP8=fp8, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return product
+
+
+@triton.jit
+def _swiglu_backward(grad, gate_up, fp8, scale, width, VALUES: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    at = row * 2 * width + columns
+    gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    d_up = g * gate * sigmoid
+    d_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
+    if VALUES:
+        tl.store(gate_up + at, d_gate.to(gate_up.dtype.element_ty), mask=inside)
+        tl.store(gate_up + at + width, d_up.to(gate_up.dtype.element_ty), mask=inside)
+    if FP8:
+        largest = tl.maximum(tl.max(tl.abs(d_gate), 0), tl.max(tl.abs(d_up), 0))
+        step = tl.maximum(largest, 1e-12) / 448.0
+        tl.store(fp8 + at, (d_gate / step).to(fp8.dtype.element_ty), mask=inside)
+        tl.store(fp8 + at + width, (d_up / step).to(fp8.dtype.element_ty), mask=inside)
+        tl.store(scale + row, step)
+
+
+def swiglu_backward_(grad: Tensor, gate_up: Tensor, *, values: bool = True, fp8: bool = False) -> Rows:
+    """Gradient of (gate, up) from that of silu(gate) * up; the values are written in place of `gate_up`.
+
+    grad: (tokens, width); gate_up: (tokens, 2 * width). Reads 6 bytes a feature of grad and writes 4.
+    """
+    tokens, width = grad.shape
+    both = Rows.empty(gate_up, 2 * width, values=False, fp8=fp8)
+    block, warps = block_and_warps(width)
+    _swiglu_backward[(tokens,)](
+        grad, gate_up, both.fp8, both.scale, width, VALUES=values, FP8=fp8, BLOCK=block, num_warps=min(2 * warps, 32)
+    )
+    return both._replace(values=gate_up if values else None)
+
+
+@triton.jit
+def _rotate(
+    heads, cos, sin, tokens, seq_length, row_stride,
+    HALF: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
+    column = tl.arange(0, BLOCK_HALF)[None, :]
+    inside = (token < tokens) & (column < HALF)
+    angle = (token % seq_length) * HALF + column
+    c = tl.load(cos + angle, mask=inside, other=0.0)
+    s = tl.load(sin + angle, mask=inside, other=0.0)
+    at = heads + token.to(tl.int64) * row_stride + tl.program_id(1) * 2 * HALF + column
+    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, (first * c - second * s).to(heads.dtype.element_ty), mask=inside)
+    tl.store(at + HALF, (second * c + first * s).to(heads.dtype.element_ty), mask=inside)
+
+
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> None:
+    """Rotary position embedding of the first num_rotated heads, in place (Su et al. 2021; halves paired as in transformers).
+
+    heads: (tokens, all heads * head_dim), token t at position t % seq_length; cos, sin: (seq_length, head_dim / 2),
+    float32; with -sin it is the gradient. Reads and writes 2 bytes a feature.
+    """
+    tokens = heads.shape[0]
+    seq_length, half = cos.shape
+    _rotate[(triton.cdiv(tokens, 32), num_rotated)](
+        heads, cos, sin, tokens, seq_length, heads.stride(0),
+        HALF=half, BLOCK_TOKENS=32, BLOCK_HALF=triton.next_power_of_2(half), num_warps=4,
+    )  # fmt: skip

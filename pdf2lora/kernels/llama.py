@@ -1,0 +1,66 @@
+"""A PeftModel's Llama, run by the kernels of this folder: token ids -> hidden states, differentiable in the adapter."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdf2lora.kernels.attention import Heads
+from pdf2lora.kernels.decoder import DecoderLayer, FinalNorm, Keep, Pass
+from pdf2lora.kernels.offload import Offload
+from pdf2lora.kernels.projections import refresh
+
+
+class FusedLlama:
+    """input_ids (batch, seq_length) -> hidden states (batch, seq_length, hidden), as the Llama's own `model` gives.
+
+    Weights, matrices and their gradients stay the PeftModel's; `train()` and `disable_adapter()` on it count here.
+    Sequences are not padded on the left, and attention is causal over the whole row.
+    """
+
+    def __init__(self, model: Any, *, keep: Keep = Keep.ALL, fp8: bool = False):
+        """model: a PeftModel of a LlamaForCausalLM on bitsandbytes 4-bit layers; fp8: frozen products while training."""
+        self.model = model
+        self.keep = keep
+        self.fp8 = fp8
+        self.llama = model.get_base_model().model
+        dtype = self.llama.embed_tokens.weight.dtype
+        self.layers = [DecoderLayer(number, layer, dtype) for number, layer in enumerate(self.llama.layers)]
+        self.projections = [projections for layer in self.layers for projections in layer.projections]
+        self.offload = Offload()
+        if fp8:
+            for projections in self.projections:
+                projections.frozen.to_fp8()
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        batch, seq_length = input_ids.shape
+        training = self.model.training
+        refresh(self.projections)
+        shared = Pass(
+            keep=self.keep,
+            heads=self._heads(seq_length),
+            **self._angles(seq_length, input_ids.device),
+            # PyTorch's generator: checkpoints hold its state, so a resumed run draws the same masks
+            seed=int(torch.randint(2**30, ())) if training else None,
+            fp8=self.fp8 and training,
+            offload=self.offload,
+        )
+        residual: Tensor = self.llama.embed_tokens(input_ids).view(batch * seq_length, -1)
+        update = None
+        for layer in self.layers:
+            residual, update = layer(residual, update, shared)
+        hidden: Tensor = FinalNorm.apply(residual, update, self.llama.norm)
+        return hidden.view(batch, seq_length, -1)
+
+    def _heads(self, seq_length: int) -> Heads:
+        config = self.llama.config
+        return Heads(
+            config.num_attention_heads, config.num_key_value_heads, self.llama.layers[0].self_attn.head_dim, seq_length
+        )
+
+    def _angles(self, seq_length: int, device: torch.device) -> dict[str, Tensor]:
+        """cos and sin of the rotary embedding, each (seq_length, head_dim / 2), float32."""
+        positions = torch.arange(seq_length, device=device)[None]
+        cos, sin = self.llama.rotary_emb(torch.ones((), device=device), positions)
+        half = cos.shape[-1] // 2
+        return {"cos": cos[0, :, :half].contiguous(), "sin": sin[0, :, :half].contiguous()}

@@ -1,0 +1,104 @@
+"""One to three projections that read the same x: their frozen product, and the LoRA of those that have one."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdf2lora.kernels import lora
+from pdf2lora.kernels.frozen import Frozen
+from pdf2lora.kernels.rows import Rows
+
+NO_DROPOUT = lora.Dropout(0.0)
+
+
+class Adapter(NamedTuple):
+    """PEFT's matrices of one projection, and where their copies in compute precision stand among the projections'."""
+
+    a: Tensor  # (r, features in), float32
+    b: Tensor  # (features of the projection, r), float32
+    scaling: float
+    rank: slice  # of the rows of Projections.a and the columns of Projections.b
+    rows: slice  # of the rows of Projections.b: the projection's part of the product
+
+
+class Projections:
+    """y = x W^T + scaling * (dropout(x) A^T) B^T, W, A and B of all projections stacked.
+
+    A stacks the ranks, filled up with zeros to what a tensor core takes; B has each projection's matrix at its own rows
+    and ranks, times its scaling, and zeros elsewhere.
+    """
+
+    def __init__(self, modules: Sequence[Any], dtype: torch.dtype):
+        """modules: PEFT's LoRA layers, or bitsandbytes' Linear4bit where a projection has no LoRA."""
+        self.modules = modules
+        self.frozen = Frozen([getattr(module, "base_layer", module) for module in modules], dtype)
+        with_lora = [module for module in modules if hasattr(module, "lora_A")]
+        self.adapters: list[Adapter] = []
+        if not with_lora:
+            return
+        r = with_lora[0].r["default"]
+        self.rank = max(16, 1 << (r - 1).bit_length())
+        self.dropout = lora.Dropout(getattr(with_lora[0].lora_dropout["default"], "p", 0.0))
+        first_row = 0
+        for module, num_rows in zip(modules, self.frozen.rows, strict=True):
+            if module in with_lora:
+                first_rank = len(self.adapters) * self.rank
+                matrices = module.lora_A["default"].weight, module.lora_B["default"].weight
+                rank, rows = slice(first_rank, first_rank + r), slice(first_row, first_row + num_rows)
+                self.adapters.append(Adapter(*matrices, module.scaling["default"], rank, rows))
+            first_row += num_rows
+        width, device = len(with_lora) * self.rank, self.adapters[0].a.device
+        self.a = torch.zeros(width, self.frozen.shape[1], dtype=dtype, device=device)
+        self.b = torch.zeros(self.frozen.shape[0], width, dtype=dtype, device=device)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [matrix for adapter in self.adapters for matrix in (adapter.a, adapter.b)]
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether LoRA counts in now: PEFT's disable_adapter() turns it off for a while."""
+        return bool(self.adapters) and not any(getattr(module, "disable_adapters", False) for module in self.modules)
+
+    def forward(self, x: Rows, seed: int | None) -> tuple[Tensor, Tensor | None]:
+        """(y, dropout(x) A^T, which backward needs); x: (tokens, features in). Without a seed there is no dropout."""
+        y = self.frozen.forward(x)
+        if not self.has_lora:
+            return y, None
+        assert x.values is not None
+        low_rank = lora.down(x.values, self.a, self.rank, NO_DROPOUT if seed is None else self.dropout, seed or 0)
+        return y.addmm_(low_rank, self.b.t()), low_rank
+
+    def backward(
+        self, grad: Rows, x: Tensor | None, low_rank: Tensor | None, seed: int | None, *, grad_x: bool = True
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """(gradient of x, gradients of `parameters` in float32); without grad_x the first is None."""
+        dx = self.frozen.backward(grad) if grad_x else None
+        if low_rank is None:
+            return dx, []
+        assert grad.values is not None
+        assert x is not None
+        grad_low_rank = grad.values @ self.b
+        grad_b = grad.values.t() @ low_rank
+        dropout = NO_DROPOUT if seed is None else self.dropout
+        grad_a = lora.backward_(x, dx, self.a, grad_low_rank, self.rank, dropout, seed or 0)
+        gradients = []
+        for adapter in self.adapters:
+            grad_of_b = grad_b[adapter.rows, adapter.rank].float() * adapter.scaling
+            gradients += [grad_a[adapter.rank], grad_of_b]
+        return dx, gradients
+
+
+def refresh(all_projections: Sequence[Projections]) -> None:
+    """Copies PEFT's float32 matrices, as the optimizer left them, to where the products read them."""
+    with_lora = [(projections, adapter) for projections in all_projections for adapter in projections.adapters]
+    a = [projections.a[adapter.rank] for projections, adapter in with_lora]
+    b = [projections.b[adapter.rows, adapter.rank] for projections, adapter in with_lora]
+    with torch.no_grad():
+        scaled = torch._foreach_mul(
+            [adapter.b for _, adapter in with_lora], [adapter.scaling for _, adapter in with_lora]
+        )
+        torch._foreach_copy_(a, [adapter.a for _, adapter in with_lora])
+        torch._foreach_copy_(b, scaled)

@@ -1,0 +1,66 @@
+"""Activations and gradients as rows, (tokens, features), and their rowwise quantization to fp8.
+
+A row's scale is its largest absolute value over 448, the largest number of e4m3 (Micikevicius et al. 2022, FP8 Formats
+for Deep Learning); a product multiplies the scales back. The kernels that make rows quantize them while they hold them
+in registers; `quantize` here is for rows that another library made.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+
+
+class Rows(NamedTuple):
+    """The left side of a product: values for the adapter, fp8 and scale for the frozen weights; either may be absent.
+
+    values: (tokens, features), bfloat16; fp8: the same shape, e4m3; scale: (tokens, 1), float32.
+    """
+
+    values: Tensor | None
+    fp8: Tensor | None = None
+    scale: Tensor | None = None
+
+    @classmethod
+    def empty(cls, like: Tensor, num_features: int, *, values: bool, fp8: bool) -> "Rows":
+        tokens, on = like.shape[0], like.device
+        return cls(
+            torch.empty(tokens, num_features, dtype=like.dtype, device=on) if values else None,
+            torch.empty(tokens, num_features, dtype=FP8, device=on) if fp8 else None,
+            torch.empty(tokens, 1, dtype=torch.float32, device=on) if fp8 else None,
+        )
+
+
+def block_and_warps(num_features: int) -> tuple[int, int]:
+    """Triton's block for a whole row in one program, and the warps that hold it in registers without spilling."""
+    block = triton.next_power_of_2(num_features)
+    return block, min(max(block // 512, 4), 32)
+
+
+@triton.jit
+def store_fp8(values, fp8, scale, row, columns, num_features, inside):
+    """Quantizes one row (float32 `values`, 0 outside) into fp8[row] and scale[row]."""
+    step = tl.maximum(tl.max(tl.abs(values), 0), 1e-12) / 448.0
+    tl.store(fp8 + row * num_features + columns, (values / step).to(fp8.dtype.element_ty), mask=inside)
+    tl.store(scale + row, step)
+
+
+@triton.jit
+def _quantize(values, fp8, scale, num_features, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < num_features
+    loaded = tl.load(values + row * num_features + columns, mask=inside, other=0.0).to(tl.float32)
+    store_fp8(loaded, fp8, scale, row, columns, num_features, inside)
+
+
+def quantize(values: Tensor) -> Rows:
+    """values: (tokens, features), contiguous. Moves 3 bytes a feature."""
+    rows = Rows.empty(values, values.shape[1], values=False, fp8=True)
+    block, warps = block_and_warps(values.shape[1])
+    _quantize[(values.shape[0],)](values, rows.fp8, rows.scale, values.shape[1], BLOCK=block, num_warps=warps)
+    return rows._replace(values=values)

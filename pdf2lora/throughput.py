@@ -1,0 +1,52 @@
+"""How much of the GPU's arithmetic a training step uses, and what it costs in energy.
+
+Model FLOP utilization (Chowdhery et al. 2022, PaLM, appendix B) counts what the mathematics of a step asks for, not
+what is recomputed to save memory, over what the GPU's data sheet promises.
+"""
+
+from transformers import LlamaConfig
+
+# Dense bfloat16 FLOP/s of the vendors' data sheets, in 1e12, by a part of the name that CUDA gives.
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "GH200": 989,
+    "A100": 312,
+    "A40": 149.7,
+    "A30": 165,
+    "A10G": 125,
+    "A10": 125,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71,
+}
+
+
+def flop_per_token(config: LlamaConfig, seq_length: int) -> float:
+    """FLOP of one token in a LoRA training step: forward, and gradients of activations but not of frozen weights.
+
+    2 for each weight of a product forward and 2 backward; causal attention reads half a sequence on average, with two
+    products forward and four backward (Dao 2023, FlashAttention-2, section 4). Embeddings and LoRA count nothing.
+    """
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    weights_of_a_layer = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
+    weights = config.num_hidden_layers * weights_of_a_layer + config.hidden_size * config.vocab_size
+    attention = config.num_hidden_layers * 6 * 2 * queries * seq_length / 2
+    return float(4 * weights + attention)
+
+
+def peak_flop_per_s(gpu: str) -> float | None:
+    """The data sheet's dense bfloat16 rate of a GPU that is known by name."""
+    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in gpu), None)
+
+
+def model_flops_utilization(tokens_per_s: float, config: LlamaConfig, seq_length: int, gpu: str) -> float | None:
+    """A share, 0 to 1; None for a GPU that is not in the table."""
+    peak = peak_flop_per_s(gpu)
+    return None if peak is None else tokens_per_s * flop_per_token(config, seq_length) / peak
