@@ -118,7 +118,7 @@ def checkpointing_modes(train: Train, kernels: Kernels) -> tuple[str, ...]:
         return known if torch.cuda.is_available() else ("full",)
     if train.gradient_checkpointing not in known:
         raise InputError(
-            f"train.gradient_checkpointing: {train.gradient_checkpointing!r} is not possible with the {kernels} kernels; "
-            f"choose {', '.join(known)} or auto"
+            f"train.gradient_checkpointing: {train.gradient_checkpointing!r} is not possible with the {kernels} "
+            f"kernels; choose {', '.join(known)} or auto"
         )
     return (train.gradient_checkpointing,)

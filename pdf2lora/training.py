@@ -13,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from pdf2lora.forward import Forward, Kernels, build_forward
 from pdf2lora.loss import linear_cross_entropy
 from pdf2lora.model import add_lora, compute_dtype, load_base
+from pdf2lora.optimizer import FlatParameter
 from pdf2lora.params import Lora, Quantization, Train
 from pdf2lora.perplexity import nats_per_document
 from pdf2lora.tokens import IGNORED, Sequences, Window
@@ -24,20 +25,29 @@ class PerplexityTrainer(Trainer):  # type: ignore[misc]
     forward: Forward
     validation_windows: Sequence[Window] = ()
 
-    def compute_loss(
-        self,
-        model: PeftModel,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Tensor:
-        """Nats a target, over the targets of all batches that are accumulated into this optimizer step."""
-        assert num_items_in_batch is not None
+    def training_step(self, model: PeftModel, inputs: dict[str, Tensor], num_items_in_batch: Tensor) -> Tensor:
+        """Nats a target, over the targets of all batches that are accumulated into this optimizer step.
+
+        Trainer's own would also call model.train(), which walks through a thousand modules while the GPU waits.
+        """
+        assert model.training
+        inputs = self._prepare_inputs(inputs)
         hidden = self.forward(inputs["input_ids"])
         targets = inputs["labels"].roll(-1, dims=1)
         targets[:, -1] = IGNORED
-        head = model.get_base_model().get_output_embeddings().weight
-        return linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten()) / num_items_in_batch
+        head = self.model.get_base_model().get_output_embeddings().weight
+        loss = linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten()) / num_items_in_batch
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def create_optimizer(self, model: PeftModel | None = None) -> torch.optim.Optimizer:
+        """The optimizer of train.optim, on all LoRA matrices at once."""
+        if self.optimizer is None:
+            optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            flat = FlatParameter(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+            self.optimizer = optimizer([flat.parameter], weight_decay=self.args.weight_decay, **settings)
+            self.optimizer.register_step_pre_hook(flat.gather_gradients)
+        return self.optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Nats a token of the validation documents, by the code that scores the test documents."""
@@ -133,6 +143,7 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.forward = build_forward(model, kernels, gradient_checkpointing)
     trainer.validation_windows = validation_windows
+    model.train()
     return trainer
 
 

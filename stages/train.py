@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
 
-from pdf2lora import forward, loss, model, tokens, training
+from pdf2lora import forward, loss, model, optimizer, tokens, training
 from pdf2lora.corpus import read_documents
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.forward import choose_kernels
@@ -131,7 +131,7 @@ def out_of_memory(step: int, checkpoints: Path, error: torch.OutOfMemoryError) -
 
 def run_fingerprint(params: Params) -> str:
     """Of everything that the adapter depends on."""
-    code = [Path(module.__file__ or "") for module in (forward, loss, model, tokens, training)]
+    code = [Path(module.__file__ or "") for module in (forward, loss, model, optimizer, tokens, training)]
     libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")]
     return fingerprint(params.quantization, params.lora, params.train, BASE, SIDES, BATCH, KERNELS, *code, *libraries)
 

@@ -119,20 +119,23 @@ class DecoderLayer:
         """SwiGLU: what down reads."""
         return swiglu(made.gate_up, values=self.down.has_lora or not shared.fp8, fp8=shared.fp8)
 
-    def keep(self, shared: Pass, made: Activations) -> None:
-        """Forgets, after the forward pass, what `recompute` can make again."""
-        if shared.keep is Keep.ALL:
-            return
-        made.forget("x_mlp", "gate_up")
-        if shared.keep is Keep.NO_MLP:
-            return
-        made.forget("x", "rstd", "qkv", "attended", "total_mlp", "rstd_mlp")
+    def forget_attention(self, shared: Pass, made: Activations) -> None:
+        """After attention in the forward pass: what `recompute` can make again."""
+        if shared.keep in (Keep.INPUT, Keep.OFFLOAD):
+            made.forget("x", "rstd", "qkv", "attended")
+
+    def forget_mlp(self, shared: Pass, made: Activations) -> None:
+        """The same, after the MLP."""
+        if shared.keep is not Keep.ALL:
+            made.forget("x_mlp", "gate_up")
+        if shared.keep in (Keep.INPUT, Keep.OFFLOAD):
+            made.forget("total_mlp", "rstd_mlp")
         if shared.keep is Keep.OFFLOAD:
             shared.offload.put(self.number, made.total)
             made.forget("total")
 
     def recompute(self, shared: Pass, made: Activations) -> None:
-        """Makes, before the backward pass, what `keep` forgot, with the same dropout."""
+        """Makes, before the backward pass, what was forgotten, with the same dropout."""
         if shared.keep is Keep.ALL:
             return
         if shared.keep is Keep.NO_MLP:
@@ -153,13 +156,17 @@ class _Layer(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         made = Activations()
         attended = layer.attend(residual, update, shared, made)
+        training = any(ctx.needs_input_grad)
+        if training:
+            layer.forget_attention(shared, made)
         layer.gate(made.total, attended, shared, made)
+        del attended
         down, made.down_low_rank = layer.down.forward(layer.activate(shared, made), layer.seed(layer.down, shared))
         total_mlp = made.total_mlp
-        if any(ctx.needs_input_grad):
+        if training:
             # without its history, which leads to ctx: a reference cycle would hold the memory
             made.total, made.total_mlp = made.total.detach(), total_mlp.detach()
-            layer.keep(shared, made)
+            layer.forget_mlp(shared, made)
             ctx.layer, ctx.shared, ctx.made = layer, shared, made
         return total_mlp, down
 
@@ -192,12 +199,15 @@ class _Layer(torch.autograd.Function):
         d_heads = attention.backward(d_attended, made.qkv, made.attended, shared.heads)
         del attended, d_attended
         made.forget("qkv", "attended")
-        values = layer.qkv.has_lora or not fp8
-        d_qkv = attention.unrotated_rows(d_heads, shared.cos, shared.sin, shared.heads, values=values, fp8=fp8)
+        d_qkv = attention.unrotated_rows(d_heads, shared.cos, shared.sin, shared.heads)
         del d_heads
         input_needs_grad = ctx.needs_input_grad[0]
         d_x, of_qkv = layer.qkv.backward(
-            d_qkv, made.x, made.qkv_low_rank, layer.seed(layer.qkv, shared), grad_x=input_needs_grad
+            quantize(d_qkv) if fp8 else Rows(d_qkv),
+            made.x,
+            made.qkv_low_rank,
+            layer.seed(layer.qkv, shared),
+            grad_x=input_needs_grad,
         )
         d_input = None
         if input_needs_grad:

@@ -139,11 +139,11 @@ def _swiglu_backward(grad, gate_up, fp8, scale, width, VALUES: tl.constexpr, FP8
         tl.store(gate_up + at, d_gate.to(gate_up.dtype.element_ty), mask=inside)
         tl.store(gate_up + at + width, d_up.to(gate_up.dtype.element_ty), mask=inside)
     if FP8:
-        largest = tl.maximum(tl.max(tl.abs(d_gate), 0), tl.max(tl.abs(d_up), 0))
-        step = tl.maximum(largest, 1e-12) / 448.0
-        tl.store(fp8 + at, (d_gate / step).to(fp8.dtype.element_ty), mask=inside)
-        tl.store(fp8 + at + width, (d_up / step).to(fp8.dtype.element_ty), mask=inside)
-        tl.store(scale + row, step)
+        largest = tl.maximum(tl.max(tl.maximum(tl.abs(d_gate), tl.abs(d_up)), 0), 1e-12)
+        steps = 448.0 / largest
+        tl.store(fp8 + at, (d_gate * steps).to(fp8.dtype.element_ty), mask=inside)
+        tl.store(fp8 + at + width, (d_up * steps).to(fp8.dtype.element_ty), mask=inside)
+        tl.store(scale + row, largest / 448.0)
 
 
 def swiglu_backward_(grad: Tensor, gate_up: Tensor, *, values: bool = True, fp8: bool = False) -> Rows:
@@ -179,7 +179,9 @@ def _rotate(
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> None:
-    """Rotary position embedding of the first num_rotated heads, in place (Su et al. 2021; halves paired as in transformers).
+    """Rotary position embedding of the first num_rotated heads, in place (Su et al. 2021).
+
+    A head's first half is paired with its second, as in transformers.
 
     heads: (tokens, all heads * head_dim), token t at position t % seq_length; cos, sin: (seq_length, head_dim / 2),
     float32; with -sin it is the gradient. Reads and writes 2 bytes a feature.

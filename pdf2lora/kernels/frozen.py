@@ -50,7 +50,7 @@ def dequantize(weight: Any, out: Tensor) -> None:
         weight.data, state.code, state.absmax,
         nested and nested.code, nested and nested.absmax, state.offset if nested else None, out, num_bytes,
         BLOCKSIZE=state.blocksize, ABSMAX_BLOCKSIZE=nested.blocksize if nested else 1, NESTED=nested is not None,
-        BLOCK=1024, num_warps=4,
+        BLOCK=1024, num_warps=4, enable_fp_fusion=False,  # rounds as bitsandbytes does
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from pdf2lora.kernels.attention import Heads
 from pdf2lora.kernels.decoder import DecoderLayer, FinalNorm, Keep, Pass
 from pdf2lora.kernels.offload import Offload
-from pdf2lora.kernels.projections import refresh
 
 
 class FusedLlama:
@@ -19,23 +18,22 @@ class FusedLlama:
     """
 
     def __init__(self, model: Any, *, keep: Keep = Keep.ALL, fp8: bool = False):
-        """model: a PeftModel of a LlamaForCausalLM on bitsandbytes 4-bit layers; fp8: frozen products while training."""
+        """model: a PeftModel of a LlamaForCausalLM on 4-bit layers; fp8: of the frozen products, while training."""
         self.model = model
         self.keep = keep
         self.fp8 = fp8
         self.llama = model.get_base_model().model
         dtype = self.llama.embed_tokens.weight.dtype
         self.layers = [DecoderLayer(number, layer, dtype) for number, layer in enumerate(self.llama.layers)]
-        self.projections = [projections for layer in self.layers for projections in layer.projections]
         self.offload = Offload()
         if fp8:
-            for projections in self.projections:
-                projections.frozen.to_fp8()
+            for layer in self.layers:
+                for projections in layer.projections:
+                    projections.frozen.to_fp8()
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         batch, seq_length = input_ids.shape
         training = self.model.training
-        refresh(self.projections)
         shared = Pass(
             keep=self.keep,
             heads=self._heads(seq_length),

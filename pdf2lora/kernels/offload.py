@@ -10,33 +10,38 @@ class Offload:
     def __init__(self) -> None:
         self.copies = torch.cuda.Stream() if torch.cuda.is_available() else None
         self.host: dict[int, Tensor] = {}  # pinned, kept from step to step
-        self.arriving: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
+        self.moving: dict[int, Tensor] = {}  # on the GPU, while a copy reads or writes them
 
     def put(self, number: int, tensor: Tensor) -> None:
+        """Starts a copy of layer `number`'s tensor; that of the layer before has ended by then, and its memory is free."""
         assert self.copies is not None
         if number not in self.host or self.host[number].shape != tensor.shape:
             self.host[number] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self.copies.wait_stream(torch.cuda.current_stream())
+        self._finish()
+        self.moving = {number: tensor}
         with torch.cuda.stream(self.copies):
             self.host[number].copy_(tensor, non_blocking=True)
-        tensor.record_stream(self.copies)
 
     def take(self, number: int) -> Tensor:
         """The tensor of layer `number`; that of the layer before starts on its way."""
-        if number not in self.arriving:
+        if number not in self.moving:
             self._fetch(number)
-        tensor, arrived = self.arriving.pop(number)
-        torch.cuda.current_stream().wait_event(arrived)
+        self._finish()
+        tensor = self.moving.pop(number)
+        self.moving.clear()
         if number > 0:
             self._fetch(number - 1)
         return tensor
 
     def _fetch(self, number: int) -> None:
+        self.moving[number] = torch.empty_like(self.host[number], device="cuda")
         assert self.copies is not None
-        tensor = torch.empty_like(self.host[number], device="cuda")
         self.copies.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.copies):
-            tensor.copy_(self.host[number], non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self.arriving[number] = tensor, arrived
+            self.moving[number].copy_(self.host[number], non_blocking=True)
+
+    def _finish(self) -> None:
+        """Both streams wait for each other: kernels to come may use what copies have read, and the other way round."""
+        assert self.copies is not None
+        torch.cuda.current_stream().wait_stream(self.copies)
+        self.copies.wait_stream(torch.cuda.current_stream())

@@ -64,12 +64,21 @@ class Projections:
 
     def forward(self, x: Rows, seed: int | None) -> tuple[Tensor, Tensor | None]:
         """(y, dropout(x) A^T, which backward needs); x: (tokens, features in). Without a seed there is no dropout."""
-        y = self.frozen.forward(x)
         if not self.has_lora:
-            return y, None
+            return self.frozen.forward(x), None
         assert x.values is not None
+        self.refresh()
         low_rank = lora.down(x.values, self.a, self.rank, NO_DROPOUT if seed is None else self.dropout, seed or 0)
-        return y.addmm_(low_rank, self.b.t()), low_rank
+        if x.fp8 is not None:
+            return self.frozen.forward(x).addmm_(low_rank, self.b.t()), low_rank
+        # the other way round: a large product hides that it reads what it adds to
+        return (low_rank @ self.b.t()).addmm_(x.values, self.frozen.weight().t()), low_rank
+
+    def refresh(self) -> None:
+        """Copies PEFT's float32 matrices, as the optimizer left them, to where the products read them."""
+        for adapter in self.adapters:
+            self.a[adapter.rank].copy_(adapter.a)
+            torch.mul(adapter.b, adapter.scaling, out=self.b[adapter.rows, adapter.rank])
 
     def backward(
         self, grad: Rows, x: Tensor | None, low_rank: Tensor | None, seed: int | None, *, grad_x: bool = True
@@ -89,16 +98,3 @@ class Projections:
             grad_of_b = grad_b[adapter.rows, adapter.rank].float() * adapter.scaling
             gradients += [grad_a[adapter.rank], grad_of_b]
         return dx, gradients
-
-
-def refresh(all_projections: Sequence[Projections]) -> None:
-    """Copies PEFT's float32 matrices, as the optimizer left them, to where the products read them."""
-    with_lora = [(projections, adapter) for projections in all_projections for adapter in projections.adapters]
-    a = [projections.a[adapter.rank] for projections, adapter in with_lora]
-    b = [projections.b[adapter.rows, adapter.rank] for projections, adapter in with_lora]
-    with torch.no_grad():
-        scaled = torch._foreach_mul(
-            [adapter.b for _, adapter in with_lora], [adapter.scaling for _, adapter in with_lora]
-        )
-        torch._foreach_copy_(a, [adapter.a for _, adapter in with_lora])
-        torch._foreach_copy_(b, scaled)

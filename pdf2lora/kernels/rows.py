@@ -44,9 +44,9 @@ def block_and_warps(num_features: int) -> tuple[int, int]:
 @triton.jit
 def store_fp8(values, fp8, scale, row, columns, num_features, inside):
     """Quantizes one row (float32 `values`, 0 outside) into fp8[row] and scale[row]."""
-    step = tl.maximum(tl.max(tl.abs(values), 0), 1e-12) / 448.0
-    tl.store(fp8 + row * num_features + columns, (values / step).to(fp8.dtype.element_ty), mask=inside)
-    tl.store(scale + row, step)
+    largest = tl.maximum(tl.max(tl.abs(values), 0), 1e-12)
+    tl.store(fp8 + row * num_features + columns, (values * (448.0 / largest)).to(fp8.dtype.element_ty), mask=inside)
+    tl.store(scale + row, largest / 448.0)
 
 
 @triton.jit
