@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 from pdf2lora.errors import InputError
 
 PARAMS_FILE = Path("params.yaml")
+UNION_MEMBERS = ("constrained-int", "constrained-float", "literal['auto']")  # pydantic's names, in the path of an error
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # a folder, and a word that `dvc exp run -S` can parse
 Positive = Annotated[int, Field(ge=1)]
@@ -172,11 +173,7 @@ def read_params(file: Path = PARAMS_FILE) -> Params:
 
 def _in_words(detail: ErrorDetails) -> Iterable[str]:
     """One pydantic error as lines of ours: key, value, rule, remedy."""
-    key = ".".join(
-        str(part)
-        for part in detail["loc"]
-        if part not in ("constrained-int", "constrained-float", "float", "literal['auto']")
-    )
+    key = ".".join(str(part) for part in detail["loc"] if part not in UNION_MEMBERS)
     value, context = detail["input"], detail.get("ctx", {})
     change = f"change it in {PARAMS_FILE} or with -S {key}=..."
     match detail["type"]:

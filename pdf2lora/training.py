@@ -120,7 +120,7 @@ def build_trainer(
         logging_strategy="no" if is_probe else "steps",
         logging_steps=train.logging_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # a loss that is not a number is shown, not replaced; and looking waits for the GPU
+        logging_nan_inf_filter=False,  # a loss that is not a number is shown; and to look for it is to wait for the GPU
         eval_strategy="steps" if validation_windows else "no",
         eval_steps=train.eval_steps,
         eval_on_start=bool(validation_windows),

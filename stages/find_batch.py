@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def memory_budget_gib(params: Params, child: Child) -> float:
-    """What the tensors of a training step may hold: tensors alone on a CPU, all that the allocator reserves on a GPU."""
+    """What a training step may hold: its tensors on a CPU, all that the allocator reserves on a GPU."""
     settings = params.find_batch
     if not torch.cuda.is_available():
         return settings.cpu_memory_gib

@@ -13,7 +13,7 @@ class Offload:
         self.moving: dict[int, Tensor] = {}  # on the GPU, while a copy reads or writes them
 
     def put(self, number: int, tensor: Tensor) -> None:
-        """Starts a copy of layer `number`'s tensor; that of the layer before has ended by then, and its memory is free."""
+        """Starts a copy of layer `number`'s tensor; that of the layer before has ended, and its memory is free."""
         assert self.copies is not None
         if number not in self.host or self.host[number].shape != tensor.shape:
             self.host[number] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
