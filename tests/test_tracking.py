@@ -17,7 +17,7 @@ from tiny_llama import BOS, LORA, QUANTIZATION, TRAIN, changed, quiet, random_se
 from pdf2lora import tracking
 from pdf2lora.tokens import windows
 from pdf2lora.tracking import DvcliveCallback, log_to_file, machine_metrics
-from pdf2lora.training import build_trainer
+from pdf2lora.training import build_model, build_trainer
 
 pytestmark = quiet
 LOOKS = windows(0, np.arange(50), bos=BOS, seq_length=32, stride=32)
@@ -43,17 +43,18 @@ def build(base, project):
     """A trainer of 4 steps that writes to a folder of this name, with checkpoints beside it."""
 
     def build(name, **changes):
+        train = changed(TRAIN, **changes)
         return build_trainer(
-            base,
+            build_model(base, QUANTIZATION, LORA, train),
             random_sequences(8),
-            quantization=QUANTIZATION,
-            lora=LORA,
-            train=changed(TRAIN, **changes),
+            train=train,
+            kernels="reference",
+            gradient_checkpointing="full",
             per_device_batch=2,
             gradient_accumulation_steps=1,
             checkpoints=project / f"{name}-checkpoints",
             validation_windows=LOOKS,
-            callbacks=[DvcliveCallback(project / name)],
+            callbacks=[DvcliveCallback(project / name, tokens_per_step=2 * 32)],
         )
 
     return build
