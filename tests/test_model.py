@@ -237,7 +237,6 @@ def test_limit_without_a_gpu_does_nothing(no_gpu, monkeypatch):
     limit_gpu_memory(20)
 
 
-
 @pytest.mark.parametrize(("setting", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_compute_dtype_without_a_gpu(no_gpu, setting, dtype):
     assert compute_dtype(changed(TRAIN, compute_dtype=setting)) == dtype

@@ -128,6 +128,7 @@ def test_the_readme_tree_names_every_module():
     modules = [path for folder in ("pdf2lora", "stages") for path in (ROOT / folder).glob("*.py")]
 
     assert not [path.name for path in modules if path.name != "__init__.py" and path.name not in readme]
+    assert re.search(r"\bkernels/", readme)
 
 
 def test_no_setting_has_a_default_in_code():
