@@ -62,7 +62,8 @@ def main() -> None:
         measured: dict[tuple[str, int], Measurement | None] = {}
 
         def measure(mode: str, batch: int) -> Measurement | None:
-            measured[mode, batch] = measurement = child.ask(training_step, mode, batch, budget_gib)
+            measurement: Measurement | None = child.ask(training_step, mode, batch, budget_gib)
+            measured[mode, batch] = measurement
             progress.update()
             progress.set_postfix(checkpointing=mode, batch=batch, gib=measurement and measurement.peak_gib)
             return measurement
