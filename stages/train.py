@@ -34,7 +34,7 @@ SIDES = Path("data/split")
 BATCH = Path("metrics/batch.json")
 ADAPTER = Path("models/adapter")
 METRICS = Path("metrics/train")
-KERNELS = Path("pdf2lora/kernels")
+KERNELS = Path(forward.__file__ or "").parent / "kernels"
 
 log = logging.getLogger("train")
 

@@ -1,17 +1,31 @@
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_llama import LORA, QUANTIZATION, TRAIN, changed, quiet, random_sequences, write_tiny_llama
+from tiny_llama import LORA, QUANTIZATION, TRAIN, quiet, random_sequences, write_tiny_llama
 
+from pdf2lora import memory
 from pdf2lora.errors import InputError
-from pdf2lora.memory import PeakMemory, Probe, choose, measure_in_child, memory_model, search
-from pdf2lora.training import build_trainer
+from pdf2lora.memory import (
+    AS_FAST,
+    Child,
+    Measurement,
+    Mode,
+    PeakMemory,
+    Probe,
+    choose,
+    memory_model,
+    search,
+    search_modes,
+)
+from pdf2lora.training import build_model, build_trainer
 
 MIB = 2**20
 
@@ -120,11 +134,145 @@ def test_memory_model_is_the_line_through_the_two_largest_that_ended():
     assert memory_model([Probe(1, True, 9.0), Probe(16, False, None)]) is None
 
 
+# search_modes: made-up modes, whose memory is a line over the batch
+
+
+@st.composite
+def made_up_modes(draw):
+    """Name -> (GiB at batch 0, GiB a sequence), from the most to the least memory a sequence; speeds by name."""
+    slopes = sorted(draw(st.lists(st.floats(0.01, 5), min_size=1, max_size=4)), reverse=True)
+    lines = {f"mode {number}": (draw(st.floats(0, 10)), slope) for number, slope in enumerate(slopes)}
+    speed = st.floats(1, 1.5) | st.sampled_from([1.0, 0.985, 0.975])
+    return lines, {name: draw(speed) for name in lines}
+
+
+def measure_made_up(lines, speeds=None):
+    """Measures without a model; the batches that it was asked for, by mode, come with it."""
+    asked = {}
+
+    def measure(mode, batch):
+        asked.setdefault(mode, []).append(batch)
+        return Measurement(lines[mode][0] + lines[mode][1] * batch, (speeds or {}).get(mode, 1.0) * batch**0.1)
+
+    return measure, asked
+
+
+@settings(deadline=None)
+@given(modes=made_up_modes(), budget=st.floats(0.1, 60), bounds=st.sampled_from([(1, 64), (3, 9), (5, 5)]))
+def test_each_mode_is_searched_until_the_largest_batch_fits(modes, budget, bounds):
+    lines, _ = modes
+    smallest, largest = bounds
+    measure, asked = measure_made_up(lines)
+
+    searched = search_modes(measure, list(lines), smallest=smallest, largest=largest, budget_gib=budget)
+
+    fitting = {
+        name: max((b for b in range(smallest, largest + 1) if fixed + slope * b <= budget), default=0)
+        for name, (fixed, slope) in lines.items()
+    }
+    names = list(lines)
+    first_that_fits = next((number for number, name in enumerate(names) if fitting[name] == largest), len(names) - 1)
+    assert [mode.gradient_checkpointing for mode in searched] == names[: first_that_fits + 1]
+    assert {mode.gradient_checkpointing: mode.largest for mode in searched} == {
+        name: fitting[name] for name in names[: first_that_fits + 1]
+    }
+    assert asked == {mode.gradient_checkpointing: [probe.batch for probe in mode.probes] for mode in searched}
+
+
+def test_mode_that_runs_out_of_memory_makes_way_for_the_next():
+    def measure(mode, batch):
+        return Measurement(0.1 * batch, 5.0) if mode == "full" else None
+
+    none, full = search_modes(measure, ["none", "full"], smallest=1, largest=8, budget_gib=9)
+
+    assert (none.probes, none.largest) == ([Probe(1, False, None)], 0)
+    assert full.largest == 8
+
+
+def test_peak_of_a_mode_is_measured_or_on_the_line():
+    mode = Mode("full", [Probe(1, True, 3.5), Probe(2, True, 4.0), Probe(8, True, 7.5), Probe(9, False, None)])
+
+    assert [mode.peak_gib(batch) for batch in (1, 2, 8)] == [3.5, 4.0, 7.5]
+    assert mode.peak_gib(4) == pytest.approx(4.0 + 2 * 3.5 / 6)
+    assert Mode("full", [Probe(1, True, 3.5)]).peak_gib(4) is None
+
+
 # choose
 
 
-def probes_with_largest(largest):
-    return [Probe(1, True, 0.1), Probe(largest, True, 1.0), Probe(largest + 1, False, None)]
+def mode_with_largest(largest, name="full", *, gib=1.0):
+    probes = [Probe(1, True, gib / max(largest, 2)), Probe(largest, True, gib), Probe(largest + 1, False, None)]
+    return Mode(name, probes if largest else [Probe(1, False, None)])
+
+
+def never_timed(mode, batch):
+    raise AssertionError(f"{mode} was timed, and there was nothing to choose from")
+
+
+@settings(deadline=None)
+@given(
+    modes=made_up_modes(),
+    budget=st.floats(1, 60),
+    effective_batch=st.sampled_from([1, 4, 6, 13, 64, "auto"]),
+)
+def test_choice_is_the_fastest_of_what_fits_and_of_equals_the_smallest(modes, budget, effective_batch):
+    lines, speeds = modes
+    measure, _ = measure_made_up(lines, speeds)
+    searched = search_modes(measure, list(lines), smallest=1, largest=32, budget_gib=budget)
+    if not any(mode.largest for mode in searched):
+        with pytest.raises(InputError):
+            choose(searched, effective_batch, never_timed)
+        return
+
+    def tokens_per_s(mode, batch):
+        return measure(mode, batch).tokens_per_s
+
+    choice = choose(searched, effective_batch, tokens_per_s)
+
+    def gib(mode, batch):
+        return lines[mode][0] + lines[mode][1] * batch
+
+    candidates = {}
+    for mode in searched:
+        divides = [b for b in range(1, mode.largest + 1) if effective_batch == "auto" or effective_batch % b == 0]
+        if divides:
+            candidates[mode.gradient_checkpointing] = max(divides)
+    chosen, batch = choice.gradient_checkpointing, choice.per_device_batch
+    assert candidates[chosen] == batch
+    assert gib(chosen, batch) <= budget
+    assert choice.gradient_accumulation_steps * batch == (batch if effective_batch == "auto" else effective_batch)
+    fastest = max(tokens_per_s(*candidate) for candidate in candidates.items())
+    as_fast = [candidate for candidate in candidates.items() if tokens_per_s(*candidate) >= AS_FAST * fastest]
+    assert (chosen, batch) in as_fast
+    assert gib(chosen, batch) == pytest.approx(min(gib(*candidate) for candidate in as_fast), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("speed_of_full", "chosen"), [(0.5, "none"), (AS_FAST - 0.01, "none"), (AS_FAST + 0.01, "full"), (1.0, "full")]
+)
+def test_less_memory_wins_only_among_equals(speed_of_full, chosen):
+    modes = [mode_with_largest(8, "none", gib=4.0), mode_with_largest(64, "full", gib=4.0)]
+    speeds = {("none", 4): 1000.0, ("full", 4): 1000.0 * speed_of_full}
+
+    assert choose(modes, 4, lambda *asked: speeds[asked]) == (chosen, 4, 1)
+
+
+def test_mode_with_no_room_for_its_largest_divisor_is_timed_at_a_smaller_one():
+    timed = []
+    modes = [mode_with_largest(3, "none"), mode_with_largest(0, "mlp"), mode_with_largest(9, "full")]
+
+    def tokens_per_s(mode, batch):
+        timed.append((mode, batch))
+        return {"none": 1.0, "full": 2.0}[mode]
+
+    assert choose(modes, 8, tokens_per_s) == ("full", 8, 1)
+    assert timed == [("none", 2), ("full", 8)]
+
+
+def test_mode_that_cannot_be_timed_is_not_chosen():
+    modes = [mode_with_largest(8, "none"), mode_with_largest(16, "full")]
+
+    assert choose(modes, 8, lambda mode, batch: {"none": 7.0, "full": 0.0}[mode]) == ("none", 8, 1)
 
 
 @pytest.mark.parametrize(
@@ -143,91 +291,194 @@ def probes_with_largest(largest):
     ],
 )
 def test_choice_is_the_largest_divisor_that_fits(largest, effective_batch, chosen):
-    assert choose(probes_with_largest(largest), effective_batch) == chosen
+    assert choose([mode_with_largest(largest)], effective_batch, never_timed) == ("full", *chosen)
 
 
 @pytest.mark.parametrize(("peak", "what_happens"), [(8.125, "needs 8.12 GiB"), (None, "runs out of memory")])
 @pytest.mark.parametrize("effective_batch", [4, "auto"])
 def test_choice_where_nothing_fits(peak, what_happens, effective_batch):
+    modes = [Mode("none", [Probe(2, False, None)]), Mode("full", [Probe(2, False, peak)])]
+
     with pytest.raises(InputError) as caught:
-        choose([Probe(2, False, peak)], effective_batch)
+        choose(modes, effective_batch, never_timed)
 
     assert str(caught.value) == (
         f"find_batch.min: 2 sequences do not fit: a training step {what_happens}; lower find_batch.min or "
-        "train.seq_length, turn train.gradient_checkpointing on, or raise find_batch.cpu_memory_gib "
-        "(on a GPU: lower find_batch.gpu_headroom_gib)"
+        "train.seq_length, set train.gradient_checkpointing to auto, or raise find_batch.cpu_memory_gib "
+        "(on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)"
     )
 
 
-# measure_in_child; what the child does is at the level of the module, where it can be pickled
+# Child; what it does is at the level of the module, where it can be pickled
 
 
-def product(left, right):
-    return left * right
+def prepare(*numbers):
+    """What the child keeps: a list that its answers may change."""
+    return [os.getpid(), *numbers]
 
 
-def process_id():
-    return os.getpid()
+def process_id(prepared):
+    return prepared[0]
 
 
-def run_out_of(kind):
+def product(prepared, factor):
+    return math.prod(prepared[1:]) * factor
+
+
+def count(prepared):
+    prepared.append(1)
+    return len(prepared)
+
+
+def run_out_of(*prepared_and_kind):
+    kind = prepared_and_kind[-1]
     if kind == "CPU":
         torch.empty(2**55)
     raise {"GPU": torch.OutOfMemoryError, "numpy": MemoryError}[kind]("no memory is left")
 
 
-def die_of(signal_number):
+def die_of(prepared, signal_number):
     os.kill(os.getpid(), signal_number)
 
 
-def leave():
+def leave(prepared):
     os._exit(3)
 
 
-def refuse():
+def refuse(*prepared):
     raise InputError("train.attention: 'flash_attention_2' cannot run here")
 
 
-def stumble():
+def stumble(prepared):
     raise KeyError("lm_head")
 
 
-def test_result_of_a_child():
-    assert measure_in_child(product, 6, 0.5) == 3.0
+@pytest.fixture
+def child():
+    child = Child(prepare, 6, 7)
+    yield child
+    child.end()
 
 
-def test_child_is_a_process_of_its_own_each_time():
-    assert len({measure_in_child(process_id), measure_in_child(process_id), float(os.getpid())}) == 3
+def assert_gone(process):
+    """Ended, and no zombie of it is left."""
+    assert not psutil.pid_exists(process)
+
+
+def test_child_answers_of_what_it_prepared(child):
+    assert child.ask(product, 0.5) == 21.0
+
+
+def test_child_prepares_once_and_stays(child):
+    first = child.ask(process_id)
+
+    assert first != os.getpid()
+    assert [child.ask(count) for _ in range(3)] == [4, 5, 6]
+    assert child.ask(process_id) == first
+
+
+def test_child_that_ends_leaves_nothing_and_may_be_asked_again(child):
+    first = child.ask(process_id)
+
+    child.end()
+
+    assert_gone(first)
+    child.end()  # a second time is no fault
+    assert child.ask(process_id) != first
+
+
+def test_child_that_was_never_asked_was_never_started():
+    child = Child(prepare)
+
+    child.end()
+
+    assert child.process is None
 
 
 @pytest.mark.parametrize("kind", ["CPU", "GPU", "numpy"])
-def test_child_that_runs_out_of_memory(kind):
-    assert measure_in_child(run_out_of, kind) is None
+def test_child_that_runs_out_of_memory_is_replaced(child, kind):
+    first = child.ask(process_id)
+    child.ask(count)
+
+    assert child.ask(run_out_of, kind) is None
+
+    if not torch.cuda.is_available():  # a GPU's memory may come back whole
+        assert_gone(first)
+        assert child.ask(count) == 4  # prepared anew
+    assert child.ask(process_id)
 
 
-def test_child_that_is_killed_ran_out_of_memory():
-    assert measure_in_child(die_of, signal.SIGKILL) is None
+def test_child_that_runs_out_of_memory_before_it_is_ready():
+    child = Child(run_out_of, "CPU")
+
+    assert child.ask(process_id) is None
+    assert child.ask(process_id) is None
+    child.end()
 
 
-def test_child_that_crashes_did_not_run_out_of_memory():
+def test_child_that_is_killed_ran_out_of_memory_and_is_replaced(child):
+    first = child.ask(process_id)
+
+    assert child.ask(die_of, signal.SIGKILL) is None
+
+    assert_gone(first)
+    assert child.ask(product, 2) == 84
+
+
+def test_child_that_crashes_did_not_run_out_of_memory(child):
+    first = child.ask(process_id)
+
     with pytest.raises(RuntimeError, match="the training step of a probe ended with exit code -11"):
-        measure_in_child(die_of, signal.SIGSEGV)
+        child.ask(die_of, signal.SIGSEGV)
     with pytest.raises(RuntimeError, match="the training step of a probe ended with exit code 3"):
-        measure_in_child(leave)
+        child.ask(leave)
+
+    assert_gone(first)
+    assert child.process is None
 
 
-def test_input_error_of_a_child_passes_through():
+def test_input_error_of_a_child_passes_through(child):
+    first = child.ask(process_id)
+
     with pytest.raises(InputError) as caught:
-        measure_in_child(refuse)
+        child.ask(refuse)
 
     assert str(caught.value) == "train.attention: 'flash_attention_2' cannot run here"
+    assert_gone(first)
 
 
-def test_other_errors_of_a_child_keep_their_text():
+def test_input_error_of_what_a_child_prepares_passes_through():
+    with pytest.raises(InputError, match="'flash_attention_2' cannot run here"):
+        Child(refuse).ask(process_id)
+
+
+def test_other_errors_of_a_child_keep_their_text(child):
+    first = child.ask(process_id)
+
     with pytest.raises(RuntimeError) as caught:
-        measure_in_child(stumble)
+        child.ask(stumble)
 
     assert str(caught.value) == "the training step of a probe failed: KeyError: 'lm_head'"
+    assert_gone(first)
+
+
+@pytest.mark.parametrize(("left_behind", "replaced"), [(2**20, False), (2**27, True)])
+def test_child_on_a_gpu_stays_where_a_failed_probe_gave_its_memory_back(monkeypatch, left_behind, replaced):
+    """The child's loop itself, with the answers of a GPU's allocator."""
+    reserved = iter([2**30, 2**30 + left_behind])
+    questions, answers = [(run_out_of, ("GPU",)), (process_id, ())], []
+
+    def recv():
+        if not questions:
+            raise EOFError
+        return questions.pop(0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "_reserved_bytes", lambda: next(reserved))
+
+    memory._answer(SimpleNamespace(recv=recv, send=answers.append), prepare, ())
+
+    assert answers == [memory.OutOfMemory(takes_more=not replaced)] + ([] if replaced else [os.getpid()])
 
 
 # PeakMemory
@@ -322,15 +573,16 @@ def base(tmp_path_factory):
 
 @quiet
 def test_peak_of_a_training_step_is_the_same_again_and_with_other_numbers_of_threads(on_cpu, base, tmp_path):
-    def step_gib(num_threads, *, batch=2, **changes):
+    def step_gib(num_threads, *, batch=2, checkpointing="full"):
         torch.set_num_threads(num_threads)
+        model = build_model(base, QUANTIZATION, LORA, TRAIN)
         with PeakMemory() as peak:
             build_trainer(
-                base,
+                model,
                 random_sequences(2 * batch),
-                quantization=QUANTIZATION,
-                lora=LORA,
-                train=changed(TRAIN, **changes),
+                train=TRAIN,
+                kernels="reference",
+                gradient_checkpointing=checkpointing,
                 per_device_batch=batch,
                 gradient_accumulation_steps=1,
                 checkpoints=tmp_path,
@@ -344,6 +596,6 @@ def test_peak_of_a_training_step_is_the_same_again_and_with_other_numbers_of_thr
         assert step_gib(1) == first
         assert step_gib(2) == first
         assert step_gib(1, batch=4) > first
-        assert step_gib(1, gradient_checkpointing=False) > first
+        assert step_gib(1, checkpointing="none") > first
     finally:
         torch.set_num_threads(num_threads)

@@ -1,14 +1,23 @@
+import json
 import logging
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from tiny_llama import LORA, QUANTIZATION, TRAIN, VOCABULARY_SIZE, changed, quiet, same, trainable, write_tiny_llama
+from tiny_llama import LORA, QUANTIZATION, TRAIN, VOCABULARY_SIZE, changed, quiet, trainable, write_tiny_llama
 from torch import Tensor, nn
 
 from pdf2lora import model as model_module
 from pdf2lora.errors import InputError
-from pdf2lora.model import add_lora, attention, compute_dtype, load_adapter, load_base, require_quantization
+from pdf2lora.model import (
+    add_lora,
+    attention,
+    compute_dtype,
+    limit_gpu_memory,
+    load_adapter,
+    load_base,
+    require_quantization,
+)
 
 pytestmark = quiet
 LAYER_OF_BITS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: nn.Linear}
@@ -111,8 +120,8 @@ def test_4_bit_layers_are_never_repacked(base, monkeypatch):
 
 
 def test_4_bit_gradients_are_those_of_the_dequantized_weights_also_after_an_evaluation(base):
-    quantized = redraw_b(add_lora(load(base), NO_DROPOUT, gradient_checkpointing=False))
-    whole = redraw_b(add_lora(load(base, bits=16), NO_DROPOUT, gradient_checkpointing=False))
+    quantized = redraw_b(add_lora(load(base), NO_DROPOUT))
+    whole = redraw_b(add_lora(load(base, bits=16), NO_DROPOUT))
     with torch.no_grad():
         for name, module in quantized.named_modules():
             if isinstance(module, bnb.nn.Linear4bit):
@@ -131,7 +140,7 @@ def test_4_bit_gradients_are_those_of_the_dequantized_weights_also_after_an_eval
 
 @pytest.mark.parametrize("bits", LAYER_OF_BITS)
 def test_forward_and_backward_run(base, bits):
-    model = add_lora(load(base, bits=bits), LORA, gradient_checkpointing=True)
+    model = add_lora(load(base, bits=bits), LORA)
 
     found = gradients(model)
 
@@ -149,7 +158,7 @@ def test_forward_and_backward_run(base, bits):
     ],
 )
 def test_number_of_trainable_parameters(base, r, targets, num_trainable):
-    model = add_lora(load(base), changed(LORA, r=r, target_modules=targets), gradient_checkpointing=False)
+    model = add_lora(load(base), changed(LORA, r=r, target_modules=targets))
 
     assert model.get_nb_trainable_parameters()[0] == num_trainable
 
@@ -158,7 +167,7 @@ def test_number_of_trainable_parameters(base, r, targets, num_trainable):
 def test_only_lora_is_trained_and_it_is_float32(base, bits, dtype):
     train = changed(TRAIN, compute_dtype=dtype)
 
-    model = add_lora(load(base, bits=bits, train=train), LORA, gradient_checkpointing=False)
+    model = add_lora(load(base, bits=bits, train=train), LORA)
 
     assert model.base_model.model.lm_head.weight.dtype == getattr(torch, dtype)
     found = trainable(model)
@@ -168,7 +177,7 @@ def test_only_lora_is_trained_and_it_is_float32(base, bits, dtype):
 
 
 def test_settings_of_lora_arrive_in_the_layers(base):
-    layer = add_lora(load(base), LORA, gradient_checkpointing=False).base_model.model.model.layers[0].self_attn.q_proj
+    layer = add_lora(load(base), LORA).base_model.model.model.layers[0].self_attn.q_proj
 
     assert layer.scaling["default"] == LORA.lora_alpha / LORA.r
     assert layer.lora_dropout["default"].p == LORA.lora_dropout
@@ -178,7 +187,7 @@ def test_settings_of_lora_arrive_in_the_layers(base):
 def test_fresh_adapter_changes_nothing(base, bits):
     before = logits(load(base, bits=bits))
 
-    model = add_lora(load(base, bits=bits), LORA, gradient_checkpointing=False)
+    model = add_lora(load(base, bits=bits), LORA)
 
     assert not any(value.any() for name, value in trainable(model).items() if "lora_B" in name)
     assert all(value.any() for name, value in trainable(model).items() if "lora_A" in name)
@@ -187,7 +196,7 @@ def test_fresh_adapter_changes_nothing(base, bits):
 
 def test_adapter_that_is_saved_is_loaded_again_and_disabled_it_is_the_base(base, tmp_path):
     before = logits(load(base))
-    model = redraw_b(add_lora(load(base), LORA, gradient_checkpointing=True))
+    model = redraw_b(add_lora(load(base), LORA))
     model.save_pretrained(tmp_path)
 
     loaded = load_adapter(load(base), tmp_path)
@@ -200,18 +209,32 @@ def test_adapter_that_is_saved_is_loaded_again_and_disabled_it_is_the_base(base,
     assert torch.equal(logits(loaded), adapted)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(base):
-    def seeded_gradients(gradient_checkpointing):
-        torch.manual_seed(0)
-        model = redraw_b(add_lora(load(base), LORA, gradient_checkpointing=gradient_checkpointing))
-        torch.manual_seed(5)  # the same dropout
-        assert model.base_model.model.is_gradient_checkpointing == gradient_checkpointing
-        return gradients(model)
+def test_sorted_target_modules_are_written_with_the_adapter(base, tmp_path):
+    add_lora(load(base), changed(LORA, target_modules=["v_proj", "k_proj", "q_proj"])).save_pretrained(tmp_path)
 
-    assert same(seeded_gradients(True), seeded_gradients(False))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["k_proj", "q_proj", "v_proj"]
 
 
 # the machine
+
+
+def test_limit_is_a_share_of_the_gpu_and_never_more_than_all_of_it(monkeypatch):
+    shares = []
+    pretend_gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+
+    limit_gpu_memory(20)
+    limit_gpu_memory(81)
+
+    assert shares == [0.25, 1.0]
+
+
+def test_limit_without_a_gpu_does_nothing(no_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: pytest.fail("no GPU to limit"))
+
+    limit_gpu_memory(20)
 
 
 @pytest.mark.parametrize(("setting", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])

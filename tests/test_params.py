@@ -74,6 +74,15 @@ def test_params_cannot_be_changed() -> None:
         ("train.effective_batch", 2.5, "must be an integer or 'auto'"),
         ("train.effective_batch", None, "must be an integer or 'auto'"),
         ("train.effective_batch", 0, "must be greater than or equal to 1 or 'auto'"),
+        ("find_batch.steps", 1, "must be greater than or equal to 2"),
+        ("find_batch.memory_gib", "x", "must be a number or 'auto'"),
+        ("find_batch.memory_gib", None, "must be a number or 'auto'"),
+        ("find_batch.memory_gib", 0, "must be greater than 0 or 'auto'"),
+        ("find_batch.gpu_headroom_gib", -1, "must be greater than or equal to 0"),
+        ("train.kernels", "triton", "must be 'auto', 'reference', 'fused' or 'fp8'"),
+        ("train.gradient_checkpointing", True, "must be 'auto', 'none', 'mlp', 'full' or 'offload'"),
+        ("train.gradient_checkpointing", "half", "must be 'auto', 'none', 'mlp', 'full' or 'offload'"),
+        ("train.deterministic", "yes", "must be a boolean"),
     ],
 )
 def test_a_refused_value_is_told_with_key_value_rule_and_remedy(
@@ -98,6 +107,11 @@ def test_an_empty_list_is_refused(write_params: WriteParams) -> None:
 @pytest.mark.parametrize("value", [1, 64, "auto"])
 def test_the_effective_batch_is_a_number_or_auto(write_params: WriteParams, value: int | str) -> None:
     assert read_params(write_params({"train.effective_batch": value})).train.effective_batch == value
+
+
+@pytest.mark.parametrize("value", [20, 20.5, "auto"])
+def test_the_gpu_memory_is_a_number_or_auto(write_params: WriteParams, value: float | str) -> None:
+    assert read_params(write_params({"find_batch.memory_gib": value})).find_batch.memory_gib == value
 
 
 def test_a_whole_number_is_good_where_a_fraction_may_stand(write_params: WriteParams) -> None:

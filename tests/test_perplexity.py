@@ -5,7 +5,8 @@ import pytest
 import torch
 from tiny_llama import BOS, LORA, QUANTIZATION, TRAIN, VOCABULARY_SIZE, changed, quiet, write_tiny_llama
 
-from pdf2lora import perplexity
+from pdf2lora import loss
+from pdf2lora.forward import build_forward
 from pdf2lora.model import add_lora, load_base
 from pdf2lora.perplexity import TextSize, bootstrap, nats_per_document, summary
 from pdf2lora.tokens import windows
@@ -22,22 +23,34 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture
-def causal_lm(base):
-    return load_base(base, changed(QUANTIZATION, bits=16), TRAIN)
+def model(base):
+    return adapted(base, bits=16)
 
 
-def nats_of(causal_lm, *, documents=DOCUMENTS, per_device_batch=4, **kwargs):
+def adapted(base, *, bits, lora=LORA):
+    """With a new adapter, which changes nothing yet."""
+    return add_lora(load_base(base, changed(QUANTIZATION, bits=bits), TRAIN), lora)
+
+
+def redraw_b(model):
+    """As after a training."""
+    torch.manual_seed(0)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.05)
+
+
+def nats_of(model, *, documents=DOCUMENTS, per_device_batch=4, **kwargs):
     looks = [
         window
         for number, tokens in enumerate(documents)
         for window in windows(number, tokens, bos=BOS, seq_length=SEQ_LENGTH, stride=STRIDE)
     ]
-    return nats_per_document(
-        causal_lm, looks, num_documents=len(documents), per_device_batch=per_device_batch, **kwargs
-    )
+    forward = build_forward(model, "reference")
+    return nats_per_document(forward, looks, num_documents=len(documents), per_device_batch=per_device_batch, **kwargs)
 
 
-def nats_the_plain_way(causal_lm, tokens):
+def nats_the_plain_way(model, tokens):
     """One document, one window at a time, nothing filled up, all logits, in float64."""
     text = [BOS, *tokens.tolist()]
     nats, scored_until = 0.0, 1  # bos is given
@@ -45,7 +58,7 @@ def nats_the_plain_way(causal_lm, tokens):
         last = min(len(text), SEQ_LENGTH + 1 if scored_until == 1 else scored_until + STRIDE)
         first = max(0, last - 1 - SEQ_LENGTH)
         with torch.no_grad():
-            logits = causal_lm(torch.tensor([text[first : last - 1]]).to(causal_lm.device)).logits[0].double().cpu()
+            logits = model(torch.tensor([text[first : last - 1]]).to(model.device)).logits[0].double().cpu()
         for place in range(scored_until, last):
             scores = logits[place - 1 - first]
             nats += float(torch.logsumexp(scores, 0) - scores[text[place]])
@@ -55,78 +68,76 @@ def nats_the_plain_way(causal_lm, tokens):
 
 @pytest.mark.parametrize("bits", [4, 16])
 def test_nats_are_those_of_a_plain_computation(base, bits):
-    causal_lm = load_base(base, changed(QUANTIZATION, bits=bits), TRAIN).eval()
-    expected = [nats_the_plain_way(causal_lm, tokens) for tokens in DOCUMENTS]
+    model = adapted(base, bits=bits).eval()
+    redraw_b(model)
+    expected = [nats_the_plain_way(model, tokens) for tokens in DOCUMENTS]
 
-    assert nats_of(causal_lm) == pytest.approx(expected, rel=1e-6)
+    assert nats_of(model) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("per_device_batch", [1, 2, 3, 8])
-def test_batch_size_changes_nothing(causal_lm, per_device_batch):
-    nats = nats_of(causal_lm, per_device_batch=per_device_batch)
+def test_batch_size_changes_nothing(model, per_device_batch):
+    nats = nats_of(model, per_device_batch=per_device_batch)
 
-    assert nats == pytest.approx(nats_of(causal_lm, per_device_batch=5), rel=1e-6)
+    assert nats == pytest.approx(nats_of(model, per_device_batch=5), rel=1e-6)
 
 
-def test_order_of_documents_changes_nothing(causal_lm):
-    backwards = nats_of(causal_lm, documents=DOCUMENTS[::-1])
+def test_order_of_documents_changes_nothing(model):
+    backwards = nats_of(model, documents=DOCUMENTS[::-1])
 
-    assert backwards[::-1] == pytest.approx(nats_of(causal_lm), rel=1e-6)
+    assert backwards[::-1] == pytest.approx(nats_of(model), rel=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
-def test_size_of_a_chunk_of_logits_changes_nothing(causal_lm, monkeypatch, chunk):
-    expected = nats_of(causal_lm)
-    monkeypatch.setattr(perplexity, "HEAD_CHUNK", chunk)
+def test_size_of_a_chunk_of_logits_changes_nothing(model, monkeypatch, chunk):
+    expected = nats_of(model)
+    monkeypatch.setattr(loss, "LOGITS_OF_A_CHUNK", chunk * VOCABULARY_SIZE)
 
-    assert nats_of(causal_lm) == pytest.approx(expected, rel=1e-6)
+    assert nats_of(model) == pytest.approx(expected, rel=1e-6)
 
 
-def test_document_without_tokens_has_no_nats(causal_lm):
-    nats = nats_of(causal_lm)
+def test_document_without_tokens_has_no_nats(model):
+    nats = nats_of(model)
 
     assert [number for number, value in enumerate(nats) if value == 0] == [LENGTHS.index(0)]
 
 
-def test_model_is_asked_in_eval_mode_and_left_in_it(causal_lm):
-    expected = nats_of(causal_lm.eval())
+def test_model_is_asked_in_eval_mode_and_left_in_it(model):
+    expected = nats_of(model.eval())
 
-    causal_lm.train()
+    model.train()
 
-    assert nats_of(causal_lm).tolist() == expected.tolist()
-    assert not causal_lm.training
+    assert nats_of(model).tolist() == expected.tolist()
+    assert not model.training
 
 
-def test_dropout_of_an_adapter_does_not_count_and_the_adapter_does(causal_lm):
-    base_nats = nats_of(causal_lm)
-    model = add_lora(causal_lm, changed(LORA, lora_dropout=0.5), gradient_checkpointing=False).train()
-    torch.manual_seed(0)
-    for name, value in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(value, std=0.05)
+def test_dropout_of_an_adapter_does_not_count_and_the_adapter_does(base):
+    model = adapted(base, bits=16, lora=changed(LORA, lora_dropout=0.5))
+    base_nats = nats_of(model)
+    redraw_b(model.train())
 
-    adapted = nats_of(model.get_base_model())
+    with_adapter = nats_of(model)
 
-    assert adapted.tolist() == nats_of(model.get_base_model()).tolist()
-    assert not np.allclose(adapted, base_nats, rtol=0.01)
+    assert with_adapter.tolist() == nats_of(model).tolist()
+    assert not np.allclose(with_adapter, base_nats, rtol=0.01)
     with model.disable_adapter():
-        assert nats_of(model.get_base_model()).tolist() == base_nats.tolist()
+        assert nats_of(model).tolist() == base_nats.tolist()
 
 
-def test_progress_counts_windows(causal_lm):
+def test_progress_counts_windows(model):
     steps = []
 
-    nats_of(causal_lm, per_device_batch=4, progress=steps.append)
+    nats_of(model, per_device_batch=4, progress=steps.append)
 
     num_windows = sum(len(windows(0, tokens, bos=BOS, seq_length=SEQ_LENGTH, stride=STRIDE)) for tokens in DOCUMENTS)
     assert sum(steps) == num_windows
     assert set(steps[:-1]) == {4}
 
 
-def test_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(causal_lm):
-    torch.nn.init.zeros_(causal_lm.lm_head.weight)
+def test_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(model):
+    torch.nn.init.zeros_(model.get_base_model().lm_head.weight)
 
-    numbers = summary(nats_of(causal_lm), [TextSize(tokens=length, bytes=length, words=1) for length in LENGTHS])
+    numbers = summary(nats_of(model), [TextSize(tokens=length, bytes=length, words=1) for length in LENGTHS])
 
     assert numbers["perplexity"] == pytest.approx(VOCABULARY_SIZE, rel=1e-6)
     assert numbers["bits_per_byte"] == pytest.approx(math.log2(VOCABULARY_SIZE), rel=1e-6)

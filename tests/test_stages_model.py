@@ -14,13 +14,16 @@ import pytest
 import torch
 from conftest import REPOSITORY, prose
 from safetensors.torch import load_file
-from tiny_llama import LORA, QUANTIZATION, TRAIN, quiet, same, write_texts, write_tiny_llama
+from tiny_llama import LORA, QUANTIZATION, TRAIN, quiet, same, trainable, write_texts, write_tiny_llama
 from transformers import Trainer
 
-from pdf2lora.memory import PeakMemory, measure_in_child
+from pdf2lora.errors import InputError
+from pdf2lora.forward import build_forward
+from pdf2lora.memory import Child, Measurement, PeakMemory
 from pdf2lora.model import load_adapter, load_base
 from pdf2lora.params import read_params
-from pdf2lora.tracking import DvcliveCallback
+from pdf2lora.tracking import DvcliveCallback, device_name
+from pdf2lora.training import PerplexityTrainer, build_model
 from stages import evaluate, find_batch, train
 
 pytestmark = quiet
@@ -36,7 +39,7 @@ SETTINGS = {
     "train.save_steps": 3,
     "find_batch.min": 1,
     "find_batch.max": 16,
-    "find_batch.steps": 1,
+    "find_batch.steps": 2,
     "find_batch.cpu_memory_gib": 0.008,
     "evaluate.stride": 12,
     "evaluate.per_device_batch": 4,
@@ -44,14 +47,23 @@ SETTINGS = {
     "evaluate.seed": 0,
 }
 NUM_STEPS = 7  # of 2 sequences of 32 bytes
-BATCH = {"per_device_batch": 2, "gradient_accumulation_steps": 1, "effective_batch": 2}
+BATCH = {
+    "device": device_name(),
+    "memory_gib": "auto",
+    "gradient_checkpointing": "full",
+    "per_device_batch": 2,
+    "gradient_accumulation_steps": 1,
+    "effective_batch": 2,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def server_of_children():
     """Starts the server that children are forked from where it can import this project: each then starts at once."""
     with chdir(REPOSITORY):
-        assert measure_in_child(float, 1) == 1
+        child = Child(float, 1)
+        assert child.ask(float) == 1
+        child.end()
 
 
 @pytest.fixture(scope="module")
@@ -184,20 +196,49 @@ def test_find_batch_probes_the_training_step_and_decides_the_same_each_time(proj
         assert {"batch": found["largest_batch"] + 1, "fits": False} in [
             {key: probe[key] for key in ("batch", "fits")} for probe in found["probes"]
         ]
-        assert found["memory_model"]["gib_per_sequence"] > 0
+        assert found["modes"]["full"]["gib_per_sequence"] > 0
+    assert list(found["modes"]) == [found["gradient_checkpointing"]] == ["full"]
+    assert found["modes"]["full"]["largest_batch"] == found["largest_batch"]
+    assert (found["kernels"], found["memory_gib"]) == ("reference", "auto")
+    assert {probe["gradient_checkpointing"] for probe in found["probes"]} == {"full"}
     assert f"find_batch: {found['largest_batch']} sequences fit in" in capsys.readouterr().out
 
     find_batch.main()
 
     assert Path("metrics/batch.json").read_bytes() == first
-    assert read("metrics/machine.json")["find_batch"]["peak_process_memory_gib"] > 0
+    machine = read("metrics/machine.json")["find_batch"]
+    assert machine["peak_process_memory_gib"] > 0
+    assert [(timing["gradient_checkpointing"], timing["batch"]) for timing in machine["timings"]] == [
+        ("full", probe["batch"]) for probe in found["probes"]
+    ]
+    assert all(timing["tokens_per_s"] > 0 for timing in machine["timings"])
+
+
+class MadeUpChild:
+    """Probes that need so many GiB a sequence, and so many tokens/s, by mode; nothing is left of it after its end."""
+
+    gib = {"none": 0.004, "full": 0.001}  # noqa: RUF012
+    tokens_per_s = {"none": 300.0, "full": 200.0}  # noqa: RUF012
+
+    def __init__(self, prepare, params, sequences, kernels):
+        self.asked = []
+        self.ended = False
+        MadeUpChild.last = self
+
+    def ask(self, step, mode, batch, budget_gib):
+        assert not self.ended
+        self.asked.append((mode, batch))
+        return Measurement(self.gib[mode] * batch, self.tokens_per_s[mode])
+
+    def end(self):
+        self.ended = True
 
 
 @pytest.fixture
 def made_up_memory(monkeypatch):
-    """Probes that need 0.001 GiB a sequence, and room for 12 of them."""
-    monkeypatch.setattr(find_batch, "measure_in_child", lambda step, params, sequences, batch: 0.001 * batch)
-    monkeypatch.setattr(find_batch, "memory_budget_gib", lambda params: 0.012)
+    """Room for 12 sequences of mode full and for 3 of mode none."""
+    monkeypatch.setattr(find_batch, "Child", MadeUpChild)
+    monkeypatch.setattr(find_batch, "memory_budget_gib", lambda params, child: 0.012)
 
 
 @pytest.mark.usefixtures("made_up_memory")
@@ -213,8 +254,86 @@ def test_find_batch_makes_the_effective_batch_of_params(project, effective_batch
     assert found["largest_batch"] == 12
     assert (found["per_device_batch"], found["gradient_accumulation_steps"]) == (per_device_batch, accumulation)
     assert found["effective_batch"] == per_device_batch * accumulation
-    assert found["memory_model"] == {"fixed_gib": 0, "gib_per_sequence": 0.001}
+    assert found["modes"] == {"full": {"largest_batch": 12, "fixed_gib": 0, "gib_per_sequence": 0.001}}
     assert [probe["batch"] for probe in found["probes"]] == [1, 2, 12, 13]
+
+
+@pytest.mark.usefixtures("made_up_memory")
+@pytest.mark.parametrize(
+    ("effective_batch", "speed_of_none", "chosen"),
+    [
+        (12, 300.0, ("none", 3, 4)),
+        (12, 100.0, ("full", 12, 1)),
+        (4, 201.0, ("full", 4, 1)),  # as fast as none, and it takes less memory
+        ("auto", 100.0, ("full", 12, 1)),
+    ],
+)
+def test_find_batch_chooses_the_fastest_mode(project, monkeypatch, capsys, effective_batch, speed_of_none, chosen):
+    monkeypatch.setattr(find_batch, "checkpointing_modes", lambda train, kernels: ("none", "full"))
+    monkeypatch.setitem(MadeUpChild.tokens_per_s, "none", speed_of_none)
+    project.configure({"train.effective_batch": effective_batch})
+
+    find_batch.main()
+
+    found = read("metrics/batch.json")
+    keys = ("gradient_checkpointing", "per_device_batch", "gradient_accumulation_steps")
+    assert tuple(found[key] for key in keys) == chosen
+    assert {mode: numbers["largest_batch"] for mode, numbers in found["modes"].items()} == {"none": 3, "full": 12}
+    assert found["largest_batch"] == 12
+    assert MadeUpChild.last.ended
+    timed = [
+        (timing["gradient_checkpointing"], timing["batch"], timing["tokens_per_s"])
+        for timing in read("metrics/machine.json")["find_batch"]["timings"]
+    ]
+    asked = MadeUpChild.last.asked
+    assert timed == [(mode, batch, {"none": speed_of_none, "full": 200}[mode]) for mode, batch in asked]
+    assert len(set(asked)) == len(asked)  # a probe is a timing too
+    assert capsys.readouterr().out == (
+        f"find_batch: 12 sequences fit in 0.01 GiB ({len(found['probes'])} probes); train uses {chosen[1]} x "
+        f"{chosen[2]} accumulation steps, gradient checkpointing {chosen[0]}, reference kernels\n"
+    )
+
+
+class FreeGpu:
+    """A child on a GPU of which 70 GiB are free."""
+
+    def ask(self, function):
+        assert function is find_batch.free_gib
+        return 70.0
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "headroom_gib", "budget_gib"), [("auto", 1.0, 69.0), (20, 1.0, 19.0), (80, 2.5, 67.5), (4.5, 0, 4.5)]
+)
+def test_budget_on_a_gpu_is_what_is_free_and_allowed_less_the_headroom(
+    project, monkeypatch, memory_gib, headroom_gib, budget_gib
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    project.configure({"find_batch.memory_gib": memory_gib, "find_batch.gpu_headroom_gib": headroom_gib})
+
+    assert find_batch.memory_budget_gib(read_params(), FreeGpu()) == budget_gib
+
+
+def test_budget_without_a_gpu_is_that_of_the_tensors(project, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    project.configure({"find_batch.memory_gib": 20})
+
+    assert find_batch.memory_budget_gib(read_params(), None) == 0.008
+
+
+@pytest.mark.parametrize(("memory_gib", "allowed"), [(1, "1.0"), ("auto", "70.0")])
+def test_headroom_that_leaves_nothing_is_refused(project, monkeypatch, memory_gib, allowed):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    headroom_gib = float(allowed)
+    project.configure({"find_batch.memory_gib": memory_gib, "find_batch.gpu_headroom_gib": headroom_gib})
+
+    with pytest.raises(InputError) as caught:
+        find_batch.memory_budget_gib(read_params(), FreeGpu())
+
+    assert str(caught.value) == (
+        f"find_batch.memory_gib: {allowed} GiB of the GPU are free or allowed, find_batch.gpu_headroom_gib "
+        f"({headroom_gib}) must be less; free the GPU (nvidia-smi) or change one of them"
+    )
 
 
 @pytest.mark.usefixtures("made_up_memory")
@@ -223,35 +342,51 @@ def test_find_batch_where_nothing_fits(project):
 
     assert error_of(find_batch.main) == (
         "error: find_batch.min: 15 sequences do not fit: a training step needs 0.01 GiB; lower find_batch.min or "
-        "train.seq_length, turn train.gradient_checkpointing on, or raise find_batch.cpu_memory_gib "
-        "(on a GPU: lower find_batch.gpu_headroom_gib)"
+        "train.seq_length, set train.gradient_checkpointing to auto, or raise find_batch.cpu_memory_gib "
+        "(on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)"
     )
     assert not Path("metrics/batch.json").exists()
 
 
-def test_find_batch_probes_full_steps_even_of_a_short_corpus(project, monkeypatch, own_logging):
+def test_find_batch_probes_full_steps_even_of_a_short_corpus(project, monkeypatch):
+    """And times all but the first, which compiles and warms up."""
     monkeypatch.setattr(PeakMemory, "gib", 0.5)
-    built = []
+    limits, built = [], []
+    clock = iter([10.0, 12.0, 13.0])
+    monkeypatch.setattr(find_batch, "limit_gpu_memory", limits.append)
+    monkeypatch.setattr(find_batch.time, "perf_counter", lambda: next(clock))
 
-    def build(base, sequences, **arguments):
-        built.append((sequences, arguments))
-        return SimpleNamespace(train=lambda: None)
+    def build(model, sequences, **arguments):
+        built.append((model, sequences, arguments))
+        (step_clock,) = arguments["callbacks"]
+        return SimpleNamespace(train=lambda: [step_clock.on_step_end(None, None, None) for _ in range(3)])
 
     monkeypatch.setattr(find_batch, "build_trainer", build)
     project.configure({"find_batch.steps": 3})
     params = read_params()
     two_rows = find_batch.pack([torch.arange(60).numpy()], bos=1, eos=2, seq_length=32)
+    prepared = find_batch.Prepared(params, two_rows, "reference", "the model", free_gib=0.0)
 
-    assert find_batch.training_step_gib(params, two_rows, 5) == 0.5
+    measurement = find_batch.training_step(prepared, "none", 5, 7.5)
 
-    ((sequences, arguments),) = built
-    assert sequences.input_ids.shape == (5 * 3, 32)
+    assert measurement == Measurement(0.5, 5 * 32 / 1.5)
+    assert limits == [7.5]
+    ((model, sequences, arguments),) = built
+    assert sequences.input_ids.shape == sequences.labels.shape == (5 * 3, 32)
+    assert (model, arguments["train"], arguments["kernels"]) == ("the model", params.train, "reference")
     assert (arguments["per_device_batch"], arguments["max_steps"]) == (5, 3)
-    assert (arguments["train"], arguments["lora"], arguments["quantization"]) == (
-        params.train,
-        params.lora,
-        params.quantization,
-    )
+    assert (arguments["gradient_checkpointing"], arguments["gradient_accumulation_steps"]) == ("none", 1)
+
+
+def test_find_batch_prepares_the_model_that_train_trains(project, own_logging):
+    params = read_params()
+    two_rows = find_batch.pack([torch.arange(60).numpy()], bos=1, eos=2, seq_length=32)
+
+    prepared = find_batch.prepare_probes(params, two_rows, "reference")
+
+    expected = build_model(Path("models/base"), QUANTIZATION, LORA, TRAIN)
+    assert same(trainable(prepared.model), trainable(expected))
+    assert (find_batch.free_gib(prepared) > 0) == torch.cuda.is_available()
 
 
 # train
@@ -273,8 +408,10 @@ def test_train_writes_metrics_log_and_curves(trained):
     assert metrics["train"]["perplexity"] == pytest.approx(math.exp(metrics["train"]["loss"]))
     assert metrics["validation"]["loss"] < math.log(260)
     machine = read("metrics/machine.json")["train"]
-    assert (machine["steps"], machine["attention"]) == (NUM_STEPS, "sdpa")
+    assert (machine["steps"], machine["attention"], machine["kernels"]) == (NUM_STEPS, "sdpa", "reference")
     assert machine["tokens_per_s"] > 0
+    assert machine["step_tokens_per_s"] > 0
+    assert ("peak_allocated_gib" in machine) == torch.cuda.is_available()
     log = log_of(trained.folder)
     for line in (
         'settings: {"corpus":',
@@ -317,7 +454,7 @@ def set_aside(*folders):
         shutil.move(folder, Path("undisturbed", folder))
 
 
-def test_fingerprint_of_a_run_changes_with_all_that_the_adapter_depends_on(with_batch):
+def test_fingerprint_of_a_run_changes_with_all_that_the_adapter_depends_on(with_batch, monkeypatch):
     def fingerprint_with(changes):
         with_batch.configure(changes)
         return train.run_fingerprint(read_params())
@@ -325,11 +462,77 @@ def test_fingerprint_of_a_run_changes_with_all_that_the_adapter_depends_on(with_
     first = fingerprint_with({})
     assert fingerprint_with({"evaluate.seed": 5}) == first
     others = [fingerprint_with(change) for change in ({"train.seed": 5}, {"lora.r": 4}, {"quantization.bits": 8})]
-    for file in ("data/split/train.jsonl", "models/base/config.json", "metrics/batch.json"):
+    shutil.copytree(train.KERNELS, "kernels")
+    monkeypatch.setattr(train, "KERNELS", Path("kernels"))
+    assert fingerprint_with({}) == first
+    for file in ("data/split/train.jsonl", "models/base/config.json", "metrics/batch.json", "kernels/lora.py"):
         with Path(file).open("a") as text:
             text.write("\n")
         others.append(fingerprint_with({}))
-    assert len({first, *others}) == 7
+    for module in (train.forward, train.loss, train.model, train.optimizer, train.tokens, train.training):
+        code = Path(f"{module.__name__}.py")
+        code.write_text(Path(module.__file__).read_text() + "\n")
+        monkeypatch.setattr(module, "__file__", str(code))
+        others.append(fingerprint_with({}))
+    assert len({first, *others}) == 1 + len(others) == 14
+
+
+@pytest.fixture
+def out_of_memory(monkeypatch):
+    """Training that finds no memory in its fourth step."""
+
+    def train_until_memory_ends(trainer, **kwargs):
+        trainer.state.global_step = 3
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    monkeypatch.setattr(PerplexityTrainer, "train", train_until_memory_ends)
+
+
+@pytest.mark.usefixtures("out_of_memory", "own_logging")
+@pytest.mark.parametrize("checkpoint", [None, 2])
+def test_memory_that_ends_in_mid_run_is_said_with_what_to_do(with_batch, checkpoint):
+    if checkpoint:
+        folder = Path(".scratch/train") / train.run_fingerprint(read_params()) / f"checkpoint-{checkpoint}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text("{}")
+    goes_on_from = f"the checkpoint of step {checkpoint}" if checkpoint else "the base model"
+
+    assert error_of(train.main) == (
+        "error: train: the GPU ran out of memory in step 4 (CUDA out of memory); free it (nvidia-smi shows who uses "
+        f"it) and run dvc repro again, which goes on from {goes_on_from}, or find a smaller batch: "
+        "dvc repro -f -s find_batch"
+    )
+    assert not Path("models/adapter").exists()
+
+
+def train_and_write_limit(limit_file):
+    train.limit_gpu_memory = lambda gib: Path(limit_file).write_text(str(gib))
+    train.main()
+
+
+@pytest.mark.parametrize(("memory_gib", "limit"), [("auto", None), (20.5, "20.5")])
+def test_train_keeps_to_the_memory_that_find_batch_was_given(with_batch, memory_gib, limit):
+    with_batch.configure({"train.num_train_epochs": 0.2})
+    Path("metrics/batch.json").write_text(json.dumps(BATCH | {"memory_gib": memory_gib}))
+
+    assert run_in_child(train_and_write_limit, "limit") == 0
+
+    assert (Path("limit").read_text() if Path("limit").exists() else None) == limit
+
+
+@pytest.mark.usefixtures("out_of_memory", "own_logging")
+@pytest.mark.parametrize("same_device", [True, False])
+def test_batch_of_another_device_is_said(with_batch, capsys, same_device):
+    device = device_name() if same_device else "NVIDIA A100-SXM4-80GB"
+    Path("metrics/batch.json").write_text(json.dumps(BATCH | {"device": device}))
+
+    error_of(train.main)
+
+    line = (
+        f"train: metrics/batch.json was measured on NVIDIA A100-SXM4-80GB, this is {device_name()}; "
+        "`dvc repro -f -s find_batch` finds the fastest batch here\n"
+    )
+    assert capsys.readouterr().out == ("" if same_device else line)
 
 
 def test_training_without_validation_documents(with_batch):
@@ -441,3 +644,20 @@ def test_evaluate_gives_the_same_numbers_for_every_batch_size(trained):
         found[per_device_batch] = numbers_of_evaluation()
 
     assert found[1] == pytest.approx(found[4], rel=1e-6, abs=2e-6)
+
+
+@pytest.mark.parametrize(("chosen", "built"), [("reference", "reference"), ("fused", "fused"), ("fp8", "fused")])
+def test_evaluate_scores_in_full_precision(trained, monkeypatch, chosen, built):
+    """fp8 would be approximate; what is trained with it is scored without it."""
+    asked = []
+
+    def build(model, kernels):
+        asked.append(kernels)
+        return build_forward(model, "reference")
+
+    monkeypatch.setattr(evaluate, "choose_kernels", lambda *settings: chosen)
+    monkeypatch.setattr(evaluate, "build_forward", build)
+
+    evaluate.main()
+
+    assert asked == [built]

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from tiny_llama import BOS, LORA, QUANTIZATION, TRAIN, changed, quiet, random_sequences, write_tiny_llama
+from transformers import LlamaConfig
 
 from pdf2lora import tracking
+from pdf2lora.throughput import flop_per_token
 from pdf2lora.tokens import windows
 from pdf2lora.tracking import DvcliveCallback, log_to_file, machine_metrics
-from pdf2lora.training import build_trainer
+from pdf2lora.training import build_model, build_trainer
 
 pytestmark = quiet
 LOOKS = windows(0, np.arange(50), bos=BOS, seq_length=32, stride=32)
@@ -43,17 +45,18 @@ def build(base, project):
     """A trainer of 4 steps that writes to a folder of this name, with checkpoints beside it."""
 
     def build(name, **changes):
+        train = changed(TRAIN, **changes)
         return build_trainer(
-            base,
+            build_model(base, QUANTIZATION, LORA, train),
             random_sequences(8),
-            quantization=QUANTIZATION,
-            lora=LORA,
-            train=changed(TRAIN, **changes),
+            train=train,
+            kernels="reference",
+            gradient_checkpointing="full",
             per_device_batch=2,
             gradient_accumulation_steps=1,
             checkpoints=project / f"{name}-checkpoints",
             validation_windows=LOOKS,
-            callbacks=[DvcliveCallback(project / name)],
+            callbacks=[DvcliveCallback(project / name, tokens_per_step=2 * 32)],
         )
 
     return build
@@ -127,6 +130,50 @@ def test_each_step_is_a_line_of_the_log(build, caplog):
     lines = [message for message in caplog.messages if message.startswith("step ")]
     begins = ["step 0 {'eval_loss':", "step 1 {'loss':", "step 2 {'loss':", "step 2 {'eval_loss':", "step 2 {}"]
     assert [line[: len(begin)] for line, begin in zip(lines, begins, strict=True)] == begins
+
+
+def test_throughput_is_that_of_the_median_step(project, monkeypatch):
+    monkeypatch.setattr(tracking, "device_name", lambda: "NVIDIA H100 80GB HBM3")
+    tracker = DvcliveCallback(project / "train", tokens_per_step=30_000)
+    tracker.step_starts = [0.0, 50.0, 51.5, 60.0, 61.5, 63.0]  # compiles in the first, looks at documents in the third
+    config = LlamaConfig(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+                         num_key_value_heads=8, head_dim=128, vocab_size=128256)  # fmt: skip
+
+    numbers = tracker.throughput(config, 512)
+
+    assert numbers["step_tokens_per_s"] == 20_000
+    assert numbers["model_flops_utilization"] == pytest.approx(20_000 * flop_per_token(config, 512) / 989e12, abs=5e-4)
+    monkeypatch.setattr(tracking, "device_name", lambda: "cpu")
+    assert tracker.throughput(config, 512)["model_flops_utilization"] is None
+
+
+def test_throughput_of_a_training_on_the_way(build, project):
+    trainer = build("train")
+    (tracker,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, DvcliveCallback)]
+    assert "step_tokens_per_s" not in tracker.throughput(trainer.model.config, 32)
+
+    trainer.train()
+
+    assert len(tracker.step_starts) == 4
+    assert tracker.throughput(trainer.model.config, 32)["step_tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize("step_starts", [[], [0.0], [0.0, 1.0]])
+def test_training_too_short_for_a_throughput_has_none(project, step_starts):
+    tracker = DvcliveCallback(project / "train", tokens_per_step=64)
+    tracker.step_starts = step_starts
+
+    assert not {"step_tokens_per_s", "model_flops_utilization"} & tracker.throughput(LlamaConfig(), 32).keys()
+
+
+def test_accumulated_batches_are_one_step_of_the_throughput(build, project):
+    trainer = build("train")
+    trainer.args.gradient_accumulation_steps = 2
+    (tracker,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, DvcliveCallback)]
+
+    trainer.train()
+
+    assert len(tracker.step_starts) == trainer.state.global_step == 2
 
 
 # machine_metrics
@@ -226,6 +273,7 @@ def test_a_gpu_that_does_not_answer_costs_nobody_their_training(tmp_path, monkey
         nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=3 * 2**30),
         nvmlDeviceGetUtilizationRates=silent,
         nvmlDeviceGetPowerUsage=silent,
+        nvmlDeviceGetTotalEnergyConsumption=silent,
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tracking, "_Gpu", lambda: gpu)
@@ -236,6 +284,30 @@ def test_a_gpu_that_does_not_answer_costs_nobody_their_training(tmp_path, monkey
     entry = json.loads(tracking.MACHINE.read_text())["train"]
     assert entry["peak_gpu_memory_gib"] == 3
     assert "peak_gpu_power_w" not in entry
+    assert "joules" not in entry
+
+
+def test_energy_is_that_of_the_block(many_samples, monkeypatch):
+    counter = iter([10_000, 14_000])  # millijoules since the driver was loaded
+    gpu = tracking._Gpu()
+    gpu.handle = "gpu"
+    gpu.nvml = SimpleNamespace(
+        NVMLError=OSError,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=2**30),
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=97),
+        nvmlDeviceGetPowerUsage=lambda handle: 652_300,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(counter),
+    )
+    monkeypatch.setattr(tracking, "_Gpu", lambda: gpu)
+
+    with machine_metrics("train"):
+        pass
+
+    entry = json.loads((many_samples / "metrics/machine.json").read_text())["train"]
+    assert entry["joules"] == 4
+    assert (entry["peak_gpu_utilization_percent"], entry["peak_gpu_power_w"]) == (97, 652)
+    table = (many_samples / "metrics/machine/train.tsv").read_text().splitlines()
+    assert table[0] == "seconds\tprocess_memory_gib\tgpu_memory_gib\tgpu_utilization_percent\tgpu_power_w"
 
 
 def test_a_gpu_without_nvml_is_said_and_not_measured(monkeypatch, caplog):

@@ -20,12 +20,11 @@ from tiny_llama import (
 
 from pdf2lora.perplexity import nats_per_document
 from pdf2lora.tokens import IGNORED, Sequences, windows
-from pdf2lora.training import build_trainer, collate
+from pdf2lora.training import build_model, build_trainer, collate
 
 pytestmark = quiet
 NUM_SEQUENCES = 8
 NO_DROPOUT = changed(LORA, lora_dropout=0.0)
-LARGE = changed(LORA, r=64)  # matrices of 4096 numbers and more: from there on the optimizer's state is 8-bit
 LOOKS = [
     window
     for number, length in enumerate([50, 9, 70])
@@ -45,21 +44,34 @@ def restore_precision_of_accelerate(monkeypatch):
 
 @pytest.fixture
 def build(base, tmp_path):
-    """build_trainer on 8 random sequences, 2 at a time, with what is given changed."""
+    """build_trainer on a new model and 8 random sequences, 2 at a time, with what is given changed."""
 
-    def build(*, bits=4, sequences=None, folder="checkpoints", per_device_batch=2, accumulation=1, **changes):
-        arguments = {"lora": LORA, "train": TRAIN} | changes
+    def build(
+        *,
+        bits=4,
+        lora=LORA,
+        train=TRAIN,
+        sequences=None,
+        checkpointing="full",
+        folder="checkpoints",
+        per_device_batch=2,
+        accumulation=1,
+        **changes,
+    ):
         return build_trainer(
-            base,
+            build_model(base, changed(QUANTIZATION, bits=bits), lora, train),
             random_sequences(NUM_SEQUENCES) if sequences is None else sequences,
-            quantization=changed(QUANTIZATION, bits=bits),
+            train=train,
+            kernels="reference",
+            gradient_checkpointing=checkpointing,
             per_device_batch=per_device_batch,
             gradient_accumulation_steps=accumulation,
             checkpoints=tmp_path / folder,
-            **arguments,
+            **changes,
         )
 
-    return build
+    yield build
+    torch.use_deterministic_algorithms(False)
 
 
 def trained(trainer, **kwargs):
@@ -133,12 +145,12 @@ def test_padding_weighs_nothing_in_an_accumulated_step(build):
 
 @pytest.mark.parametrize("looks", [(), LOOKS])
 def test_killed_training_goes_on_from_a_checkpoint_to_the_same_adapter(build, tmp_path, looks):
-    whole = trained(build(lora=LARGE, validation_windows=looks, folder="whole"))
-    states = whole.optimizer.optimizer.state.values()
-    assert any(state["state1"].dtype == torch.uint8 for state in states)
+    whole = trained(build(validation_windows=looks, folder="whole"))
+    (state,) = whole.optimizer.optimizer.state.values()
+    assert state["state1"].dtype == torch.uint8
     shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "resumed/checkpoint-2")
 
-    resumed = build(lora=LARGE, validation_windows=looks, folder="resumed")
+    resumed = build(validation_windows=looks, folder="resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "resumed/checkpoint-2"))
 
     assert same(trainable(resumed.model), trainable(whole.model))
@@ -149,6 +161,61 @@ def test_checkpoints_are_written_every_save_steps_and_two_are_kept(build, tmp_pa
     trained(build(train=changed(TRAIN, num_train_epochs=2)))  # 8 steps
 
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"checkpoint-6", "checkpoint-8"}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradient_checkpointing_changes_no_bit(build, dropout):
+    lora = changed(LORA, lora_dropout=dropout)
+    full, none = (trained(build(lora=lora, checkpointing=checkpointing)) for checkpointing in ("full", "none"))
+
+    assert full.model.get_base_model().is_gradient_checkpointing
+    assert not none.model.get_base_model().is_gradient_checkpointing
+    assert same(trainable(full.model), trainable(none.model))
+    assert logged(full, "loss") == logged(none, "loss")
+
+
+def test_a_trainer_takes_the_place_of_an_earlier_one_of_the_same_model(build, base, tmp_path):
+    """As the probes of find_batch do, whose model is loaded once."""
+    model = build_model(base, QUANTIZATION, NO_DROPOUT, TRAIN)
+    sequences = random_sequences(NUM_SEQUENCES)
+
+    def losses(checkpointing):
+        start = {name: value.detach().clone() for name, value in model.named_parameters()}
+        trainer = build_trainer(
+            model,
+            sequences,
+            train=TRAIN,
+            kernels="reference",
+            gradient_checkpointing=checkpointing,
+            per_device_batch=2,
+            gradient_accumulation_steps=1,
+            checkpoints=tmp_path,
+        )
+        trainer.train()
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                value.copy_(start[name])
+        return logged(trainer, "loss")
+
+    assert losses("none") == losses("full") == logged(trained(build(lora=NO_DROPOUT)), "loss")
+
+
+def test_a_step_in_eval_mode_is_a_fault_of_ours(build):
+    trainer = build()
+    trainer.model.eval()
+
+    with pytest.raises(AssertionError):
+        trainer.training_step(trainer.model, {}, torch.tensor(1))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_algorithms_are_used_as_params_say(build, deterministic):
+    torch.use_deterministic_algorithms(not deterministic)
+
+    trained(build(train=changed(TRAIN, deterministic=deterministic)))
+
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
 # learning
@@ -191,10 +258,10 @@ def test_settings_arrive_in_the_optimizer_and_the_arguments(build):
     assert isinstance(optimizer, bnb.optim.AdamW)
     assert optimizer.is_paged
     assert optimizer.args.optim_bits == 8
-    decayed, *others = optimizer.param_groups
-    assert (decayed["lr"], decayed["weight_decay"]) == (0.003, 0.1)
-    assert sum(p.numel() for p in decayed["params"]) == trainer.model.get_nb_trainable_parameters()[0]
-    assert not any(group["params"] for group in others)
+    (group,) = optimizer.param_groups
+    (parameter,) = group["params"]
+    assert (group["lr"], group["weight_decay"]) == (0.003, 0.1)
+    assert parameter.numel() == trainer.model.get_nb_trainable_parameters()[0]
     given = {name: getattr(trainer.args, name) for name in ("max_grad_norm", "num_train_epochs", "seed")}
     assert given == {"max_grad_norm": 0.5, "num_train_epochs": 3, "seed": 11}
     given = {name: getattr(trainer.args, name) for name in ("lr_scheduler_type", "logging_steps", "save_steps")}
@@ -220,8 +287,8 @@ def test_gradients_are_clipped(build):
     trainer = trained(build(train=train))
 
     assert logged(trainer, "grad_norm")[0] > 0.1
-    moments = [state["exp_avg"] for state in trainer.optimizer.optimizer.state.values()]
-    norm = torch.stack([moment.norm() for moment in moments]).norm() / (1 - 0.9)
+    (state,) = trainer.optimizer.optimizer.state.values()
+    norm = state["exp_avg"].norm() / (1 - 0.9)
     assert norm.item() == pytest.approx(0.01, rel=1e-3)
 
 
@@ -260,7 +327,7 @@ def test_validation_loss_is_nats_a_token(build):
 
     metrics = trainer.evaluate()
 
-    nats = nats_per_document(trainer.model.get_base_model(), LOOKS, num_documents=3, per_device_batch=3)
+    nats = nats_per_document(trainer.forward, LOOKS, num_documents=3, per_device_batch=3)
     assert metrics["eval_loss"] == pytest.approx(nats.sum() / (50 + 9 + 70), rel=1e-6)
     assert logged(trainer, "eval_loss")[-1] == metrics["eval_loss"]
 

@@ -4,7 +4,7 @@ With it go settings to train it with, documents to train it on, and what tests a
 """
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -58,22 +58,26 @@ def changed(section: S, **changes: object) -> S:
     return type(section)(**(section.model_dump() | changes))
 
 
-def write_tiny_llama(folder: Path, *, seed: int = 0, eos: int | list[int] = EOS) -> Path:
-    """config.json, model.safetensors, tokenizer.json; random weights, large enough that each of them matters."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT_LENGTH,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
-        bos_token_id=BOS,
-        eos_token_id=eos,
-        pad_token_id=PAD,
-    )
+def write_tiny_llama(folder: Path, *, seed: int = 0, eos: int | list[int] = EOS, **changes: Any) -> Path:
+    """config.json, model.safetensors, tokenizer.json; random weights, large enough that each of them matters.
+
+    changes: of the LlamaConfig.
+    """
+    settings = {
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS,
+        "eos_token_id": eos,
+        "pad_token_id": PAD,
+    }
+    config = LlamaConfig(**(settings | changes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(folder)

@@ -1,0 +1,596 @@
+"""What only a GPU can show: python -m pytest -m gpu
+
+The kernels compiled, against the float32 arithmetic of the same weights; the search for a batch and the training in
+the memory of a GPU. tests/test_kernels.py looks at the same kernels one by one, in Triton's interpreter.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import bitsandbytes as bnb
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, prose
+from tiny_llama import (
+    BOS,
+    LORA,
+    QUANTIZATION,
+    TRAIN,
+    changed,
+    quiet,
+    random_sequences,
+    same,
+    trainable,
+    write_texts,
+    write_tiny_llama,
+)
+from torch.nn import functional
+
+import stages  # noqa: F401  # before CUDA starts: the workspaces with which cuBLAS repeats its sums
+from pdf2lora import loss
+from pdf2lora.errors import InputError
+from pdf2lora.forward import CHECKPOINTING, build_forward, checkpointing_modes, choose_kernels
+from pdf2lora.loss import linear_cross_entropy, nats_per_target
+from pdf2lora.model import add_lora, load_adapter, load_base
+from pdf2lora.perplexity import nats_per_document
+from pdf2lora.tokens import IGNORED, windows
+from pdf2lora.training import build_model, build_trainer
+
+HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+CAPABILITY = torch.cuda.get_device_capability() if HAS_GPU else (0, 0)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(CAPABILITY < (8, 0), reason="needs a CUDA GPU of compute capability 8.0"),
+    pytest.mark.timeout(400),  # the first test compiles the kernels
+    quiet,
+]
+needs_fp8 = pytest.mark.skipif(CAPABILITY < (8, 9), reason="fp8 needs compute capability 8.9")
+
+BFLOAT16 = changed(TRAIN, compute_dtype="bfloat16", kernels="auto")
+FLOAT32 = changed(TRAIN, compute_dtype="float32")
+NO_DROPOUT = changed(LORA, lora_dropout=0.0)
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.04,
+}
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
+    """So that the rounding of one layer does not pile up in the next."""
+    return write_tiny_llama(tmp_path_factory.mktemp("one"), num_hidden_layers=1, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory):
+    return write_tiny_llama(tmp_path_factory.mktemp("four"), num_hidden_layers=4, **SHAPE)
+
+
+@pytest.fixture(autouse=True)
+def restore(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def adapted(base, lora=NO_DROPOUT, *, bits=4, train=BFLOAT16):
+    """The base with an adapter as after a training: B is not zero."""
+    torch.manual_seed(0)
+    model = add_lora(load_base(base, changed(QUANTIZATION, bits=bits), train), lora)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.02)
+    return model
+
+
+def in_float32(base, model, lora=NO_DROPOUT):
+    """The same dequantized weights, the same matrices, no quantization and no half precision."""
+    whole = adapted(base, lora, bits=16, train=FLOAT32)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                assert weight.dtype == torch.bfloat16
+                whole.get_submodule(name).weight.copy_(weight)
+        for name, value in model.named_parameters():
+            if not isinstance(value, bnb.nn.Params4bit):
+                whole.get_parameter(name).copy_(value)
+    return whole
+
+
+def some_ids(batch, seq_length, *, seed=0):
+    numbers = np.random.default_rng(seed).integers(0, BOS, (batch, seq_length))
+    return torch.from_numpy(numbers).cuda()
+
+
+def hidden_and_gradients(forward, ids, *, seed=0):
+    """Of the next-token loss; the seed is that of dropout."""
+    model = forward.model
+    model.train()
+    model.zero_grad()
+    torch.manual_seed(seed)
+    hidden = forward(ids)
+    targets = ids.roll(-1, dims=1)
+    targets[:, -1] = IGNORED
+    head = model.get_base_model().get_output_embeddings().weight
+    (linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten()) / targets.numel()).backward()
+    return hidden.detach(), {
+        name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad
+    }
+
+
+def relative_error(found, expected):
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def errors(found, expected):
+    return {name: relative_error(found[name], expected[name]) for name in expected}
+
+
+def total_error(found, expected):
+    return relative_error(*(torch.cat([grads[name].flatten() for name in expected]) for grads in (found, expected)))
+
+
+# against float32
+
+
+@pytest.mark.parametrize("deterministic", [False, True])  # cuDNN's attention where it is better, else FlashAttention
+@pytest.mark.parametrize("targets", [LORA.target_modules, ALL_LINEAR, ["v_proj", "down_proj"]], ids="-".join)
+@pytest.mark.parametrize(("batch", "seq_length"), [(4, 256), (1, 512), (3, 129), (1, 37)])
+def test_fused_is_as_exact_as_bfloat16_allows(one_layer, deterministic, targets, batch, seq_length):
+    lora = changed(NO_DROPOUT, target_modules=targets)
+    model = adapted(one_layer, lora)
+    ids = some_ids(batch, seq_length)
+    expected_hidden, expected = hidden_and_gradients(
+        build_forward(in_float32(one_layer, model, lora), "reference"), ids
+    )
+    peft_hidden, peft = hidden_and_gradients(build_forward(model, "reference"), ids)
+    torch.use_deterministic_algorithms(deterministic)
+
+    hidden, found = hidden_and_gradients(build_forward(model, "fused"), ids)
+
+    assert hidden.dtype == torch.bfloat16
+    assert relative_error(hidden, expected_hidden) <= max(5e-3, 1.1 * relative_error(peft_hidden, expected_hidden))
+    assert total_error(found, expected) <= max(1e-2, 1.1 * total_error(peft, expected))
+    of_peft = errors(peft, expected)
+    too_large = {
+        name: (error, of_peft[name])
+        for name, error in errors(found, expected).items()
+        if error > max(1e-2, 1.5 * of_peft[name])
+    }
+    assert not too_large
+    assert all(value.dtype == torch.float32 and value.any() for value in found.values())
+
+
+@pytest.mark.parametrize("r", [3, 20, 64])
+def test_any_rank_is_filled_up_to_what_a_tensor_core_takes(one_layer, r):
+    lora = changed(NO_DROPOUT, r=r)
+    model = adapted(one_layer, lora)
+    ids = some_ids(2, 128)
+    _, expected = hidden_and_gradients(build_forward(in_float32(one_layer, model, lora), "reference"), ids)
+    _, peft = hidden_and_gradients(build_forward(model, "reference"), ids)
+
+    _, found = hidden_and_gradients(build_forward(model, "fused"), ids)
+
+    assert total_error(found, expected) <= max(1e-2, 1.1 * total_error(peft, expected))
+
+
+@needs_fp8
+@pytest.mark.parametrize("targets", [LORA.target_modules, ALL_LINEAR], ids=["attention", "all"])
+@pytest.mark.parametrize(("batch", "seq_length"), [(4, 256), (3, 129), (1, 37)])
+def test_fp8_is_near(one_layer, targets, batch, seq_length):
+    """Three bits of mantissa: a rounded operand is off by 2.6% in the root mean square."""
+    lora = changed(NO_DROPOUT, target_modules=targets)
+    model = adapted(one_layer, lora)
+    ids = some_ids(batch, seq_length)
+    expected_hidden, expected = hidden_and_gradients(
+        build_forward(in_float32(one_layer, model, lora), "reference"), ids
+    )
+
+    hidden, found = hidden_and_gradients(build_forward(model, "fp8"), ids)
+
+    assert 1e-3 < relative_error(hidden, expected_hidden) < 0.05
+    assert 1e-2 < total_error(found, expected) < 0.15
+    for name in expected:
+        assert functional.cosine_similarity(found[name].flatten(), expected[name].flatten(), dim=0) > 0.95, name
+
+
+@needs_fp8
+def test_fp8_is_for_training_alone(one_layer):
+    model = adapted(one_layer)
+    ids = some_ids(2, 64)
+    fp8, fused = (build_forward(model, kernels) for kernels in ("fp8", "fused"))
+    model.eval()
+
+    with torch.no_grad():
+        assert torch.equal(fp8(ids), fused(ids))
+        model.train()
+        assert not torch.equal(fp8(ids), fused(ids))
+
+
+def test_disabled_adapter_is_the_base(four_layers):
+    model = adapted(four_layers).eval()
+    fused, ids = build_forward(model, "fused"), some_ids(2, 64)
+    fresh = add_lora(load_base(four_layers, QUANTIZATION, BFLOAT16), NO_DROPOUT).eval()
+
+    with torch.no_grad():
+        with_adapter = fused(ids)
+        with model.disable_adapter():
+            assert relative_error(fused(ids), build_forward(fresh, "fused")(ids)) < 1e-2
+            assert relative_error(fused(ids), with_adapter) > 0.02
+        assert torch.equal(fused(ids), with_adapter)
+
+
+def test_evaluation_by_the_kernels_scores_like_the_reference(four_layers):
+    model = adapted(four_layers, LORA)
+    looks = [
+        window
+        for number, length in enumerate([300, 9, 700])
+        for window in windows(number, np.arange(length) % BOS, bos=BOS, seq_length=128, stride=60)
+    ]
+
+    def nats(forward):
+        return nats_per_document(forward, looks, num_documents=3, per_device_batch=4)
+
+    exact = nats(build_forward(in_float32(four_layers, model, LORA), "reference"))
+    assert nats(build_forward(model, "fused")) == pytest.approx(exact, rel=5e-3)
+    assert nats(build_forward(model, "reference")) == pytest.approx(exact, rel=5e-3)
+
+
+# what is kept between the passes
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kernels", ["fused", pytest.param("fp8", marks=needs_fp8)])
+@pytest.mark.parametrize(("batch", "seq_length"), [(2, 128), (1, 77)])
+def test_gradient_checkpointing_changes_no_bit(four_layers, dropout, kernels, batch, seq_length):
+    torch.use_deterministic_algorithms(True)
+    model = adapted(four_layers, changed(LORA, lora_dropout=dropout, target_modules=ALL_LINEAR))
+    ids = some_ids(batch, seq_length)
+
+    found = {
+        mode: hidden_and_gradients(build_forward(model, kernels, mode), ids, seed=5) for mode in CHECKPOINTING[kernels]
+    }
+
+    hidden, gradients = found["none"]
+    for mode in ("mlp", "full", "offload"):
+        assert torch.equal(found[mode][0], hidden), mode
+        assert same(found[mode][1], gradients), mode
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING["fused"])
+def test_second_step_of_a_forward_is_like_the_first(four_layers, mode):
+    """What is held from step to step, the host's memory of offload above all, carries nothing over."""
+    torch.use_deterministic_algorithms(True)
+    forward = build_forward(adapted(four_layers, LORA), "fused", mode)
+    ids = some_ids(2, 128)
+    first = hidden_and_gradients(forward, ids, seed=1)
+
+    hidden_and_gradients(forward, some_ids(3, 96, seed=9), seed=2)  # another shape
+    again = hidden_and_gradients(forward, ids, seed=1)
+
+    assert torch.equal(again[0], first[0])
+    assert same(again[1], first[1])
+
+
+def test_dropout_is_drawn_from_the_seed(four_layers):
+    torch.use_deterministic_algorithms(True)
+    forward = build_forward(adapted(four_layers, LORA), "fused")
+    ids = some_ids(2, 128)
+
+    (one, _), (again, _), (other, _) = (hidden_and_gradients(forward, ids, seed=seed) for seed in (1, 1, 2))
+
+    assert torch.equal(one, again)
+    assert 1e-3 < relative_error(one, other) < 0.5
+
+
+def test_the_more_is_recomputed_the_less_memory_a_step_takes(four_layers):
+    model = adapted(four_layers)
+    ids = some_ids(16, 512)
+
+    def peak_bytes(mode):
+        forward = build_forward(model, "fused", mode)
+        hidden_and_gradients(forward, ids)  # what stays is there
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        hidden_and_gradients(forward, ids)
+        return torch.cuda.max_memory_allocated()
+
+    none, mlp, full, offload = (peak_bytes(mode) for mode in ("none", "mlp", "full", "offload"))
+
+    assert none > mlp > full > offload
+
+
+# kernels one by one, as compiled
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dequantized_weights_are_those_of_bitsandbytes(quant_type, double, dtype):
+    from pdf2lora.kernels.frozen import dequantize
+
+    torch.manual_seed(0)
+    numbers = torch.randn(320, 704, dtype=dtype, device="cuda")
+    weight = bnb.nn.Params4bit(numbers, quant_type=quant_type, compress_statistics=double, requires_grad=False).cuda()
+    expected = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    out = torch.full_like(numbers, float("nan"))
+
+    dequantize(weight, out)
+
+    if quant_type == "nf4":
+        assert torch.equal(out, expected)
+    else:  # bitsandbytes has shorter decimals for some of fp4's numbers than its own table
+        torch.testing.assert_close(out, expected, rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=0)
+
+
+def kept_by_dropout(p, seed, *, tokens=200, features=48):
+    """The mask, (tokens, features), read off dropout(1) A^T with an A that picks 16 features at a time."""
+    from pdf2lora.kernels import lora
+
+    ones = torch.ones(tokens, features, dtype=torch.bfloat16, device="cuda")
+    picks = torch.eye(features, dtype=torch.bfloat16, device="cuda").split(16)
+    parts = [lora.down(ones, pick.contiguous(), 16, lora.Dropout(p), seed) for pick in picks]
+    return torch.cat(parts, dim=1) != 0
+
+
+def test_dropout_keeps_its_share_and_drops_the_same_in_the_backward_pass():
+    from pdf2lora.kernels import lora
+
+    p, seed, tokens, features = 0.25, 7, 2500, 48  # more than one split of the backward pass
+    kept = kept_by_dropout(p, seed, tokens=tokens, features=features)
+    assert abs(kept.float().mean().item() - 0.75) < 5 * (0.25 * 0.75 / kept.numel()) ** 0.5
+    assert 0.6 < (kept == kept_by_dropout(p, seed + 1, tokens=tokens)).float().mean() < 0.65  # 0.75^2 + 0.25^2
+    torch.manual_seed(0)
+    x, grad_x = (torch.randn(tokens, features, device="cuda").bfloat16() for _ in range(2))
+    a = torch.randn(16, features, device="cuda").bfloat16()
+    grad_low_rank = torch.randn(tokens, 16, device="cuda").bfloat16()
+    dropped = torch.where(kept, x.float(), 0.0) / 0.75
+    expected_x = grad_x.float() + torch.where(kept, grad_low_rank.float() @ a.float(), 0.0) / 0.75
+
+    low_rank = lora.down(x, a, 16, lora.Dropout(p), seed)
+    grad_a = lora.backward_(x, grad_x, a, grad_low_rank, 16, lora.Dropout(p), seed)
+
+    assert relative_error(low_rank, dropped @ a.float().t()) < 5e-3
+    assert relative_error(grad_a, grad_low_rank.float().t() @ dropped) < 5e-3
+    assert relative_error(grad_x, expected_x) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("vocabulary", "chunk"), [(260, 2**28), (32_000, 17 * 32_000), (128_256, 64 * 128_256)])
+def test_loss_of_chunks_is_that_of_whole_logits(monkeypatch, dtype, vocabulary, chunk):
+    monkeypatch.setattr(loss, "LOGITS_OF_A_CHUNK", chunk)
+    torch.manual_seed(0)
+    hidden = torch.randn(150, 64, device="cuda").to(dtype).requires_grad_()
+    head = (torch.randn(vocabulary, 64, device="cuda") * 0.2).to(dtype)
+    targets = torch.randint(vocabulary, (150,), device="cuda")
+    targets[::7] = IGNORED
+    exact = hidden.detach().float().requires_grad_()
+    logits = exact @ head.float().t()
+    expected = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+    expected.sum().mul(0.5).backward()
+
+    total = linear_cross_entropy(hidden, head, targets)
+    (total * 0.5).backward()
+
+    near = 1e-5 if dtype == torch.float32 else 1e-2
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx(expected.sum().item(), rel=near)
+    assert relative_error(hidden.grad, exact.grad) < near
+    nats = nats_per_target(hidden.detach(), head, targets)
+    torch.testing.assert_close(nats, expected.detach(), rtol=near, atol=near * 10)
+    assert not nats[::7].any()
+
+
+# the choice
+
+
+def test_auto_means_fused_here_and_leaves_the_checkpointing_to_find_batch(caplog):
+    caplog.set_level(logging.INFO)
+
+    assert choose_kernels(BFLOAT16, QUANTIZATION, LORA) == "fused"
+
+    assert caplog.messages == ["kernels: auto asked for, fused runs"]
+    auto = changed(BFLOAT16, gradient_checkpointing="auto")
+    assert checkpointing_modes(auto, "fused") == ("none", "mlp", "full", "offload")
+    assert checkpointing_modes(auto, "reference") == ("none", "full")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_other_bases_than_4_bit_fall_back_and_train(one_layer, caplog, bits):
+    caplog.set_level(logging.INFO)
+    quantization = changed(QUANTIZATION, bits=bits)
+
+    kernels = choose_kernels(BFLOAT16, quantization, LORA)
+
+    assert kernels == "reference"
+    assert caplog.messages == [
+        f"kernels: auto asked for, reference runs (they need a base of 4 bits, quantization.bits is {bits})"
+    ]
+    _, gradients = hidden_and_gradients(build_forward(adapted(one_layer, bits=bits), kernels), some_ids(2, 64))
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients.values())
+    with pytest.raises(InputError, match=r"train\.kernels: 'fused' cannot run here: they need a base of 4 bits"):
+        choose_kernels(changed(BFLOAT16, kernels="fused"), quantization, LORA)
+
+
+# training
+
+
+@pytest.fixture
+def train(four_layers, tmp_path):
+    def train(
+        kernels, *, lora=LORA, sequences=None, checkpointing="none", folder="checkpoints", resume=None, **changes
+    ):
+        settings = changed(BFLOAT16, seq_length=64, **changes)
+        trainer = build_trainer(
+            build_model(four_layers, QUANTIZATION, lora, settings),
+            random_sequences(8, seq_length=64) if sequences is None else sequences,
+            train=settings,
+            kernels=kernels,
+            gradient_checkpointing=checkpointing,
+            per_device_batch=2,
+            gradient_accumulation_steps=1,
+            checkpoints=tmp_path / folder,
+            validation_windows=windows(0, np.arange(150), bos=BOS, seq_length=64, stride=64),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return train
+
+
+def losses(trainer, name="loss"):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+ALL_KERNELS = ["reference", "fused", pytest.param("fp8", marks=needs_fp8)]
+
+
+@pytest.mark.parametrize("kernels", ALL_KERNELS)
+def test_deterministic_training_gives_the_same_adapter_again(train, kernels):
+    one, again = (train(kernels, deterministic=True) for _ in range(2))
+
+    assert same(trainable(one.model), trainable(again.model))
+    assert losses(one) == losses(again)
+    assert losses(one, "eval_loss") == losses(again, "eval_loss")
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch_fused"])
+def test_killed_training_goes_on_to_the_same_adapter(train, tmp_path, optim):
+    whole = train("fused", deterministic=True, optim=optim, folder="whole")
+
+    checkpoint = str(tmp_path / "whole/checkpoint-2")
+    resumed = train("fused", deterministic=True, optim=optim, folder="resumed", resume=checkpoint)
+
+    assert same(trainable(resumed.model), trainable(whole.model))
+    assert losses(resumed) == losses(whole)
+
+
+@pytest.mark.parametrize("kernels", ALL_KERNELS)
+def test_training_learns_and_its_adapter_works_elsewhere(train, four_layers, tmp_path, kernels):
+    one_batch = random_sequences(2, seq_length=64)
+    trainer = train(
+        kernels,
+        lora=NO_DROPOUT,
+        sequences=one_batch,
+        num_train_epochs=30,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        learning_rate=0.003,
+    )
+    assert losses(trainer)[-1] < losses(trainer)[0] - 1
+
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    loaded = load_adapter(load_base(four_layers, QUANTIZATION, BFLOAT16), tmp_path / "adapter").eval()
+
+    ids = torch.from_numpy(one_batch.input_ids).cuda()
+    with torch.no_grad():
+        logits = loaded(input_ids=ids).logits[:, :-1].float()
+        nats = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert nats.item() < losses(trainer)[-1] + 0.3
+
+
+# stages, as processes of their own
+
+
+@pytest.fixture
+def project(tmp_path, four_layers, write_params):
+    """300 sequences of 512 bytes; `configure` writes its params.yaml with changes."""
+    write_texts(tmp_path / "data/split/train.jsonl", [prose(seed, 3_000) for seed in range(9)])
+    write_texts(tmp_path / "data/split/validation.jsonl", [prose(10, 100)])
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/base").symlink_to(four_layers)
+    sections = {"train": BFLOAT16, "lora": LORA, "quantization": QUANTIZATION}
+    settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
+    settings |= {
+        "train.compute_dtype": "auto",
+        "train.seq_length": 512,
+        "train.effective_batch": "auto",
+        "train.gradient_checkpointing": "auto",
+        "find_batch.min": 1,
+        "find_batch.max": 256,
+        "find_batch.memory_gib": 0.6,
+        "find_batch.gpu_headroom_gib": 0.1,
+    }
+
+    def configure(**changes):
+        write_params(settings | {key.replace("__", "."): value for key, value in changes.items()})
+
+    configure()
+    return tmp_path, configure
+
+
+def run_stage(folder, stage):
+    """As dvc does, but for `accelerate launch`."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    environment.pop("ACCELERATE_MIXED_PRECISION", None)
+    return subprocess.run(
+        [sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def test_largest_batch_of_each_mode_fits_and_the_next_does_not(project):
+    folder, configure = project
+
+    done = run_stage(folder, "find_batch")
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "metrics/batch.json").read_text())
+    assert (found["device"], found["kernels"]) == (torch.cuda.get_device_name(), "fused")
+    assert (found["memory_gib"], found["budget_gib"]) == (0.6, 0.5)
+    largest = {}
+    for mode in found["modes"]:
+        fits = {probe["batch"]: probe["fits"] for probe in found["probes"] if probe["gradient_checkpointing"] == mode}
+        largest[mode] = max(batch for batch in fits if fits[batch])
+        assert found["modes"][mode]["largest_batch"] == largest[mode]
+        assert largest[mode] == 256 or fits[largest[mode] + 1] is False
+    assert all(probe["peak_gib"] <= 0.5 for probe in found["probes"] if probe["fits"])
+    assert 1 < largest["none"] < largest["mlp"] < largest["full"]
+    assert found["per_device_batch"] == largest[found["gradient_checkpointing"]]
+
+    done = run_stage(folder, "train")  # with that batch, and no more memory than the probes had
+
+    assert done.returncode == 0, done.stderr
+    machine = json.loads((folder / "metrics/machine.json").read_text())["train"]
+    assert machine["peak_reserved_gib"] <= 0.6
+    assert (folder / "models/adapter/adapter_model.safetensors").exists()
+
+    configure(train__gradient_checkpointing="none")
+
+    done = run_stage(folder, "find_batch")
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "metrics/batch.json").read_text())["largest_batch"] == largest["none"]
+
+
+def test_memory_that_ends_while_training_is_said_with_what_to_do(project):
+    folder, _ = project
+    batch = {
+        "device": torch.cuda.get_device_name(),
+        "memory_gib": 0.3,
+        "gradient_checkpointing": "none",
+        "per_device_batch": 256,
+        "gradient_accumulation_steps": 1,
+        "effective_batch": 256,
+    }
+    (folder / "metrics").mkdir()
+    (folder / "metrics/batch.json").write_text(json.dumps(batch))
+
+    done = run_stage(folder, "train")
+
+    assert done.returncode == 1
+    assert (
+        "error: train: the GPU ran out of memory in step 1 (CUDA out of memory); free it (nvidia-smi shows who uses "
+        "it) and run dvc repro again, which goes on from the base model, or find a smaller batch: "
+        "dvc repro -f -s find_batch"
+    ) in done.stderr.splitlines()
+    assert not (folder / "models/adapter").exists()
