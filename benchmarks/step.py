@@ -1,6 +1,6 @@
 """Tokens/s and peak memory of one system's training step on the base model in models/base, at several batch sizes.
 
-    python -m benchmarks.step <system> <gradient_checkpointing> <batch> [<batch> ...]
+    python -m benchmarks.step <system> <gradient_checkpointing>:<batch> [...]
 
 system            what it is
 report            the source report's own configuration: PEFT's k-bit preparation, fp16 compute, sdpa, full logits
@@ -9,7 +9,8 @@ unsloth           Unsloth's FastLanguageModel; `full` is its checkpointing with 
 reference, fused, fp8   this project's train.kernels
 
 All train LoRA (params.yaml: r, alpha, dropout, targets) on NF4 weights by transformers' Trainer with paged 8-bit AdamW
-on random tokens; the first STEPS_TO_WARM_UP steps are not timed. One line of JSON for each batch.
+on random tokens; the first STEPS_TO_WARM_UP steps are not timed. One line of JSON for each batch. The peers are built for
+one way of gradient checkpointing in a process.
 """
 
 import json
@@ -21,7 +22,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-SYSTEM, CHECKPOINTING, *BATCHES = sys.argv[1:]
+SYSTEM, *CASES = sys.argv[1:]
 if SYSTEM == "unsloth":
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     import unsloth  # noqa: F401  # it wants to be imported first
@@ -57,11 +58,11 @@ def random_sequences(num_sequences: int, seq_length: int, vocabulary: int) -> Se
     return Sequences(rows, rows.copy())
 
 
-def peer_model(params: Any) -> Any:
+def peer_model(params: Any, checkpointed: bool) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    lora, checkpointed = params.lora.model_dump(), CHECKPOINTING != "none"
+    lora = params.lora.model_dump()
     if SYSTEM == "unsloth":
         model, _ = FastLanguageModel.from_pretrained(
             str(BASE),
@@ -103,8 +104,8 @@ def peer_model(params: Any) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
-def peer_trainer(model: Any, sequences: Sequences, batch: int, clock: Clock) -> Trainer:
-    checkpointed = CHECKPOINTING != "none" and SYSTEM != "unsloth"
+def peer_trainer(model: Any, sequences: Sequences, batch: int, clock: Clock, checkpointed: bool) -> Trainer:
+    checkpointed &= SYSTEM != "unsloth"  # which has its own
     arguments = TrainingArguments(
         output_dir=mkdtemp(),
         per_device_train_batch_size=batch,
@@ -130,41 +131,43 @@ def collate_all(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
 
 
-def trainers(params: Any) -> Iterator[tuple[int, Trainer, Clock]]:
+def trainers(params: Any) -> Iterator[tuple[str, int, Trainer, Clock]]:
     """One for each batch, on one model that is loaded once."""
     vocabulary = json.loads((BASE / "config.json").read_text())["vocab_size"]
     if SYSTEM in ("report", "liger", "unsloth"):
-        model = peer_model(params)
+        checkpointed = not CASES[0].startswith("none")
+        assert all(case.startswith("none") != checkpointed for case in CASES)
+        model = peer_model(params, checkpointed)
     else:
         from pdf2lora.training import build_model, build_trainer
 
         model = build_model(BASE, params.quantization, params.lora, params.train)
-    for batch in map(int, BATCHES):
+    for checkpointing, batch in ((name, int(number)) for name, number in (case.split(":") for case in CASES)):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         sequences, clock = random_sequences(batch * STEPS, params.train.seq_length, vocabulary), Clock()
         if SYSTEM in ("report", "liger", "unsloth"):
-            yield batch, peer_trainer(model, sequences, batch, clock), clock
+            yield checkpointing, batch, peer_trainer(model, sequences, batch, clock, checkpointed), clock
         else:
             trainer = build_trainer(
                 model,
                 sequences,
                 train=params.train,
                 kernels=SYSTEM,
-                gradient_checkpointing=CHECKPOINTING,
+                gradient_checkpointing=checkpointing,
                 per_device_batch=batch,
                 gradient_accumulation_steps=1,
                 checkpoints=Path(mkdtemp()),
                 callbacks=[clock],
                 max_steps=STEPS,
             )
-            yield batch, trainer, clock
+            yield checkpointing, batch, trainer, clock
 
 
 def main() -> None:
     params = read_params()
-    for batch, trainer, clock in trainers(params):
-        row = {"system": SYSTEM, "gradient_checkpointing": CHECKPOINTING, "batch": batch}
+    for checkpointing, batch, trainer, clock in trainers(params):
+        row = {"system": SYSTEM, "gradient_checkpointing": checkpointing, "batch": batch}
         try:
             trainer.train()
         except torch.OutOfMemoryError:

@@ -1,6 +1,6 @@
 """Runs benchmarks.step for every system on this machine, one after the other, and writes what they printed.
 
-    python -m benchmarks.table <results.json> [<system> <gradient_checkpointing> <batches, comma between> ...]
+    python -m benchmarks.table <results.json> ["<system> <gradient_checkpointing>:<batch> ..." ...]
 
 The file holds the rows and the machine, its driver, the versions and the date; the table is printed in Markdown.
 """
@@ -14,33 +14,29 @@ from pathlib import Path
 from typing import Any
 
 RUNS = [
-    ("report", "full", "19"),
-    ("liger", "full", "19,64"),
-    ("liger", "none", "32,64"),
-    ("unsloth", "full", "19,64"),
-    ("unsloth", "none", "32,64"),
-    ("reference", "full", "19,64"),
-    ("fused", "offload", "19,64"),
-    ("fused", "full", "19,64"),
-    ("fused", "none", "32,64"),
-    ("fp8", "full", "64"),
-    ("fp8", "none", "32,64"),
+    "report full:19",
+    "fused offload:19 full:19 offload:64 full:64 none:32 none:64",
+    "fp8 full:64 none:32 none:64",
+    "unsloth full:19 full:64",
+    "unsloth none:32 none:64",
+    "liger none:32 none:64",
+    "liger full:19 full:64",
+    "reference full:19 full:64",
 ]
 LIBRARIES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger-kernel", "unsloth")
 
 
 def main() -> None:
     file, *asked = sys.argv[1:]
-    runs = list(zip(asked[::3], asked[1::3], asked[2::3], strict=True)) or RUNS
     rows: list[dict[str, Any]] = []
-    for system, checkpointing, batches in runs:
-        command = [sys.executable, "-m", "benchmarks.step", system, checkpointing, *batches.split(",")]
+    for run in asked or RUNS:
+        command = [sys.executable, "-m", "benchmarks.step", *run.split()]
         finished = subprocess.run(command, capture_output=True, text=True)
         printed = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith('{"system"')]
         rows += printed
         print(*map(json.dumps, printed), sep="\n", flush=True)
         if finished.returncode:
-            print(f"{system} {checkpointing}: exit status {finished.returncode}", finished.stderr[-1500:], flush=True)
+            print(f"{run}: exit status {finished.returncode}", finished.stderr[-1500:], flush=True)
         Path(file).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
     print(markdown(rows))
 
