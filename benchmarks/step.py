@@ -9,8 +9,8 @@ unsloth           Unsloth's FastLanguageModel; `full` is its checkpointing with 
 reference, fused, fp8   this project's train.kernels
 
 All train LoRA (params.yaml: r, alpha, dropout, targets) on NF4 weights by transformers' Trainer with paged 8-bit AdamW
-on random tokens; the first STEPS_TO_WARM_UP steps are not timed. One line of JSON for each batch. The peers are built for
-one way of gradient checkpointing in a process.
+on random tokens; the first STEPS_TO_WARM_UP steps are not timed. One line of JSON for each batch. The peers
+are built for one way of gradient checkpointing in a process.
 """
 
 import json
