@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,23 +47,35 @@ def scratch_folder(stage: str, key: str) -> Path:
 
 
 @contextmanager
-def sole_owner(folder: Path) -> Iterator[None]:
+def sole_owner(folder: Path, *, patience_s: float = 0) -> Iterator[None]:
     """Keeps a second process out of a scratch folder; the kernel frees it when the first ends, however it ends.
+
+    patience_s: how long to wait for the first to end.
 
     Raises:
         InputError: another process holds the folder.
     """
     import fcntl
 
+    until = time.monotonic() + patience_s
+    told = False
     with (folder / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise InputError(
-                f"{folder}: process {lock.read().strip() or '?'} is already at work on these very settings and data; "
-                "wait for it or end it"
-            ) from None
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                lock.seek(0)
+                owner = lock.read().strip() or "?"
+            if time.monotonic() >= until:
+                raise InputError(
+                    f"{folder}: process {owner} is already at work on these very settings and data; "
+                    "wait for it or end it"
+                )
+            if not told:
+                print(f"{folder.name}: waits for process {owner}, which is at work on the same, to end", flush=True)
+                told = True
+            time.sleep(0.1)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pdf2lora.errors import report_input_errors
 from pdf2lora.llama import convert
+from pdf2lora.orphans import after_orphans
 from pdf2lora.params import read_params
 from pdf2lora.runtime import whole_folder, write_json
 
@@ -16,6 +17,7 @@ METRICS = Path("metrics/convert.json")
 
 
 @report_input_errors
+@after_orphans
 def main() -> None:
     params = read_params()
     source = CHECKPOINTS / params.model

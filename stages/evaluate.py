@@ -9,6 +9,7 @@ from tqdm import tqdm
 from pdf2lora.corpus import Document, read_documents
 from pdf2lora.errors import report_input_errors
 from pdf2lora.model import load_adapter, load_base
+from pdf2lora.orphans import after_orphans
 from pdf2lora.params import read_params
 from pdf2lora.perplexity import Nats, TextSize, bootstrap, nats_per_document, summary
 from pdf2lora.runtime import whole_file, write_json
@@ -24,6 +25,7 @@ DIGITS = 6  # after the point: more would be noise of the processor's arithmetic
 
 
 @report_input_errors
+@after_orphans
 def main() -> None:
     params = read_params()
     encoder = Encoder.of(BASE)

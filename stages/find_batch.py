@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pdf2lora.corpus import read_documents
 from pdf2lora.errors import report_input_errors
 from pdf2lora.memory import PeakMemory, choose, measure_in_child, memory_model, search
+from pdf2lora.orphans import after_orphans
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime import write_json
 from pdf2lora.tokens import Encoder, Sequences, pack
@@ -28,6 +29,7 @@ METRICS = Path("metrics/batch.json")
 
 
 @report_input_errors
+@after_orphans
 def main() -> None:
     params = read_params()
     encoder = Encoder.of(BASE)

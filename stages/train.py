@@ -16,11 +16,12 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
 
 from pdf2lora import model, tokens, training
+from pdf2lora.checkpoints import CheckpointKeeper, newest_whole, step_of
 from pdf2lora.corpus import read_documents
 from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.orphans import PATIENCE_S, after_orphans
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime import fingerprint, project_root, scratch_folder, sole_owner, whole_folder
 from pdf2lora.tokens import Encoder, pack, windows
@@ -37,6 +38,7 @@ log = logging.getLogger("train")
 
 
 @report_input_errors
+@after_orphans
 def main() -> None:
     params = read_params()
     take_all_cores()
@@ -59,7 +61,7 @@ def main() -> None:
     ]
 
     checkpoints = scratch_folder("train", run_fingerprint(params))
-    with sole_owner(checkpoints), machine_metrics("train") as machine:
+    with sole_owner(checkpoints, patience_s=PATIENCE_S), machine_metrics("train") as machine:
         trainer = build_trainer(
             BASE,
             sequences,
@@ -72,16 +74,16 @@ def main() -> None:
             validation_windows=looks,
             callbacks=[DvcliveCallback(METRICS)],
         )
-        for unfinished in [c for c in checkpoints.glob("checkpoint-*") if not (c / "trainer_state.json").exists()]:
-            shutil.rmtree(unfinished)  # a run was killed while it wrote this one: that file comes last
-        last_checkpoint = get_last_checkpoint(str(checkpoints))
+        last_checkpoint = newest_whole(checkpoints)
+        keeper = CheckpointKeeper(trainer, last_checkpoint)
         trainer.args.eval_on_start &= last_checkpoint is None  # the look at its step is in the checkpoint's history
         log.info("settings: %s", params.model_dump_json())
         log.info("batch: %s", batch)
         log.info("trainable parameters: %s", trainer.model.get_nb_trainable_parameters())
         log.info("starts from %s", last_checkpoint or "the base model")
-        started, first_step = time.monotonic(), _step_of(last_checkpoint)
+        started, first_step = time.monotonic(), step_of(last_checkpoint)
         trainer.train(resume_from_checkpoint=last_checkpoint)
+        keeper.end_if_told()
         steps = trainer.state.global_step - first_step
         tokens_per_s = steps * batch["effective_batch"] * params.train.seq_length / (time.monotonic() - started)
         machine |= {
@@ -94,10 +96,6 @@ def main() -> None:
             trainer.model.save_pretrained(folder)
         shutil.rmtree(checkpoints)  # the adapter is whole: a forced re-run trains again instead of loading its end
     print(f"train: {trainer.state.global_step} steps, {round(tokens_per_s):,} tokens/s; log in {log_file}")
-
-
-def _step_of(checkpoint: str | None) -> int:
-    return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
 
 
 def run_fingerprint(params: Params) -> str:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from tiny_llama import LORA, QUANTIZATION, TRAIN, quiet, same, write_texts, write_tiny_llama
 from transformers import Trainer
 
+from pdf2lora.checkpoints import CheckpointKeeper
 from pdf2lora.memory import PeakMemory, measure_in_child
 from pdf2lora.model import load_adapter, load_base
 from pdf2lora.params import read_params
-from pdf2lora.tracking import DvcliveCallback
 from stages import evaluate, find_batch, train
 
 pytestmark = quiet
@@ -114,7 +114,13 @@ def kill_myself(*args, **kwargs):
 
 
 def train_until_a_checkpoint_is_written():
-    DvcliveCallback.on_save = kill_myself
+    write_manifest = CheckpointKeeper.on_save
+
+    def write_and_die(*args, **kwargs):
+        write_manifest(*args, **kwargs)
+        kill_myself()
+
+    CheckpointKeeper.on_save = write_and_die
     train.main()
 
 

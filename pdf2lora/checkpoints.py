@@ -1,0 +1,125 @@
+"""Checkpoints that can be trusted: which one a training goes on from, and one more when it is told to stop.
+
+A checkpoint has a manifest, written when all else is written: the SHA-256 of every file. Without a manifest it is
+unfinished, with another hash it is damaged; training goes on from the newest whole one.
+"""
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from pdf2lora.runtime import file_sha256, write_json
+
+MANIFEST = "manifest.json"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def newest_whole(folder: Path) -> str | None:
+    """The newest whole checkpoint-<step> of the folder; each one that cannot be used is removed, in a line that says so.
+
+    None: training starts from the base model.
+    """
+    faults = {}
+    chosen = None
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+        fault = _fault(checkpoint)
+        if fault is None:
+            chosen = checkpoint
+            break
+        faults[checkpoint] = fault
+    for checkpoint, fault in faults.items():
+        goes_on_from = chosen.name if chosen else "the base model"
+        print(f"train: {checkpoint.name} is not used, {fault}; goes on from {goes_on_from}", flush=True)
+        shutil.rmtree(checkpoint)
+    return str(chosen) if chosen else None
+
+
+def step_of(checkpoint: Path | str | None) -> int:
+    return int(str(checkpoint).rpartition("-")[2]) if checkpoint else 0
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None = nothing."""
+    if not (checkpoint / MANIFEST).exists():
+        return "it was not written to its end"
+    try:
+        files = _read(checkpoint)["files"]
+        for name, sha256 in files.items():
+            if file_sha256(checkpoint / name) != sha256:
+                return f"its {name} is not what was written"
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"it cannot be read ({type(error).__name__}: {error})"
+    if state["global_step"] >= state["max_steps"] and state["epoch"] % 1:
+        return "it is the last one and the Trainer (5.23) would add a step to it in an epoch that is cut short"
+    return None
+
+
+def _read(checkpoint: Path | str) -> dict[str, Any]:
+    value = json.loads((Path(checkpoint) / MANIFEST).read_text(encoding="utf-8"))
+    assert isinstance(value, dict)
+    return value
+
+
+class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
+    """Writes each checkpoint's manifest, and saves one more on SIGTERM, Ctrl-C or the end of the terminal.
+
+    The manifest also holds the sum of the losses since the last log entry, which the Trainer keeps in memory alone: the
+    curve of a resumed run has the same points wherever the steps of `logging_steps` and the checkpoints fall. A second
+    signal ends the process at once.
+    """
+
+    def __init__(self, trainer: Trainer, resumes_from: str | None):
+        self.trainer, self.resumes_from = trainer, resumes_from
+        self.received: signal.Signals | None = None
+        self.handlers: dict[signal.Signals, Any] = {}
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: the end of the terminal is no end
+                self.handlers[number] = signal.signal(number, self._stop)
+        if self.resumes_from:
+            manifest = _read(self.resumes_from)
+            self.trainer._tr_loss += manifest["loss_since_log"]
+            self.trainer._globalstep_last_logged = manifest["logged_step"]
+
+    def _stop(self, number: int, frame: object) -> None:
+        self.received = signal.Signals(number)
+        self._restore_handlers()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+        write_json(
+            checkpoint / MANIFEST,
+            {
+                "loss_since_log": self.trainer._tr_loss.item(),
+                "logged_step": self.trainer._globalstep_last_logged,
+                "files": {str(path.relative_to(checkpoint)): file_sha256(path) for path in files},
+            },
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
+
+    def end_if_told(self) -> None:
+        """After train(): ends the process, exit status 1, where a signal stopped the training before its last step."""
+        if self.received and self.trainer.state.global_step < self.trainer.state.max_steps:
+            sys.exit(
+                f"train: ended by {self.received.name} after step {self.trainer.state.global_step}, checkpoint saved; "
+                "dvc repro goes on from there"
+            )
