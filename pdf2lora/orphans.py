@@ -40,9 +40,15 @@ def processes_above() -> list[psutil.Process]:
 
 
 def _watch(above: list[psutil.Process]) -> None:
-    while not _adopted(above[-1:]) and all(process.is_running() for process in above):
+    while not _adopted(above[-1:]) and all(map(_is_alive, above)):
         time.sleep(WATCH_S)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _adopted(top: list[psutil.Process]) -> bool:

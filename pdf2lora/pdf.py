@@ -86,7 +86,10 @@ def extract(
             idle.worker = Worker(timeout_s=timeout_s, memory_gib=memory_gib)
         attempts = []
         for engine in engines:
-            attempts.append(idle.worker.read(file, engine, max_pages))
+            attempt = idle.worker.read(file, engine, max_pages)
+            if attempt.outcome == Reason.CRASHED:  # by the machine (its memory, kill -9)? the file's fault comes again
+                attempt = idle.worker.read(file, engine, max_pages)
+            attempts.append(attempt)
             if attempts[-1].outcome == COMPLETE and cleaning.is_readable("\n".join(attempts[-1].pages)):
                 break
         return file, judge(attempts, clean=clean, min_characters=min_characters)

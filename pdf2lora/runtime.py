@@ -1,5 +1,6 @@
 """What every stage needs of the machine: scratch folders, fingerprints, locks, whole files or none."""
 
+import glob
 import hashlib
 import json
 import os
@@ -8,6 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from pdf2lora.errors import InputError
 
@@ -84,11 +87,16 @@ def sole_owner(folder: Path, *, patience_s: float = 0) -> Iterator[None]:
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """Gives a path to write to, and puts that file in place of `file` once the block has ended without an error."""
+    """Gives a path to write to, and puts that file in place of `file` once the block has ended without an error.
+
+    The path is this process's own: two that write the same file do not write into each other's. What killed ones left
+    behind is removed.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
+    partial = _partial(file)
     try:
-        yield partial
+        with _names_file(file):
+            yield partial
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
@@ -97,16 +105,36 @@ def whole_file(file: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Like whole_file, for an empty folder to fill."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with _names_file(folder):
+            yield partial
         if folder.exists():
             shutil.rmtree(folder)
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        pid = left.name.split(".")[-2]
+        if not pid.isdigit() or not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+@contextmanager
+def _names_file(path: Path) -> Iterator[None]:
+    """A full disk or a limit is reported by the system without the file's name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_json(file: Path, value: object) -> None:
