@@ -20,7 +20,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def newest_whole(folder: Path) -> str | None:
-    """The newest whole checkpoint-<step> of the folder; each one that cannot be used is removed, in a line that says so.
+    """The newest whole checkpoint-<step> of the folder; one that cannot be used is removed, and a line says so.
 
     None: training starts from the base model.
     """
@@ -61,9 +61,7 @@ def _fault(checkpoint: Path) -> str | None:
 
 
 def _read(checkpoint: Path | str) -> dict[str, Any]:
-    value = json.loads((Path(checkpoint) / MANIFEST).read_text(encoding="utf-8"))
-    assert isinstance(value, dict)
-    return value
+    return dict(json.loads((Path(checkpoint) / MANIFEST).read_text(encoding="utf-8")))
 
 
 class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]

@@ -10,6 +10,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Last, since it imports psutil: the stage, and each process that it starts, ends with the dvc that started it.
-from pdf2lora.orphans import end_with_dvc  # noqa: E402
+from pdf2lora.orphans import end_with_dvc
 
 end_with_dvc()

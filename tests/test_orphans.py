@@ -26,10 +26,11 @@ end_with_dvc()
 print(os.getpid(), *[process.pid for process in processes_above()], flush=True)
 time.sleep(60)
 """
-STAGE_THAT_SAVES = STAGE.replace(
-    "time.sleep(60)",
-    "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit()))\ntime.sleep(60)",
-)
+SAVE_FIRST = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit()))
+"""
+STAGE_THAT_SAVES = SAVE_FIRST + STAGE
 
 
 @pytest.fixture
@@ -69,7 +70,6 @@ def test_a_stage_ends_with_the_processes_above_it(started, killed):
 
 def test_an_orphan_is_told_by_sigterm_and_can_save(started):
     dvc, (stage, launcher, _) = started(STAGE_THAT_SAVES)
-    time.sleep(0.3)  # for the handler
 
     psutil.Process(launcher).kill()
 
@@ -79,7 +79,11 @@ def test_an_orphan_is_told_by_sigterm_and_can_save(started):
 
 def test_an_orphan_from_birth_ends_too(monkeypatch):
     """dvc died before its stage could look: what stands above then is the process that adopts orphans."""
-    init = type("Init", (), {"pid": 1, "cmdline": lambda self: ["/sbin/init"], "is_running": lambda self: True, "status": lambda self: ""})()
+    init = type(
+        "Init",
+        (),
+        {"pid": 1, "cmdline": lambda self: ["/sbin/init"], "is_running": lambda self: True, "status": lambda self: ""},
+    )()
     told = []
     monkeypatch.setattr(orphans.os, "kill", lambda pid, number: told.append(number))
 

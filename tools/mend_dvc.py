@@ -1,9 +1,9 @@
 """Mends what a kill -9 in the middle of one of dvc's own writes can leave in its folder: python -m tools.mend_dvc
 
-dvc writes three things in place: .dvc/tmp/rwlock, dvc.lock, and an entry of its run-cache. Ended in such a moment, which
-takes milliseconds, it finds a file there that it cannot read and goes no further. All three are made again from what is
-whole: the rwlock says who is at work, and that is nobody; dvc.lock is built again from the run-cache, without any stage
-running; an entry of the run-cache costs one run of its stage. Nothing is done while a dvc is at work.
+dvc writes three things in place: .dvc/tmp/rwlock, dvc.lock, an entry of its run-cache. Ended in such a moment, which
+takes milliseconds, it later finds a file there that it cannot read and goes no further. All three are made again from
+what is whole: the rwlock says who is at work, and that is nobody; dvc.lock is built again from the run-cache, without
+any stage running; an entry of the run-cache costs one run of its stage. Nothing is done while a dvc is at work.
 """
 
 import json
@@ -62,11 +62,11 @@ def _yaml(path: Path) -> object:
 
 
 def dvc_at_work(root: Path) -> list[int]:
-    """Processes whose current folder is the checkout's and that are dvc."""
+    """Processes that are dvc and whose current folder is the checkout."""
     found = []
     for process in psutil.process_iter(["cwd", "cmdline"]):
-        command = " ".join((process.info["cmdline"] or [])[:3])
-        if process.info["cwd"] == str(root.resolve()) and "dvc" in command and "tools.mend_dvc" not in command:
+        is_dvc = any(Path(word).name == "dvc" for word in (process.info["cmdline"] or [])[:3])  # python -m dvc, dvc
+        if is_dvc and process.info["cwd"] == str(root.resolve()):
             found.append(process.pid)
     return found
 

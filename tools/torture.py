@@ -2,11 +2,12 @@
 
     python -m tools.torture --rounds 60 --seed 1        (make torture)
 
-In a temporary clone of this checkout's HEAD, with a few of the demo's PDFs and a training of seconds. A round copies the
-clone as it was before one stage (the stages after it are in the cache and run again only if its outputs differ), starts `dvc repro`, ends one of its processes (or all) at a random moment, runs
-what `make repro` runs (tools.mend_dvc, `dvc repro`), and compares the hash of every output in dvc.lock. A round fails too if a
-process is left alive, a half-written file is left beside an output, or a training does not go on from the last whole
-checkpoint. `exp` rounds do the same to `dvc exp run --temp`, `queue` rounds to `dvc queue start`.
+In a temporary clone of this checkout's HEAD with a few of the demo's PDFs and a training of seconds. A round copies the
+clone as it was before one stage (the stages after it are in the cache and run again only if its outputs differ), starts
+`dvc repro`, ends one of its processes or all at a random moment, runs what `make repro` runs (tools.mend_dvc and
+`dvc repro`), and compares the hash of every output in dvc.lock. A round fails too if a process is left alive, if a
+half-written file is left beside an output, or if a training does not go on from the last whole checkpoint. `exp` rounds
+do the same to `dvc exp run --temp`, `queue` rounds to `dvc queue start`.
 """
 
 import argparse
@@ -289,9 +290,7 @@ def run(command: list[str], folder: Path) -> str:
     Raises:
         Failed: exit status other than 0.
     """
-    done = subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
-    )
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
     if done.returncode:
         raise Failed(f"{' '.join(command)}: {done.stdout[-1500:]} {done.stderr[-1500:]}")
     return done.stdout
