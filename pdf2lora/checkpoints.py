@@ -1,7 +1,7 @@
 """Checkpoints that can be trusted: which one a training goes on from, and one more when it is told to stop.
 
-A checkpoint has a manifest, written when all else is written: the SHA-256 of every file. Without a manifest it is
-unfinished, with another hash it is damaged; training goes on from the newest whole one.
+A checkpoint has a manifest (manifest.py), written when all else is written. Training goes on from the newest one that
+holds what its manifest says.
 """
 
 import json
@@ -13,9 +13,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from pdf2lora.runtime import file_sha256, write_json
+from pdf2lora.manifest import fault, read_manifest, write_manifest
 
-MANIFEST = "manifest.json"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -27,14 +26,14 @@ def newest_whole(folder: Path) -> str | None:
     faults = {}
     chosen = None
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
-        fault = _fault(checkpoint)
-        if fault is None:
+        wrong = _fault(checkpoint)
+        if wrong is None:
             chosen = checkpoint
             break
-        faults[checkpoint] = fault
-    for checkpoint, fault in faults.items():
+        faults[checkpoint] = wrong
+    for checkpoint, wrong in faults.items():
         goes_on_from = chosen.name if chosen else "the base model"
-        print(f"train: {checkpoint.name} is not used, {fault}; goes on from {goes_on_from}", flush=True)
+        print(f"train: {checkpoint.name} is not used, {wrong}; goes on from {goes_on_from}", flush=True)
         shutil.rmtree(checkpoint)
     return str(chosen) if chosen else None
 
@@ -44,24 +43,13 @@ def step_of(checkpoint: Path | str | None) -> int:
 
 
 def _fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None = nothing."""
-    if not (checkpoint / MANIFEST).exists():
-        return "it was not written to its end"
-    try:
-        files = _read(checkpoint)["files"]
-        for name, sha256 in files.items():
-            if file_sha256(checkpoint / name) != sha256:
-                return f"its {name} is not what was written"
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"it cannot be read ({type(error).__name__}: {error})"
+    """Why training cannot go on from a checkpoint, in words; None = it can."""
+    if wrong := fault(checkpoint):
+        return wrong
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     if state["global_step"] >= state["max_steps"] and state["epoch"] % 1:
         return "it is the last one and the Trainer (5.23) would add a step to it in an epoch that is cut short"
     return None
-
-
-def _read(checkpoint: Path | str) -> dict[str, Any]:
-    return dict(json.loads((Path(checkpoint) / MANIFEST).read_text(encoding="utf-8")))
 
 
 class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
@@ -83,7 +71,7 @@ class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: the end of the terminal is no end
                 self.handlers[number] = signal.signal(number, self._stop)
         if self.resumes_from:
-            manifest = _read(self.resumes_from)
+            manifest = read_manifest(Path(self.resumes_from))
             self.trainer._tr_loss += manifest["loss_since_log"]
             self.trainer._globalstep_last_logged = manifest["logged_step"]
 
@@ -96,15 +84,10 @@ class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
-        write_json(
-            checkpoint / MANIFEST,
-            {
-                "loss_since_log": self.trainer._tr_loss.item(),
-                "logged_step": self.trainer._globalstep_last_logged,
-                "files": {str(path.relative_to(checkpoint)): file_sha256(path) for path in files},
-            },
+        write_manifest(
+            Path(args.output_dir) / f"checkpoint-{state.global_step}",
+            loss_since_log=self.trainer._tr_loss.item(),
+            logged_step=self.trainer._globalstep_last_logged,
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from pdf2lora.corpus import Document, read_documents
 from pdf2lora.errors import report_input_errors
+from pdf2lora.manifest import require_whole
 from pdf2lora.model import load_adapter, load_base
 from pdf2lora.orphans import after_orphans
 from pdf2lora.params import read_params
@@ -28,6 +29,7 @@ DIGITS = 6  # after the point: more would be noise of the processor's arithmetic
 @after_orphans
 def main() -> None:
     params = read_params()
+    require_whole(BASE, made_by="convert")
     encoder = Encoder.of(BASE)
     encoder.require_context(params.train.seq_length)
     documents = read_documents(TEST)

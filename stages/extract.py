@@ -76,6 +76,8 @@ def extract_cached(files: dict[str, Path], cache: Path, settings: dict[str, Any]
         unit="pdf",
         disable=None,
     ):
+        if not file.exists() or file_sha256(file) != missing[file]:
+            raise InputError(f"{file}: changed while it was read; let what writes it come to its end, then run again")
         if pdf.Reason.CRASHED not in extraction.attempts.values():  # a crash may be the machine's: tried again
             with whole_file(cache / f"{missing[file]}.json") as partial:
                 partial.write_text(json.dumps(asdict(extraction), ensure_ascii=False), encoding="utf-8")

@@ -21,6 +21,7 @@ from pdf2lora import model, tokens, training
 from pdf2lora.checkpoints import CheckpointKeeper, newest_whole, step_of
 from pdf2lora.corpus import read_documents
 from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.manifest import MANIFEST, require_whole
 from pdf2lora.orphans import PATIENCE_S, after_orphans
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime import fingerprint, project_root, scratch_folder, sole_owner, whole_folder
@@ -44,6 +45,7 @@ def main() -> None:
     take_all_cores()
     require_one_process()
     require_reporter(params.train.report_to)
+    require_whole(BASE, made_by="convert")
     log_file = log_to_file(project_root() / "logs")
     batch = json.loads(BATCH.read_text(encoding="utf-8"))
     encoder = Encoder.of(BASE)
@@ -102,7 +104,7 @@ def run_fingerprint(params: Params) -> str:
     """Of everything that the adapter depends on."""
     code = [Path(module.__file__ or "") for module in (model, tokens, training)]
     libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")]
-    return fingerprint(params.quantization, params.lora, params.train, BASE, SIDES, BATCH, *code, *libraries)
+    return fingerprint(params.quantization, params.lora, params.train, BASE / MANIFEST, SIDES, BATCH, *code, *libraries)
 
 
 def take_all_cores() -> None:

@@ -331,7 +331,7 @@ def test_fingerprint_of_a_run_changes_with_all_that_the_adapter_depends_on(with_
     first = fingerprint_with({})
     assert fingerprint_with({"evaluate.seed": 5}) == first
     others = [fingerprint_with(change) for change in ({"train.seed": 5}, {"lora.r": 4}, {"quantization.bits": 8})]
-    for file in ("data/split/train.jsonl", "models/base/config.json", "metrics/batch.json"):
+    for file in ("data/split/train.jsonl", "models/base/manifest.json", "metrics/batch.json"):
         with Path(file).open("a") as text:
             text.write("\n")
         others.append(fingerprint_with({}))

@@ -169,10 +169,10 @@ class Project:
     def queue(self, stage: str, blow: Blow, rng: random.Random) -> str:
         work = self._copy_before(stage)
         run(["dvc", "exp", "run", "--queue"], work)
-        run(["dvc", "queue", "start"], work)
+        start(["dvc", "queue", "start"], work).wait(TIMEOUT_S)  # the queue would hold our pipes
         when = self._strike(None, stage, blow, rng, work)
         when += self._again(["dvc", "exp", "run", "--queue", "--name", "again"], work)
-        run(["dvc", "queue", "start"], work)
+        start(["dvc", "queue", "start"], work).wait(TIMEOUT_S)
         until = time.monotonic() + TIMEOUT_S
         while "again" not in run(["dvc", "exp", "list", "--name-only"], work):
             if time.monotonic() > until:
