@@ -1,6 +1,7 @@
 # make repro   sets everything up, then runs the pipeline
 # make test    sets everything up, then runs the tests
 # make lint    sets everything up, then ruff and mypy
+# make fuzz    reads thousands of damaged PDFs and checkpoints
 # make torture kills the pipeline at random moments and compares what it makes then (an hour)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test lint torture setup setup-dev clean
+.PHONY: repro test lint fuzz torture setup setup-dev clean
 
 repro: setup
 	@$(BIN)/python -m tools.mend_dvc
@@ -18,6 +19,9 @@ repro: setup
 
 torture: setup
 	$(BIN)/python -m tools.torture
+
+fuzz: setup
+	$(BIN)/python -m tools.fuzz
 
 test: setup-dev
 	OMP_NUM_THREADS=1 pytest

@@ -42,6 +42,7 @@ class Reason(StrEnum):
 
 
 COMPLETE = "complete"
+MAX_CHARACTERS = 10_000_000  # of one document: five thousand pages; what has more is a bomb
 
 
 @dataclass
@@ -210,6 +211,7 @@ def _read_pages(pipe: Connection, file: Path, engine: str, max_pages: int) -> st
     try:
         num_pages, read_page = OPEN[engine](file)
         pipe.send(("num_pages", num_pages))
+        characters = 0
         for number in range(min(num_pages, max_pages)):
             try:
                 text = read_page(number)
@@ -217,6 +219,9 @@ def _read_pages(pipe: Connection, file: Path, engine: str, max_pages: int) -> st
                 raise
             except Exception:  # a page that cannot be read: the others may be
                 outcome, text = Reason.DAMAGED, ""
+            characters += len(text)
+            if characters > MAX_CHARACTERS:
+                raise MemoryError
             pipe.send(("page", text.encode("utf-8", "replace").decode()))  # lone surrogates cannot be written to a file
     except MemoryError:
         return Reason.OUT_OF_MEMORY
