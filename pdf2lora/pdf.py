@@ -95,8 +95,13 @@ def extract(
                 break
         return file, judge(attempts, clean=clean, min_characters=min_characters)
 
-    with ThreadPoolExecutor(num_workers or os.cpu_count()) as threads:
+    with ThreadPoolExecutor(num_workers or num_cores()) as threads:
         yield from threads.map(extract_one, files)
+
+
+def num_cores() -> int:
+    """Those that this process may use: on a shared machine fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def judge(attempts: list[Attempt], *, clean: bool, min_characters: int) -> Extraction:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 from contextlib import chdir
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -447,3 +448,27 @@ def test_evaluate_gives_the_same_numbers_for_every_batch_size(trained):
         found[per_device_batch] = numbers_of_evaluation()
 
     assert found[1] == pytest.approx(found[4], rel=1e-6, abs=2e-6)
+
+
+def test_evaluate_compares_with_an_earlier_commit(trained, capsys):
+    evaluate.main()
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init", "-q"], ["add", "metrics/eval_documents.csv"], ["commit", "-q", "-m", "then"]):
+        subprocess.run([*git, *command], check=True)
+    assert "comparison" not in read("metrics/eval.json")
+    capsys.readouterr()
+    trained.configure({"evaluate.compare_to": "HEAD"})
+
+    evaluate.main()
+
+    found = read("metrics/eval.json")["comparison"]
+    assert (found["with"], found["documents"], found["left_out"]) == ("HEAD", len(TEXTS["test"]), 0)
+    assert found["perplexity_now"] == pytest.approx(read("metrics/eval.json")["adapted"]["perplexity"], rel=1e-6)
+    assert (found["improvement"], found["differs"]) == (0, False)
+    assert "\nevaluate: against HEAD (" in capsys.readouterr().out
+
+
+def test_evaluate_does_not_begin_where_the_earlier_one_is_unknown(trained):
+    trained.configure({"evaluate.compare_to": "nowhere"})
+
+    assert error_of(evaluate.main).startswith("error: evaluate.compare_to: 'nowhere' is no git revision and no exper")

@@ -12,7 +12,6 @@ do the same to `dvc exp run --temp`, `queue` rounds to `dvc queue start`.
 
 import argparse
 import json
-import os
 import random
 import re
 import shutil
@@ -25,30 +24,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import psutil
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).resolve().parents[1]
+from tools.clones import TIMEOUT_S, Failed, make_clone, outs, run, start
+
 STAGES = ("check", "extract", "split", "convert", "find_batch", "train", "evaluate")
-CORPUS = "torture"
-NUM_PDFS = 8
-SETTINGS = {  # a training of two epochs, the second one cut short; its intervals seldom meet
-    "corpus": CORPUS,
-    "extract.max_pages": 1,
-    "find_batch.max": 2,
-    "find_batch.steps": 1,
-    "train.seq_length": 64,
-    "train.effective_batch": 4,
-    "train.num_train_epochs": 1.3,
-    "train.logging_steps": 3,
-    "train.eval_steps": 7,
-    "train.save_steps": 4,
-    "evaluate.stride": 64,
-    "split.validation_fraction": 0.15,
-}
-TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -74,10 +56,6 @@ BLOWS = {stage: KILLS for stage in STAGES} | {
         Blow("all", signal.SIGINT),  # Ctrl-C
     ],
 }
-
-
-class Failed(Exception):
-    """What a round found."""
 
 
 def main() -> None:
@@ -242,64 +220,6 @@ class Project:
         reference = run(["git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/again"], work).strip()
         lock.write_text(run(["git", "show", f"{reference}:dvc.lock"], work))
         return self._compare(outs(lock), when)
-
-
-def make_clone(clone: Path, *, pdfs: list[Path] | None = None, settings: dict[str, Any] | None = None) -> None:
-    """Clones HEAD, puts a few of the demo's PDFs into a corpus of their own, changes params.yaml, commits."""
-    run(["git", "clone", "--quiet", str(ROOT), str(clone)], clone.parent)
-    demo = sorted((clone / "data/pdfs/demo").rglob("*.pdf"), key=lambda path: (path.stat().st_size, path.name))
-    corpus = clone / "data/pdfs" / CORPUS
-    corpus.mkdir()
-    for pdf in pdfs or demo[:NUM_PDFS]:
-        shutil.copy(pdf, corpus)
-    yaml = YAML()
-    params = yaml.load(clone / "params.yaml")
-    for key, value in (settings or SETTINGS).items():
-        *sections, name = key.split(".")
-        section = params
-        for part in sections:
-            section = section[part]
-        section[name] = value
-    yaml.dump(params, clone / "params.yaml")
-    run(["git", "add", "--all"], clone)
-    run(["git", "-c", "user.name=torture", "-c", "user.email=torture@localhost", "commit", "-qm", "torture"], clone)
-
-
-def environment() -> dict[str, str]:
-    """One thread, this Python's programs first, git that knows a name, and nothing of a dvc that may be above us."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "GIT_"))}
-    names = {f"GIT_{who}_{what}": "torture" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
-    return kept | names | {"PATH": path, "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
-
-
-def start(command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-def run(command: list[str], folder: Path) -> str:
-    """Gives stdout.
-
-    Raises:
-        Failed: exit status other than 0.
-    """
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
-    if done.returncode:
-        raise Failed(f"{' '.join(command)}: {done.stdout[-1500:]} {done.stderr[-1500:]}")
-    return done.stdout
-
-
-def outs(lock: Path) -> dict[str, str]:
-    """path -> md5 of all outputs that a dvc.lock knows."""
-    stages = YAML(typ="safe", pure=True).load(lock)["stages"].values()
-    return {out["path"]: out["md5"] for stage in stages for out in stage["outs"]}
 
 
 def forget(stage: str, lock: Path, cache: Path) -> None:
