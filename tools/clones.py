@@ -59,7 +59,7 @@ def make_clone(clone: Path, *, short: bool = True, settings: dict[str, Any] | No
 
 
 def environment(num_threads: int = 1) -> dict[str, str]:
-    """So many threads, this Python's programs first, git that knows a name, and nothing of a dvc that may be above us."""
+    """So many threads, this Python's programs first, git that knows a name, nothing of a dvc that is above us."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "GIT_"))}
     names = {f"GIT_{who}_{what}": "clone" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"

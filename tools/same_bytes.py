@@ -1,7 +1,7 @@
 """Runs the pipeline in two fresh clones whose circumstances differ, and compares dvc.lock: python -m tools.same_bytes
 
 The first has one core and one thread; the second all cores, two threads, its files in another order on disk and with
-other dates, in a folder of another depth and name. With --short a few PDFs and a training of seconds instead of the demo.
+other dates, in a folder of another depth and name. --short: a few PDFs and a training of seconds, not the demo.
 """
 
 import argparse
