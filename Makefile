@@ -1,6 +1,9 @@
 # make repro   sets everything up, then runs the pipeline
 # make test    sets everything up, then runs the tests
 # make lint    sets everything up, then ruff and mypy
+# make same-bytes  runs the demo in two clones under other circumstances and compares every hash
+# make fuzz    reads thousands of damaged PDFs and checkpoints
+# make torture kills the pipeline at random moments and compares what it makes then (an hour)
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,10 +12,20 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test lint setup setup-dev clean
+.PHONY: repro test lint same-bytes fuzz torture setup setup-dev clean
 
 repro: setup
+	@$(BIN)/python -m tools.mend_dvc
 	dvc repro
+
+torture: setup
+	$(BIN)/python -m tools.torture
+
+same-bytes: setup
+	$(BIN)/python -m tools.same_bytes
+
+fuzz: setup
+	$(BIN)/python -m tools.fuzz
 
 test: setup-dev
 	OMP_NUM_THREADS=1 pytest

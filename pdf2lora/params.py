@@ -105,6 +105,7 @@ class Evaluate(Section):
     per_device_batch: Positive
     bootstrap_samples: Annotated[int, Field(ge=100)]
     seed: Annotated[int, Field(ge=0)]
+    compare_to: Annotated[str, Field(min_length=1)]
 
 
 class Params(Section):

@@ -8,6 +8,7 @@ no stage runs again because of it.
 from pathlib import Path
 
 from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.orphans import after_orphans
 from pdf2lora.params import read_params
 from pdf2lora.runtime import whole_file
 
@@ -17,6 +18,7 @@ CHECKED = Path("data/checked")
 
 
 @report_input_errors
+@after_orphans
 def main() -> None:
     params = read_params()
 

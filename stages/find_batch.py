@@ -32,6 +32,7 @@ from pdf2lora.memory import (
     search_modes,
 )
 from pdf2lora.model import limit_gpu_memory
+from pdf2lora.orphans import after_orphans
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime import write_json
 from pdf2lora.tokens import Encoder, Sequences, pack
@@ -44,6 +45,7 @@ METRICS = Path("metrics/batch.json")
 
 
 @report_input_errors
+@after_orphans
 def main() -> None:
     params = read_params()
     encoder = Encoder.of(BASE)

@@ -1,5 +1,6 @@
 """Fixtures for all tests: PDFs made in code, params.yaml with changes, Python in another process."""
 
+import ctypes
 import logging
 import os
 import random
@@ -17,6 +18,13 @@ from reportlab.lib.pdfencrypt import StandardEncryption
 from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen.canvas import Canvas
 from ruamel.yaml import YAML
+
+# Where there is no CUDA driver, Triton interprets kernels. It decides so when it is imported, and bitsandbytes imports
+# it: so this comes before all tests.
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VOCABULARY = (
