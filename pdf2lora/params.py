@@ -103,6 +103,14 @@ class Evaluate(Section):
     seed: Annotated[int, Field(ge=0)]
 
 
+class Sample(Section):
+    num_documents: Positive
+    prompt_tokens: Positive
+    max_new_tokens: Positive
+    temperature: Annotated[float, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0)]
+
+
 class Params(Section):
     corpus: Name
     model: Name
@@ -115,6 +123,7 @@ class Params(Section):
     find_batch: FindBatch
     train: Train
     evaluate: Evaluate
+    sample: Sample
 
     @property
     def checkpoint(self) -> Checkpoint:
