@@ -45,12 +45,14 @@ def batch_memory(probes: Sequence[dict[str, Any]], modes: Mapping[str, dict[str,
             if "fixed_gib" in model and "gib_per_sequence" in model:
                 ends = [0, max(p["batch"] for p in probes if _mode(p) == mode)]
                 line = [model["fixed_gib"] + model["gib_per_sequence"] * batch for batch in ends]
-                area.plot(ends, line, color=colour, linestyle=":", label=f"{mode or 'memory'} model")
+                area.plot(ends, line, color=colour, linestyle=":", label=" ".join((mode, "memory model")).strip())
+            elif mode:
+                area.scatter([], [], s=28, color=colour, label=mode)
         area.axhline(budget_gib, color=LIGHT["ink"], linewidth=1, linestyle="--", label="budget")
         area.set_xlim(left=0)
         area.set_ylim(bottom=0)
         area.xaxis.set_major_locator(MaxNLocator(integer=True))
-        area.legend()
+        figure.legend(loc="outside lower center", ncols=3)
         return figure
 
 
@@ -73,11 +75,12 @@ def batch_bounds(probes: Sequence[dict[str, Any]], mode: str) -> Figure:
             drawn = [(n, p["batch"]) for n, p in zip(numbers, probes, strict=True) if p["fits"] == fits]
             if drawn:
                 colour = LIGHT["adapted" if fits else "bad"]
-                area.scatter(*zip(*drawn, strict=True), s=36, marker=marker, color=colour, label=label, zorder=3)
+                xs, ys = zip(*drawn, strict=True)
+                area.scatter(xs, ys, s=36, marker=marker, color=colour, label=label, zorder=3)
         area.set_ylim(bottom=0)
         area.xaxis.set_major_locator(MaxNLocator(integer=True))
         area.yaxis.set_major_locator(MaxNLocator(integer=True))
-        area.legend(loc="best")
+        figure.legend(loc="outside lower center", ncols=3)
         return figure
 
 

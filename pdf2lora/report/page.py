@@ -22,6 +22,20 @@ from pdf2lora.report.results import Results, read_columns
 
 TEMPLATES = Path(__file__).parent
 NUM_EXTREMES = 5  # documents at either end of the tables
+MIN_SAMPLES = 10  # of a curve over time: a stage of fewer seconds has none
+
+# key of an entry of machine.json, its title, digits after the point
+MACHINE_COLUMNS = (
+    ("seconds", "seconds", 1),
+    ("tokens_per_s", "tokens/s", 0),
+    ("peak_process_memory_gib", "peak GiB, process", 2),
+    ("peak_gpu_memory_gib", "peak GiB, GPU", 2),
+    ("peak_allocated_gib", "peak GiB, tensors", 2),
+    ("mean_gpu_utilization_percent", "mean GPU utilization, %", 0),
+    ("model_flops_utilization", "share of the GPU's FLOP/s", 2),
+    ("energy_wh", "energy, Wh", 2),
+    ("joules_per_million_tokens", "J a million tokens", 0),
+)
 
 Figures = dict[str, Figure]
 
@@ -120,7 +134,7 @@ def machine_figures(curves: Mapping[str, Mapping[str, list[float]]]) -> Figures:
     """Memory, and a GPU's utilization and power, over the seconds of each stage that took long enough for a curve."""
     drawn: Figures = {}
     for stage, columns in curves.items():
-        if len(columns.get("seconds", ())) < 3:
+        if len(columns.get("seconds", ())) < MIN_SAMPLES:
             continue
         groups = {
             "memory": ("Memory", "GiB", {"process_memory_gib": "process", "gpu_memory_gib": "GPU"}),
@@ -137,11 +151,13 @@ def machine_figures(curves: Mapping[str, Mapping[str, list[float]]]) -> Figures:
 def read_machine(metrics: Path, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, list[float]]]]:
     """metrics/machine.json and the curves in metrics/machine/; empty where nothing was measured here."""
     machine = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
-    return machine, {stage: read_columns(folder / f"{stage}.tsv") for stage in machine if (folder / f"{stage}.tsv").exists()}
+    return machine, {
+        stage: read_columns(folder / f"{stage}.tsv") for stage in machine if (folder / f"{stage}.tsv").exists()
+    }
 
 
 def with_energy(machine: Mapping[str, Any], curves: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
-    """The entries of machine.json, with energy_wh and mean_utilization of the stages whose GPU was sampled."""
+    """The entries of machine.json, with energy_wh and mean_gpu_utilization_percent where a GPU was sampled."""
     completed = dict(machine)
     for stage, columns in curves.items():
         seconds, watts = columns["seconds"], columns.get("gpu_power_w", [])
@@ -151,18 +167,21 @@ def with_energy(machine: Mapping[str, Any], curves: Mapping[str, Mapping[str, li
             completed[stage] = completed[stage] | {"energy_wh": joules / 3600}
         utilization = columns.get("gpu_utilization_percent", [])
         if utilization:
-            completed[stage] = completed[stage] | {"mean_utilization": math.fsum(utilization) / len(utilization) / 100}
+            mean = math.fsum(utilization) / len(utilization)
+            completed[stage] = completed[stage] | {"mean_gpu_utilization_percent": mean}
     return completed
 
 
 def render_machine(machine: Mapping[str, Any], svgs: Mapping[str, str], run: str) -> str:
     """machine.js: a call of the page's function with the run's key and a piece of HTML."""
+    stages = {name: entry for name, entry in machine.items() if name != "machine"}
     html = (
         environment()
         .get_template("machine.html.jinja")
         .render(
             machine=machine.get("machine", {}),
-            stages={name: entry for name, entry in machine.items() if name != "machine"},
+            stages=stages,
+            columns=[c for c in MACHINE_COLUMNS if any(entry.get(c[0]) is not None for entry in stages.values())],
             figures={name: Markup(svg) for name, svg in svgs.items()},
         )
     )

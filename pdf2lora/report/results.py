@@ -52,7 +52,9 @@ def read_results(checkpoint: Path, paths: Iterable[str]) -> Results:
         convert=_json("metrics/convert.json"),
         batch=_json("metrics/batch.json"),
         evaluation=_json("metrics/eval.json"),
-        curves={str(file.relative_to(PLOTS).with_suffix("")): read_curve(file) for file in sorted(PLOTS.rglob("*.tsv"))},
+        curves={
+            str(file.relative_to(PLOTS).with_suffix("")): read_curve(file) for file in sorted(PLOTS.rglob("*.tsv"))
+        },
         test_documents=_rows(Path("metrics/eval_documents.csv")),
         documents=read_documents(Path("data/documents.jsonl")),
         side_of={d.id: side for side in SIDES for d in read_documents(Path(f"data/split/{side}.jsonl"))},
@@ -100,4 +102,7 @@ def _json(file: str) -> Any:
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     with file.open(encoding="utf-8", newline="") as lines:
-        return [{name: value if name == "id" else float(value) for name, value in row.items()} for row in csv.DictReader(lines)]
+        return [
+            {name: value if name == "id" else float(value) for name, value in row.items()}
+            for row in csv.DictReader(lines)
+        ]

@@ -30,7 +30,7 @@ PALETTE = {
 LIGHT = {role: light for role, (light, _) in PALETTE.items()}
 PNG_DPI = 160
 
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "pdf2lora",  # ids of the SVG would be random
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that it measures the same everywhere
