@@ -66,6 +66,8 @@ class Lora(Section):
     target_modules: Annotated[
         list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]], Field(min_length=1)
     ]
+    use_dora: bool
+    use_rslora: bool
 
 
 class FindBatch(Section):
