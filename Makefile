@@ -1,6 +1,10 @@
 # make repro   sets everything up, then runs the pipeline
 # make test    sets everything up, then runs the tests
 # make lint    sets everything up, then ruff and mypy
+#
+# after a run:
+# make generate PROMPT="..."   what base and adapted model write after it
+# make export                  models/merged, a model like any other, and models/adapter_release
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +13,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test lint setup setup-dev clean
+.PHONY: repro test lint generate export setup setup-dev clean
 
 repro: setup
 	dvc repro
@@ -21,6 +25,12 @@ lint: setup-dev
 	ruff check .
 	ruff format --check .
 	mypy
+
+generate: setup
+	@python -m commands.generate '$(subst ','\'',$(PROMPT))'
+
+export: setup
+	@python -m commands.export
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
