@@ -2,6 +2,7 @@
 # make test    sets everything up, then runs the tests
 # make lint    sets everything up, then ruff and mypy
 #
+# make doctor  what is wrong here, and what the run will take, before any work
 # after a run:
 # make generate PROMPT="..."   what base and adapted model write after it
 # make export                  models/merged, a model like any other, and models/adapter_release
@@ -13,7 +14,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test lint generate export setup setup-dev clean
+.PHONY: repro test lint doctor generate export setup setup-dev clean
 
 repro: setup
 	dvc repro
@@ -25,6 +26,9 @@ lint: setup-dev
 	ruff check .
 	ruff format --check .
 	mypy
+
+doctor: setup
+	@python -m commands.doctor
 
 generate: setup
 	@python -m commands.generate '$(subst ','\'',$(PROMPT))'

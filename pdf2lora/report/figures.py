@@ -7,9 +7,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from pdf2lora.report.results import Curve
 from pdf2lora.report.style import LIGHT, axes
 
-Curve = tuple[list[float], list[float]]  # x, y
 NUM_DOCUMENTS = 12  # of the documents' figure, from either end
 MODE_COLOURS = (LIGHT["adapted"], LIGHT["base"], LIGHT["validation"], LIGHT["train"], LIGHT["ink"])
 

@@ -11,7 +11,8 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pdf2lora.corpus import SIDES, Document, read_documents
-from pdf2lora.report.figures import Curve
+
+Curve = tuple[list[float], list[float]]  # x, y
 
 PLOTS = Path("metrics/train/plots/metrics")
 
