@@ -3,7 +3,10 @@
 # make lint    sets everything up, then ruff and mypy
 #
 # make doctor  what is wrong here, and what the run will take, before any work
+#
 # after a run:
+# make compare                 the experiments of this commit: what differs, and whether it matters
+# make plots                   dvc plots show, on a page that needs no internet
 # make generate PROMPT="..."   what base and adapted model write after it
 # make export                  models/merged, a model like any other, and models/adapter_release
 
@@ -14,7 +17,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test lint doctor generate export setup setup-dev clean
+.PHONY: repro test lint doctor compare plots generate export setup setup-dev clean
 
 repro: setup
 	dvc repro
@@ -29,6 +32,12 @@ lint: setup-dev
 
 doctor: setup
 	@python -m commands.doctor
+
+compare: setup
+	@python -m commands.compare
+
+plots: setup
+	@python -m commands.plots
 
 generate: setup
 	@python -m commands.generate '$(subst ','\'',$(PROMPT))'
