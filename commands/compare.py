@@ -37,7 +37,8 @@ def main() -> None:
     lines.append((f"commit {commit['rev']}", perplexity(commit), "", "", "", ""))
     for row in experiments:
         interval = change(documents[commit["rev"]], documents[row["rev"]], params.evaluate.bootstrap_samples)
-        differs = ", ".join(f"{short(name)}={value(row[name])}" for name in names if row.get(name) != commit.get(name))
+        changed = [name for name in names if name in row and row[name] != commit[name]]
+        differs = ", ".join(f"{short(name)}={value(row[name])}" for name in changed)
         lines.append((row["Experiment"] or row["rev"], perplexity(row), *interval, differs or "-"))
 
     print(table(lines, shutil.get_terminal_size((100, 24)).columns))
@@ -70,10 +71,10 @@ def change(
     from pdf2lora.perplexity import TextSize, bootstrap  # imports torch
 
     sizes = [TextSize(tokens=int(tokens), bytes=1, words=1) for tokens, _ in before.values()]
-    nats = [np.array([side[name][0] * math.log(side[name][1]) for name in before]) for side in (before, after)]
-    low, high = bootstrap(*nats, sizes, num_samples=num_samples, seed=0)["improvement"]
+    old, new = (np.array([n * math.log(p) for n, p in (side[name] for name in before)]) for side in (before, after))
+    low, high = bootstrap(old, new, sizes, num_samples=num_samples, seed=0)["improvement"]
     total = sum(size.tokens for size in sizes)
-    difference = math.exp((nats[1].sum() - nats[0].sum()) / total) - 1
+    difference = math.exp((new.sum() - old.sum()) / total) - 1
     verdict = "better" if low > 0 else "worse" if high < 0 else "no difference"
     return f"{difference:+.1%}", f"[{-high:+.1%}, {-low:+.1%}]", verdict if difference else "the same"
 

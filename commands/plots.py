@@ -31,7 +31,7 @@ PAGE = """<!DOCTYPE html>
 
 
 def main() -> None:
-    page = PAGE.format(vega=vl_convert.javascript_bundle())
+    page = PAGE.format(vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
     with whole_file(TEMPLATE) as partial:
         partial.write_text(page, encoding="utf-8")
