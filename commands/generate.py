@@ -31,7 +31,7 @@ def main() -> None:
 
     encoder = Encoder.of(BASE)
     tokens = encoder.encode([prompt])[0]
-    encoder.require_context(len(tokens) + params.sample.max_new_tokens)
+    encoder.require_context(len(tokens) + params.sample.max_new_tokens, key="sample.max_new_tokens")
     model = load_adapter(load_base(BASE, params.quantization, params.train), ADAPTER)
 
     for name in ("base", "adapted"):

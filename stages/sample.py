@@ -31,7 +31,7 @@ DIGITS = 3  # of nats, after the point
 def main() -> None:
     params = read_params()
     encoder = Encoder.of(BASE)
-    encoder.require_context(params.sample.prompt_tokens + params.sample.max_new_tokens)
+    encoder.require_context(params.sample.prompt_tokens + params.sample.max_new_tokens, key="sample.max_new_tokens")
     documents = read_documents(TEST)[: params.sample.num_documents]
 
     with machine_metrics("sample"):
