@@ -11,15 +11,18 @@ import math
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import dvc.api
 import numpy as np
 
 from pdf2lora.errors import InputError, report_input_errors
-from pdf2lora.params import read_params
+from pdf2lora.params import Params, read_params
 
 DOCUMENTS = "metrics/eval_documents.csv"
+FINISHED = (None, "Success")  # a State of exp_show: None is a commit, or an experiment that ran in the workspace
+
 Row = dict[str, Any]
 
 
@@ -27,32 +30,36 @@ Row = dict[str, Any]
 def main() -> None:
     params = read_params()
     rows = dvc.api.exp_show()
-    workspace, commit, experiments = rows[0], rows[1], rows[2:]
+    commit, experiments = rows[1], rows[2:]  # the first one is the workspace
     if not experiments:
         raise InputError("experiments: there are none of this commit; run one, such as dvc exp run -S lora.r=16")
     documents = {row["rev"]: read_documents(row) for row in (commit, *experiments)}
 
-    names = [name for name in commit if is_param(name, workspace)]
+    names = [name for name in names_of(params) if name in commit]
     lines = [("experiment", "perplexity", "change", "[95%]", "", "what differs")]
     lines.append((f"commit {commit['rev']}", perplexity(commit), "", "", "", ""))
     for row in experiments:
         interval = change(documents[commit["rev"]], documents[row["rev"]], params.evaluate.bootstrap_samples)
         changed = [name for name in names if name in row and row[name] != commit[name]]
-        differs = ", ".join(f"{short(name)}={value(row[name])}" for name in changed)
+        differs = ", ".join(f"{name}={value(row[name])}" for name in changed)
         lines.append((row["Experiment"] or row["rev"], perplexity(row), *interval, differs or "-"))
 
     print(table(lines, shutil.get_terminal_size((100, 24)).columns))
 
 
-def is_param(name: str, row: Row) -> bool:
-    """exp_show puts metrics, params and dependencies side by side; the params are those of a section of params.yaml."""
-    sections = read_params().model_dump()
-    section = name.removeprefix("params.yaml:").partition(".")[0]
-    return section in sections and name in row and not name.startswith(("train.loss", "train.perplexity"))
+def names_of(params: Params) -> list[str]:
+    """Every setting as DVC names it: lora.r, train.seq_length, ..."""
+    sections = params.model_dump(exclude={"models"}).items()
+    nested = [
+        [f"{section}.{key}" for key in keys] if isinstance(keys, dict) else [section] for section, keys in sections
+    ]
+    return list(chain.from_iterable(nested))
 
 
 def read_documents(row: Row) -> dict[str, tuple[float, float]]:
-    """Document -> tokens, adapted perplexity; empty where the experiment has not come that far."""
+    """Document -> tokens, adapted perplexity; empty while an experiment waits or runs: its files are the commit's."""
+    if row["State"] not in FINISHED:
+        return {}
     shown = subprocess.run(["git", "show", f"{row['rev']}:{DOCUMENTS}"], capture_output=True, text=True)
     if shown.returncode != 0:
         return {}
@@ -65,7 +72,7 @@ def change(
 ) -> tuple[str, str, str]:
     """(change of perplexity, its interval, what they say); perplexities compare on the same tokens only."""
     if not after or not before:
-        return "", "", "not finished"
+        return "", "", ""
     if {name: tokens for name, (tokens, _) in before.items()} != {name: tokens for name, (tokens, _) in after.items()}:
         return "", "", "other test text"
     from pdf2lora.perplexity import TextSize, bootstrap  # imports torch
@@ -76,20 +83,19 @@ def change(
     total = sum(size.tokens for size in sizes)
     difference = math.exp((new.sum() - old.sum()) / total) - 1
     verdict = "better" if low > 0 else "worse" if high < 0 else "no difference"
-    return f"{difference:+.1%}", f"[{-high:+.1%}, {-low:+.1%}]", verdict if difference else "the same"
+    return f"{difference:+.1%}", f"[{0 - high:+.1%}, {0 - low:+.1%}]", verdict if difference else "the same"
 
 
 def perplexity(row: Row) -> str:
     found = row.get("adapted.perplexity")
-    return f"{found:.2f}" if isinstance(found, float) and row.get("State") != "Failed" else str(row.get("State") or "-")
-
-
-def short(name: str) -> str:
-    return name.removeprefix("params.yaml:")
+    return f"{found:.2f}" if isinstance(found, float) and row["State"] in FINISHED else str(row["State"] or "-")
 
 
 def value(found: Any) -> str:
-    return f"{found:g}" if isinstance(found, float) else str(found).replace("'", "")
+    """As short as can be read: [q v] for a list of projections."""
+    return (
+        f"{found:g}" if isinstance(found, float) else str(found).replace("'", "").replace("_proj", "").replace(",", "")
+    )
 
 
 def table(lines: Sequence[Sequence[str]], width: int) -> str:

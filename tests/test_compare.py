@@ -37,10 +37,17 @@ class TestChange:
         assert compare.change(BEFORE, {"0.pdf": (999.0, 50.0)}, 500) == ("", "", "other test text")
 
     def test_an_experiment_without_results_does_not_compare(self):
-        assert compare.change(BEFORE, {}, 500) == ("", "", "not finished")
+        assert compare.change(BEFORE, {}, 500) == ("", "", "")
 
 
-COMMIT = {"rev": "a1b2c3d", "adapted.perplexity": 100.0, "lora.r": 8.0, "train.seed": 0.0, "train.loss": 4.0}
+COMMIT = {
+    "rev": "a1b2c3d",
+    "State": None,
+    "adapted.perplexity": 100.0,
+    "lora.r": 8.0,
+    "train.seed": 0.0,
+    "train.loss": 4.0,
+}
 EXPERIMENT = {"rev": "e4f5a6b", "Experiment": "bony-tars", "State": "Success", "adapted.perplexity": 90.0}
 
 
@@ -52,7 +59,11 @@ class TestTable:
 
         def run(*experiments, width=100):
             monkeypatch.setattr(compare.dvc.api, "exp_show", lambda: [COMMIT, COMMIT, *experiments])
-            monkeypatch.setattr(compare, "read_documents", lambda row: scaled(row.get("adapted.perplexity", 0) / 100))
+            monkeypatch.setattr(
+                compare,
+                "read_documents",
+                lambda row: scaled(row["adapted.perplexity"] / 100) if row["State"] in (None, "Success") else {},
+            )
             monkeypatch.setenv("COLUMNS", str(width))
             compare.main()
             return capsys.readouterr().out.splitlines()
@@ -65,16 +76,21 @@ class TestTable:
         assert lines[1].split() == ["commit", "a1b2c3d", "100.00"]
         assert re.fullmatch(r"bony-tars +90\.00 +-10\.0% +\[-10\.0%, -10\.0%\] +better +lora\.r=16", lines[2])
 
+    def test_lists_are_short(self):
+        assert compare.value("['q_proj', 'v_proj']") == "[q v]"
+        assert compare.value(0.0005) == "0.0005"
+
     def test_fits_the_terminal(self, shown):
         lines = shown(EXPERIMENT | {"lora.r": 16.0, "train.seed": 12345678901234567890.0}, width=80)
 
         assert max(map(len, lines)) <= 80
         assert lines[2].endswith("…")
 
-    def test_a_failed_experiment_says_so(self, shown):
-        lines = shown(EXPERIMENT | {"State": "Failed"})
+    @pytest.mark.parametrize("state", ["Queued", "Running", "Failed"])
+    def test_an_experiment_without_results_says_so(self, shown, state):
+        lines = shown(EXPERIMENT | {"State": state, "lora.r": 16.0})
 
-        assert "Failed" in lines[2]
+        assert lines[2].split() == ["bony-tars", state, "lora.r=16"]
 
     def test_without_experiments_it_says_how_to_run_one(self, shown):
         with pytest.raises(SystemExit) as stopped:
@@ -91,8 +107,9 @@ def test_documents_are_read_from_an_experiment_s_commit(tmp_path, monkeypatch):
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "x"]):
         subprocess.run(["git", *command], check=True)
 
-    assert compare.read_documents({"rev": "HEAD"}) == {"a.pdf": (7.0, 2.5)}
-    assert compare.read_documents({"rev": "no-such-rev"}) == {}
+    assert compare.read_documents({"rev": "HEAD", "State": None}) == {"a.pdf": (7.0, 2.5)}
+    assert compare.read_documents({"rev": "HEAD", "State": "Running"}) == {}
+    assert compare.read_documents({"rev": "no-such-rev", "State": "Success"}) == {}
 
 
 def test_plots_page_loads_nothing(tmp_path, monkeypatch):
