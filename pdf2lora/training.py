@@ -36,8 +36,7 @@ class PerplexityTrainer(Trainer):  # type: ignore[misc]
         hidden = self.forward(inputs["input_ids"])
         targets = inputs["labels"].roll(-1, dims=1)
         targets[:, -1] = IGNORED
-        head = self.model.get_base_model().get_output_embeddings().weight
-        loss = linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten()) / num_items_in_batch
+        loss = linear_cross_entropy(hidden.flatten(0, 1), self.forward.head, targets.flatten()) / num_items_in_batch
         self.accelerator.backward(loss)
         return loss.detach()
 

@@ -5,6 +5,8 @@ models/base is in Hugging Face's layout whichever of the two the checkpoint came
 
 from pathlib import Path
 
+from tqdm import tqdm
+
 from pdf2lora.errors import report_input_errors
 from pdf2lora.llama import convert
 from pdf2lora.manifest import write_manifest
@@ -23,12 +25,21 @@ def main() -> None:
     params = read_params()
     source = CHECKPOINTS / params.model
 
-    with whole_folder(BASE) as folder:
+    with (
+        whole_folder(BASE) as folder,
+        tqdm(desc="convert", unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar,
+    ):
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
         summary = convert(
             source,
             folder,
             llama_version=params.checkpoint.llama_version,
             max_shard_gib=params.convert.max_shard_gib,
+            progress=progress,
         )
         write_manifest(folder)
 

@@ -13,10 +13,10 @@ from pdf2lora.forward import build_forward, choose_kernels
 from pdf2lora.manifest import require_whole
 from pdf2lora.model import load_adapter, load_base
 from pdf2lora.orphans import after_orphans
-from pdf2lora.params import read_params
+from pdf2lora.params import Params, read_params
 from pdf2lora.perplexity import Nats, TextSize, bootstrap, nats_per_document, summary
 from pdf2lora.runtime import project_root, whole_file, write_json
-from pdf2lora.tokens import Encoder, windows
+from pdf2lora.tokens import Encoder, Window, windows
 from pdf2lora.tracking import machine_metrics
 
 BASE = Path("models/base")
@@ -36,18 +36,7 @@ def main() -> None:
     encoder = Encoder.of(BASE)
     encoder.require_context(params.train.seq_length)
     documents = read_documents(TEST)
-    encoded = encoder.encode([document.text for document in documents])
-    sizes = [
-        TextSize(tokens=len(tokens), bytes=len(document.text.encode()), words=len(document.text.split()))
-        for document, tokens in zip(documents, encoded, strict=True)
-    ]
-    looks = [
-        window
-        for number, tokens in enumerate(encoded)
-        for window in windows(
-            number, tokens, bos=encoder.bos, seq_length=params.train.seq_length, stride=params.evaluate.stride
-        )
-    ]
+    sizes, looks = windows_of(documents, encoder, params)
 
     with (
         machine_metrics("evaluate"),
@@ -108,6 +97,23 @@ def comparison_metrics(compare_to: str, commit: str, comparison: Comparison) -> 
         "high_95": round(comparison.high, DIGITS),
         "differs": comparison.differs,
     }
+
+
+def windows_of(documents: list[Document], encoder: Encoder, params: Params) -> tuple[list[TextSize], list[Window]]:
+    """What the nats of each document are divided by, and the windows that score all of its tokens."""
+    encoded = encoder.encode([document.text for document in documents])
+    sizes = [
+        TextSize(tokens=len(tokens), bytes=len(document.text.encode()), words=len(document.text.split()))
+        for document, tokens in zip(documents, encoded, strict=True)
+    ]
+    looks = [
+        window
+        for number, tokens in enumerate(encoded)
+        for window in windows(
+            number, tokens, bos=encoder.bos, seq_length=params.train.seq_length, stride=params.evaluate.stride
+        )
+    ]
+    return sizes, looks
 
 
 def result(base: Nats, adapted: Nats, sizes: list[TextSize], *, num_samples: int, seed: int) -> dict[str, object]:

@@ -23,7 +23,14 @@ CONTEXT_LENGTH = 128
 SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|pad|>"]
 
 QUANTIZATION = Quantization(bits=4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-LORA = Lora(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+LORA = Lora(
+    r=8,
+    lora_alpha=32,
+    lora_dropout=0.1,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    use_dora=False,
+    use_rslora=False,
+)
 TRAIN = Train(
     seq_length=32,
     effective_batch=2,
