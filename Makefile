@@ -1,6 +1,18 @@
 # make repro   sets everything up, then runs the pipeline
 # make test    sets everything up, then runs the tests
 # make lint    sets everything up, then ruff and mypy
+# make same-bytes  runs the demo in two clones under other circumstances and compares every hash
+# make fuzz    reads thousands of damaged PDFs and checkpoints
+# make torture kills the pipeline at random moments and compares what it makes then (an hour)
+#
+# make doctor  what is wrong here, and what the run will take, before any work
+#
+# after a run:
+# make compare                 the experiments of this commit: what differs, and whether it matters
+# make plots                   dvc plots show, on a page that needs no internet
+# make generate PROMPT="..."   what base and adapted model write after it
+# make screenshots             docs/images, out of the report and the plots (needs Chromium)
+# make export                  models/merged, a model like any other, and models/adapter_release
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,10 +21,20 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test lint setup setup-dev clean
+.PHONY: repro test lint same-bytes fuzz torture doctor compare plots screenshots generate export setup setup-dev clean
 
 repro: setup
+	@$(BIN)/python -m tools.mend_dvc
 	dvc repro
+
+torture: setup
+	$(BIN)/python -m tools.torture
+
+same-bytes: setup
+	$(BIN)/python -m tools.same_bytes
+
+fuzz: setup
+	$(BIN)/python -m tools.fuzz
 
 test: setup-dev
 	OMP_NUM_THREADS=1 pytest
@@ -21,6 +43,24 @@ lint: setup-dev
 	ruff check .
 	ruff format --check .
 	mypy
+
+doctor: setup
+	@python -m commands.doctor
+
+compare: setup
+	@python -m commands.compare
+
+plots: setup
+	@python -m commands.plots
+
+screenshots: plots
+	@python -m commands.screenshots
+
+generate: setup
+	@python -m commands.generate '$(subst ','\'',$(PROMPT))'
+
+export: setup
+	@python -m commands.export
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev

@@ -21,7 +21,8 @@ SHORT_LINE = 0.6  # of the longest line near it: a shorter one may end a paragra
 
 _PAGE_NUMBER = re.compile(r"\W*(?:page|p\.)?\s*(?:\d{1,4}|[ivx]{1,6})(?:\s*(?:of|/)\s*\d{1,4})?\W*", re.IGNORECASE)
 _LIST_ITEM = re.compile(r"[-–•▪◦*]\s|\(?(?:\d{1,3}|[A-Za-z]|[ivx]{1,4})[.)]\s")
-_CUT_WORD = re.compile(r"(-?)([^\W\d_]+)-\n(?=(\w+))")
+# From the word's first letter on: tried at each letter, a word of a million letters would take hours.
+_CUT_WORD = re.compile(r"(-?)(?<![^\W\d_])([^\W\d_]+)-\n(?=(\w+))")
 
 
 def clean(pages: list[str]) -> str:
@@ -123,18 +124,19 @@ def _whole_words(text: str) -> str:
 
 def _paragraphs(lines: list[str]) -> list[str]:
     """Printed lines put together to paragraphs: at a blank line, a list item and after a short line one ends."""
-    paragraphs: list[str] = []
+    paragraphs: list[list[str]] = []
     ended = True
     for number, line in enumerate(lines):
         if not line:
             ended = True
             continue
         if ended or _LIST_ITEM.match(line):
-            paragraphs.append(line)
+            paragraphs.append([line])
         else:
-            paragraphs[-1] += f" {line}"
+            paragraphs[-1].append(line)
         following = lines[number + 1] if number + 1 < len(lines) else ""
         longest_near = max(map(len, lines[max(0, number - 3) : number + 4]))
         short = len(line) < SHORT_LINE * longest_near
         ended = short and (line[-1] in '.!?:;”"' or not following[:1].islower())
-    return [paragraph for paragraph in map(_spaced, paragraphs) if paragraph]  # two lines may make one dot leader
+    joined = (_spaced(" ".join(lines)) for lines in paragraphs)  # two lines may make one dot leader
+    return [paragraph for paragraph in joined if paragraph]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 NEAR_DUPLICATE_WORDS = 5  # a shingle of MinHash
 LEAKAGE_WORDS = 13  # n-gram of the leakage report (Brown et al. 2020, Language Models are Few-Shot Learners, app. C)
@@ -62,7 +63,7 @@ def near_duplicate_groups(texts: Sequence[str], similarity: float) -> list[list[
 
     index = MinHashLSH(threshold=min(similarity, 0.9), num_perm=128)  # finds candidates; jaccard decides
     sketches = []
-    for number, text in enumerate(texts):
+    for number, text in enumerate(tqdm(texts, desc="split", unit="document", disable=None)):
         sketch = MinHash(num_perm=128, seed=1)
         tokens = words(text)
         shingles = {" ".join(tokens[i : i + NEAR_DUPLICATE_WORDS]) for i in range(max(1, len(tokens) - 4))}

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from pdf2lora.errors import InputError
 from pdf2lora.model import compute_dtype
@@ -30,20 +31,23 @@ CHECKPOINTING: dict[Kernels, tuple[str, ...]] = {
 class Forward(Protocol):
     """input_ids (batch, seq_length) -> hidden states after the last norm, (batch, seq_length, hidden).
 
-    The model's own train(), eval() and disable_adapter() hold for it.
+    The model's own train(), eval() and disable_adapter() hold for it; head: (vocabulary, hidden), of the model.
     """
 
-    model: PeftModel
+    model: PeftModel | LlamaForCausalLM
+    head: Tensor
 
     def __call__(self, input_ids: Tensor) -> Tensor: ...
 
 
 class Reference:
-    """transformers' layers with PEFT's LoRA, under autocast where the base is in bfloat16."""
+    """transformers' layers, with PEFT's LoRA if there is one, under autocast where the base is in bfloat16."""
 
-    def __init__(self, model: PeftModel, gradient_checkpointing: str):
+    def __init__(self, model: PeftModel | LlamaForCausalLM, gradient_checkpointing: str):
+        causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         self.model = model
-        self.llama = model.get_base_model().model
+        self.llama = causal_lm.model
+        self.head = causal_lm.get_output_embeddings().weight
         if gradient_checkpointing == "full":
             self.llama.gradient_checkpointing_enable({"use_reentrant": False})
         else:
@@ -56,7 +60,9 @@ class Reference:
         return hidden
 
 
-def build_forward(model: PeftModel, kernels: Kernels, gradient_checkpointing: str = "none") -> Forward:
+def build_forward(
+    model: PeftModel | LlamaForCausalLM, kernels: Kernels, gradient_checkpointing: str = "none"
+) -> Forward:
     """The forward pass of a model; a later one for the same model takes the place of an earlier one.
 
     gradient_checkpointing: one of CHECKPOINTING[kernels].

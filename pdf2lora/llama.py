@@ -453,6 +453,9 @@ def _copy_hugging_face(source: Path, target: Path, progress: Progress) -> dict[s
         )
     if "quantization_config" in config:
         raise InputError(f"{path}: a quantized checkpoint; use the unquantized one, training quantizes it by itself")
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise InputError(f"{path}: {name} is {json.dumps(config[name])}, must be an object; fetch the file again")
     num_layers, vocab_size = _whole(config, "num_hidden_layers", path), _whole(config, "vocab_size", path)
     tied = config.get("tie_word_embeddings", False)
 
@@ -468,6 +471,7 @@ def _copy_hugging_face(source: Path, target: Path, progress: Progress) -> dict[s
             f"{source}: {num_tokens} tokens in tokenizer.json, vocab_size {vocab_size} in config.json, {rows} rows in "
             f"{NEW_EMBEDDING}; rows and vocab_size must be equal and hold all tokens: use the files of one checkpoint"
         )
+    _require_shapes(path, config, shapes)
 
     names = ["config.json", "generation_config.json", "special_tokens_map.json", "model.safetensors.index.json"]
     copied = [path for name in names if (path := source / name).is_file()]
@@ -488,6 +492,30 @@ def _copy_hugging_face(source: Path, target: Path, progress: Progress) -> dict[s
     }
 
 
+def _require_shapes(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InputError if config.json speaks of other sizes than the weights have: they would be made in memory."""
+    hidden, heads = _whole(config, "hidden_size", path), _whole(config, "num_attention_heads", path)
+    head_dim = hidden // heads if config.get("head_dim") is None else _whole(config, "head_dim", path)
+    kv_heads = heads if config.get("num_key_value_heads") is None else _whole(config, "num_key_value_heads", path)
+    sizes = {
+        "vocab": config["vocab_size"],
+        "hidden": hidden,
+        "query": heads * head_dim,
+        "key": kv_heads * head_dim,
+        "intermediate": _whole(config, "intermediate_size", path),
+    }
+    axes = {NEW_EMBEDDING: ("vocab", "hidden"), "model.norm.weight": ("hidden",), NEW_HEAD: ("vocab", "hidden")}
+    for n in range(config["num_hidden_layers"]):
+        axes |= {f"model.layers.{n}.{name}": layer_axes for _, name, _, layer_axes in LAYER_WEIGHTS}
+    for name, names in axes.items():
+        expected = tuple(sizes[axis] for axis in names)
+        if name in shapes and shapes[name] != expected:
+            raise InputError(
+                f"{path}: {name} must have shape {expected} by the sizes in it, but has {shapes[name]}; "
+                "use the files of one checkpoint"
+            )
+
+
 def _read_safetensors(source: Path) -> tuple[list[Path], dict[str, tuple[int, ...]], str]:
     """The safetensors files of a Hugging Face checkpoint, {name: shape} of the weights in them, and their dtype."""
     index = source / "model.safetensors.index.json"
@@ -504,7 +532,7 @@ def _read_safetensors(source: Path) -> tuple[list[Path], dict[str, tuple[int, ..
     dtypes: set[str] = set()
     for name in names:
         path = source / name
-        if path.parent != source or not path.is_file():
+        if "\0" in name or path.parent != source or not path.is_file():
             named_by = f", which {index.name} names" if weight_map else ""
             raise InputError(f"{path}: no such file in the folder{named_by}; fetch all files of the checkpoint")
         try:
@@ -567,7 +595,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; fetch it with the checkpoint") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); fetch the file again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: must be a JSON object; fetch the file again")

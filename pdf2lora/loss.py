@@ -31,7 +31,8 @@ def nats_per_target(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(max(1, LOGITS_OF_A_CHUNK // weight.shape[0]))
+    chunks: tuple[Tensor, ...] = rows.split(max(1, LOGITS_OF_A_CHUNK // weight.shape[0]))
+    return chunks
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

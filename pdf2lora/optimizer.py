@@ -32,4 +32,5 @@ class FlatParameter:
     @torch.no_grad()
     def gather_gradients(self, *step: Any) -> None:
         """Before each optimizer step."""
-        torch._foreach_copy_(self.gradients, [parameter.grad for parameter in self.parameters])
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        torch._foreach_copy_(self.gradients, gradients)

@@ -67,6 +67,8 @@ class Lora(Section):
     target_modules: Annotated[
         list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]], Field(min_length=1)
     ]
+    use_dora: bool
+    use_rslora: bool
 
 
 class FindBatch(Section):
@@ -105,6 +107,15 @@ class Evaluate(Section):
     per_device_batch: Positive
     bootstrap_samples: Annotated[int, Field(ge=100)]
     seed: Annotated[int, Field(ge=0)]
+    compare_to: Annotated[str, Field(min_length=1)]
+
+
+class Sample(Section):
+    num_documents: Positive
+    prompt_tokens: Positive
+    max_new_tokens: Positive
+    temperature: Annotated[float, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0)]
 
 
 class Params(Section):
@@ -119,6 +130,7 @@ class Params(Section):
     find_batch: FindBatch
     train: Train
     evaluate: Evaluate
+    sample: Sample
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -42,6 +42,7 @@ class Reason(StrEnum):
 
 
 COMPLETE = "complete"
+MAX_CHARACTERS = 10_000_000  # of one document: five thousand pages; what has more is a bomb
 
 
 @dataclass
@@ -86,13 +87,21 @@ def extract(
             idle.worker = Worker(timeout_s=timeout_s, memory_gib=memory_gib)
         attempts = []
         for engine in engines:
-            attempts.append(idle.worker.read(file, engine, max_pages))
+            attempt = idle.worker.read(file, engine, max_pages)
+            if attempt.outcome == Reason.CRASHED:  # by the machine (its memory, kill -9)? the file's fault comes again
+                attempt = idle.worker.read(file, engine, max_pages)
+            attempts.append(attempt)
             if attempts[-1].outcome == COMPLETE and cleaning.is_readable("\n".join(attempts[-1].pages)):
                 break
         return file, judge(attempts, clean=clean, min_characters=min_characters)
 
-    with ThreadPoolExecutor(num_workers or os.cpu_count()) as threads:
+    with ThreadPoolExecutor(num_workers or num_cores()) as threads:
         yield from threads.map(extract_one, files)
+
+
+def num_cores() -> int:
+    """Those that this process may use: on a shared machine fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def judge(attempts: list[Attempt], *, clean: bool, min_characters: int) -> Extraction:
@@ -207,6 +216,7 @@ def _read_pages(pipe: Connection, file: Path, engine: str, max_pages: int) -> st
     try:
         num_pages, read_page = OPEN[engine](file)
         pipe.send(("num_pages", num_pages))
+        characters = 0
         for number in range(min(num_pages, max_pages)):
             try:
                 text = read_page(number)
@@ -214,6 +224,9 @@ def _read_pages(pipe: Connection, file: Path, engine: str, max_pages: int) -> st
                 raise
             except Exception:  # a page that cannot be read: the others may be
                 outcome, text = Reason.DAMAGED, ""
+            characters += len(text)
+            if characters > MAX_CHARACTERS:
+                raise MemoryError
             pipe.send(("page", text.encode("utf-8", "replace").decode()))  # lone surrogates cannot be written to a file
     except MemoryError:
         return Reason.OUT_OF_MEMORY

@@ -43,7 +43,7 @@ def nats_per_document(
     The model is left in eval mode.
     """
     forward.model.eval()
-    head = forward.model.get_base_model().get_output_embeddings().weight
+    head = forward.head
     nats = torch.zeros(num_documents, dtype=torch.float64, device=head.device)
     for first in range(0, len(windows), per_device_batch):
         batch = windows[first : first + per_device_batch]

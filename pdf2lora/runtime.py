@@ -1,12 +1,16 @@
 """What every stage needs of the machine: scratch folders, fingerprints, locks, whole files or none."""
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from pdf2lora.errors import InputError
 
@@ -46,23 +50,35 @@ def scratch_folder(stage: str, key: str) -> Path:
 
 
 @contextmanager
-def sole_owner(folder: Path) -> Iterator[None]:
+def sole_owner(folder: Path, *, patience_s: float = 0) -> Iterator[None]:
     """Keeps a second process out of a scratch folder; the kernel frees it when the first ends, however it ends.
+
+    patience_s: how long to wait for the first to end.
 
     Raises:
         InputError: another process holds the folder.
     """
     import fcntl
 
+    until = time.monotonic() + patience_s
+    told = False
     with (folder / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise InputError(
-                f"{folder}: process {lock.read().strip() or '?'} is already at work on these very settings and data; "
-                "wait for it or end it"
-            ) from None
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                lock.seek(0)
+                owner = lock.read().strip() or "?"
+            if time.monotonic() >= until:
+                raise InputError(
+                    f"{folder}: process {owner} is already at work on these very settings and data; "
+                    "wait for it or end it"
+                )
+            if not told:
+                print(f"{folder.name}: waits for process {owner}, which is at work on the same, to end", flush=True)
+                told = True
+            time.sleep(0.1)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -71,11 +87,16 @@ def sole_owner(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """Gives a path to write to, and puts that file in place of `file` once the block has ended without an error."""
+    """Gives a path to write to, and puts that file in place of `file` once the block has ended without an error.
+
+    The path is this process's own: two that write the same file do not write into each other's. What killed ones left
+    behind is removed.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
+    partial = _partial(file)
     try:
-        yield partial
+        with _names_file(file):
+            yield partial
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
@@ -84,16 +105,36 @@ def whole_file(file: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Like whole_file, for an empty folder to fill."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with _names_file(folder):
+            yield partial
         if folder.exists():
             shutil.rmtree(folder)
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        pid = left.name.split(".")[-2]
+        if not pid.isdigit() or not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+@contextmanager
+def _names_file(path: Path) -> Iterator[None]:
+    """A full disk or a limit is reported by the system without the file's name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_json(file: Path, value: object) -> None:

@@ -46,11 +46,11 @@ class Encoder:
         encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encoded]
 
-    def require_context(self, seq_length: int) -> None:
-        if seq_length > self.context_length:
+    def require_context(self, num_tokens: int, key: str = "train.seq_length") -> None:
+        if num_tokens > self.context_length:
             raise InputError(
-                f"train.seq_length: {seq_length} must not be greater than the context of the base model "
-                f"({self.context_length} tokens); change it in params.yaml or with -S train.seq_length=..."
+                f"{key}: {num_tokens} must not be greater than the context of the base model "
+                f"({self.context_length} tokens); change it in params.yaml or with -S {key}=..."
             )
 
 

@@ -111,7 +111,7 @@ class DvcliveCallback(TrainerCallback):  # type: ignore[misc]
 
     def _show_progress(self, state: Any, logs: dict[str, float]) -> None:
         """Loss, and on training steps the throughput since the last one that was logged, and GPU memory."""
-        shown = {name: f"{logs[name]:.3g}" for name in ("loss", "eval_loss") if name in logs}
+        shown: dict[str, str] = {name: f"{logs[name]:.3g}" for name in ("loss", "eval_loss") if name in logs}
         (step, seconds), now = self.last_log, time.monotonic()
         if "loss" in logs and state.global_step > step:
             shown["tokens/s"] = f"{(state.global_step - step) * self.tokens_per_step / (now - seconds):,.0f}"

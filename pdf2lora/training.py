@@ -23,6 +23,7 @@ class PerplexityTrainer(Trainer):  # type: ignore[misc]
     """Trainer on a Forward: the loss never sees the logits of a whole batch, and validation is what evaluate does."""
 
     forward: Forward
+    optimizer: Any = None
     validation_windows: Sequence[Window] = ()
 
     def training_step(self, model: PeftModel, inputs: dict[str, Tensor], num_items_in_batch: Tensor) -> Tensor:
@@ -35,18 +36,18 @@ class PerplexityTrainer(Trainer):  # type: ignore[misc]
         hidden = self.forward(inputs["input_ids"])
         targets = inputs["labels"].roll(-1, dims=1)
         targets[:, -1] = IGNORED
-        head = self.model.get_base_model().get_output_embeddings().weight
-        loss = linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten()) / num_items_in_batch
+        loss = linear_cross_entropy(hidden.flatten(0, 1), self.forward.head, targets.flatten()) / num_items_in_batch
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def create_optimizer(self, model: PeftModel | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: PeftModel | None = None) -> Any:
         """The optimizer of train.optim, on all LoRA matrices at once."""
         if self.optimizer is None:
-            optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             flat = FlatParameter(parameter for parameter in self.model.parameters() if parameter.requires_grad)
-            self.optimizer = optimizer([flat.parameter], weight_decay=self.args.weight_decay, **settings)
-            self.optimizer.register_step_pre_hook(flat.gather_gradients)
+            optimizer = optimizer_class([flat.parameter], weight_decay=self.args.weight_decay, **settings)
+            optimizer.register_step_pre_hook(flat.gather_gradients)
+            self.optimizer = optimizer
         return self.optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -101,7 +102,7 @@ def build_trainer(
     # `accelerate launch` hands on the precision of accelerate_config.yaml, which on a CPU would be emulated.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if in_bfloat16 else "no"
     torch.use_deterministic_algorithms(train.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs that writes all memory once more
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a check for bugs that writes all memory once more
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=per_device_batch,

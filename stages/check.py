@@ -1,13 +1,14 @@
 """check: params.yaml -> data/checked
 
-Runs before the first stage whenever another corpus or model is chosen. Without it DVC would find the missing folder
-itself, name it and nothing else, and have deleted the stage's old outputs by then. The output never changes, so that
-no stage runs again because of it.
+Runs before the first stage whenever params.yaml has changed: what is wrong with it is said in the first second, not by
+the first stage that imports torch, and not by DVC, which would find a missing folder itself, name it and nothing else,
+and have deleted the stage's old outputs by then. The output never changes, so that no stage runs again because of it.
 """
 
 from pathlib import Path
 
 from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.orphans import after_orphans
 from pdf2lora.params import read_params
 from pdf2lora.runtime import whole_file
 
@@ -17,6 +18,7 @@ CHECKED = Path("data/checked")
 
 
 @report_input_errors
+@after_orphans
 def main() -> None:
     params = read_params()
 
@@ -25,6 +27,7 @@ def main() -> None:
 
     with whole_file(CHECKED) as partial:
         partial.write_text("params.yaml is valid, and the folders that it names are there\n")
+    print(f"check: params.yaml is valid; corpus {params.corpus}, model {params.model}")
 
 
 def require_folder(key: str, folder: Path, remedy: str) -> None:

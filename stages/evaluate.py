@@ -6,14 +6,17 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from pdf2lora.comparison import Comparison, commit_of, compare, documents_at, in_words
 from pdf2lora.corpus import Document, read_documents
 from pdf2lora.errors import report_input_errors
 from pdf2lora.forward import build_forward, choose_kernels
+from pdf2lora.manifest import require_whole
 from pdf2lora.model import load_adapter, load_base
-from pdf2lora.params import read_params
+from pdf2lora.orphans import after_orphans
+from pdf2lora.params import Params, read_params
 from pdf2lora.perplexity import Nats, TextSize, bootstrap, nats_per_document, summary
-from pdf2lora.runtime import whole_file, write_json
-from pdf2lora.tokens import Encoder, windows
+from pdf2lora.runtime import project_root, whole_file, write_json
+from pdf2lora.tokens import Encoder, Window, windows
 from pdf2lora.tracking import machine_metrics
 
 BASE = Path("models/base")
@@ -25,23 +28,15 @@ DIGITS = 6  # after the point: more would be noise of the processor's arithmetic
 
 
 @report_input_errors
+@after_orphans
 def main() -> None:
     params = read_params()
+    require_whole(BASE, made_by="convert")
+    earlier = earlier_documents(params.evaluate.compare_to)
     encoder = Encoder.of(BASE)
     encoder.require_context(params.train.seq_length)
     documents = read_documents(TEST)
-    encoded = encoder.encode([document.text for document in documents])
-    sizes = [
-        TextSize(tokens=len(tokens), bytes=len(document.text.encode()), words=len(document.text.split()))
-        for document, tokens in zip(documents, encoded, strict=True)
-    ]
-    looks = [
-        window
-        for number, tokens in enumerate(encoded)
-        for window in windows(
-            number, tokens, bos=encoder.bos, seq_length=params.train.seq_length, stride=params.evaluate.stride
-        )
-    ]
+    sizes, looks = windows_of(documents, encoder, params)
 
     with (
         machine_metrics("evaluate"),
@@ -63,12 +58,62 @@ def main() -> None:
         adapted = score()
         with model.disable_adapter():
             base = score()
+    table = per_document(documents, sizes, base, adapted)
     metrics = result(base, adapted, sizes, num_samples=params.evaluate.bootstrap_samples, seed=params.evaluate.seed)
+    line = summary_line(metrics)
+    if earlier is not None:
+        commit, table_then = earlier
+        comparison = compare(
+            table, table_then, num_samples=params.evaluate.bootstrap_samples, seed=params.evaluate.seed
+        )
+        metrics["comparison"] = comparison_metrics(params.evaluate.compare_to, commit, comparison)
+        line += f"\nevaluate: against {in_words(params.evaluate.compare_to, commit, comparison)}"
 
     write_json(METRICS, metrics)
     with whole_file(DOCUMENTS) as partial:
-        per_document(documents, sizes, base, adapted).to_csv(partial, index=False, lineterminator="\n")
-    print(summary_line(metrics))
+        table.to_csv(partial, index=False, lineterminator="\n")
+    print(line)
+
+
+def earlier_documents(compare_to: str) -> tuple[str, pd.DataFrame] | None:
+    """The commit of evaluate.compare_to and its table of documents; None for 'none'."""
+    if compare_to == "none":
+        return None
+    commit = commit_of(compare_to, project_root())
+    return commit, documents_at(commit, project_root())
+
+
+def comparison_metrics(compare_to: str, commit: str, comparison: Comparison) -> dict[str, object]:
+    return {
+        "with": compare_to,
+        "commit": commit,
+        "documents": comparison.documents,
+        "left_out": comparison.left_out,
+        "improved": comparison.improved,
+        "perplexity_before": round(comparison.before, DIGITS),
+        "perplexity_now": round(comparison.now, DIGITS),
+        "improvement": round(comparison.improvement, DIGITS),
+        "low_95": round(comparison.low, DIGITS),
+        "high_95": round(comparison.high, DIGITS),
+        "differs": comparison.differs,
+    }
+
+
+def windows_of(documents: list[Document], encoder: Encoder, params: Params) -> tuple[list[TextSize], list[Window]]:
+    """What the nats of each document are divided by, and the windows that score all of its tokens."""
+    encoded = encoder.encode([document.text for document in documents])
+    sizes = [
+        TextSize(tokens=len(tokens), bytes=len(document.text.encode()), words=len(document.text.split()))
+        for document, tokens in zip(documents, encoded, strict=True)
+    ]
+    looks = [
+        window
+        for number, tokens in enumerate(encoded)
+        for window in windows(
+            number, tokens, bos=encoder.bos, seq_length=params.train.seq_length, stride=params.evaluate.stride
+        )
+    ]
+    return sizes, looks
 
 
 def result(base: Nats, adapted: Nats, sizes: list[TextSize], *, num_samples: int, seed: int) -> dict[str, object]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from pdf2lora import cleaning, pdf
 from pdf2lora.corpus import Document, text_sha256, write_documents
 from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.orphans import after_orphans
 from pdf2lora.params import read_params
 from pdf2lora.runtime import file_sha256, fingerprint, scratch_folder, whole_file, write_json
 
@@ -26,6 +27,7 @@ METRICS = Path("metrics/extract.json")
 
 
 @report_input_errors
+@after_orphans
 def main() -> None:
     params = read_params()
     files = find_pdfs(CORPORA / params.corpus)
@@ -74,6 +76,8 @@ def extract_cached(files: dict[str, Path], cache: Path, settings: dict[str, Any]
         unit="pdf",
         disable=None,
     ):
+        if not file.exists() or file_sha256(file) != missing[file]:
+            raise InputError(f"{file}: changed while it was read; let what writes it come to its end, then run again")
         if pdf.Reason.CRASHED not in extraction.attempts.values():  # a crash may be the machine's: tried again
             with whole_file(cache / f"{missing[file]}.json") as partial:
                 partial.write_text(json.dumps(asdict(extraction), ensure_ascii=False), encoding="utf-8")

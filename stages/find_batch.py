@@ -32,6 +32,7 @@ from pdf2lora.memory import (
     search_modes,
 )
 from pdf2lora.model import limit_gpu_memory
+from pdf2lora.orphans import after_orphans
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime import write_json
 from pdf2lora.tokens import Encoder, Sequences, pack
@@ -44,6 +45,7 @@ METRICS = Path("metrics/batch.json")
 
 
 @report_input_errors
+@after_orphans
 def main() -> None:
     params = read_params()
     encoder = Encoder.of(BASE)
@@ -62,7 +64,8 @@ def main() -> None:
         measured: dict[tuple[str, int], Measurement | None] = {}
 
         def measure(mode: str, batch: int) -> Measurement | None:
-            measured[mode, batch] = measurement = child.ask(training_step, mode, batch, budget_gib)
+            measurement: Measurement | None = child.ask(training_step, mode, batch, budget_gib)
+            measured[mode, batch] = measurement
             progress.update()
             progress.set_postfix(checkpointing=mode, batch=batch, gib=measurement and measurement.peak_gib)
             return measurement

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pdf2lora.corpus import Document, leakage, read_documents, split, words, write_documents
 from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.orphans import after_orphans
 from pdf2lora.params import read_params
 from pdf2lora.runtime import whole_folder, write_json
 
@@ -13,6 +14,7 @@ METRICS = Path("metrics/split.json")
 
 
 @report_input_errors
+@after_orphans
 def main() -> None:
     params = read_params().split
     kept = [document for document in read_documents(DOCUMENTS) if document.reason is None]

@@ -16,13 +16,15 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
 
 from pdf2lora import forward, loss, model, optimizer, tokens, training
+from pdf2lora.checkpoints import CheckpointKeeper, newest_whole, step_of
 from pdf2lora.corpus import read_documents
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.forward import choose_kernels
+from pdf2lora.manifest import MANIFEST, require_whole
 from pdf2lora.model import limit_gpu_memory
+from pdf2lora.orphans import PATIENCE_S, after_orphans
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime import fingerprint, project_root, scratch_folder, sole_owner, whole_folder
 from pdf2lora.tokens import Encoder, pack, windows
@@ -40,11 +42,13 @@ log = logging.getLogger("train")
 
 
 @report_input_errors
+@after_orphans
 def main() -> None:
     params = read_params()
     take_all_cores()
     require_one_process()
     require_reporter(params.train.report_to)
+    require_whole(BASE, made_by="convert")
     log_file = log_to_file(project_root() / "logs")
     batch = json.loads(BATCH.read_text(encoding="utf-8"))
     encoder = Encoder.of(BASE)
@@ -64,7 +68,7 @@ def main() -> None:
     tokens_per_step = batch["effective_batch"] * params.train.seq_length
     tracker = DvcliveCallback(METRICS, tokens_per_step=tokens_per_step)
     checkpoints = scratch_folder("train", run_fingerprint(params))
-    with sole_owner(checkpoints), machine_metrics("train") as machine:
+    with sole_owner(checkpoints, patience_s=PATIENCE_S), machine_metrics("train") as machine:
         if batch["device"] != device_name():
             print(
                 f"train: {BATCH} was measured on {batch['device']}, this is {device_name()}; "
@@ -86,19 +90,19 @@ def main() -> None:
             validation_windows=looks,
             callbacks=[tracker],
         )
-        for unfinished in [c for c in checkpoints.glob("checkpoint-*") if not (c / "trainer_state.json").exists()]:
-            shutil.rmtree(unfinished)  # a run was killed while it wrote this one: that file comes last
-        last_checkpoint = get_last_checkpoint(str(checkpoints))
+        last_checkpoint = newest_whole(checkpoints)
+        keeper = CheckpointKeeper(trainer, last_checkpoint)
         trainer.args.eval_on_start &= last_checkpoint is None  # the look at its step is in the checkpoint's history
         log.info("settings: %s", params.model_dump_json())
         log.info("batch: %s", batch)
         log.info("trainable parameters: %s", trainer.model.get_nb_trainable_parameters())
         log.info("starts from %s", last_checkpoint or "the base model")
-        started, first_step = time.monotonic(), _step_of(last_checkpoint)
+        started, first_step = time.monotonic(), step_of(last_checkpoint)
         try:
             trainer.train(resume_from_checkpoint=last_checkpoint)
         except torch.OutOfMemoryError as error:
             raise InputError(out_of_memory(trainer.state.global_step, checkpoints, error)) from error
+        keeper.end_if_told()
         steps = trainer.state.global_step - first_step
         machine |= {
             "steps": steps,
@@ -114,17 +118,13 @@ def main() -> None:
     print(f"train: {trainer.state.global_step} steps, {machine['tokens_per_s']:,} tokens/s; log in {log_file}")
 
 
-def _step_of(checkpoint: str | None) -> int:
-    return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-
-
 def out_of_memory(step: int, checkpoints: Path, error: torch.OutOfMemoryError) -> str:
     """In mid-run, where find_batch had found room: something else has taken it."""
-    kept = get_last_checkpoint(str(checkpoints))
+    kept = newest_whole(checkpoints)
     return (
         f"train: the GPU ran out of memory in step {step + 1} ({str(error).split('.')[0]}); free it (nvidia-smi shows "
         "who uses it) and run dvc repro again, which goes on from "
-        f"{f'the checkpoint of step {_step_of(kept)}' if kept else 'the base model'}, "
+        f"{f'the checkpoint of step {step_of(kept)}' if kept else 'the base model'}, "
         "or find a smaller batch: dvc repro -f -s find_batch"
     )
 
@@ -133,7 +133,8 @@ def run_fingerprint(params: Params) -> str:
     """Of everything that the adapter depends on."""
     code = [Path(module.__file__ or "") for module in (forward, loss, model, optimizer, tokens, training)]
     libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")]
-    return fingerprint(params.quantization, params.lora, params.train, BASE, SIDES, BATCH, KERNELS, *code, *libraries)
+    ingredients = (params.quantization, params.lora, params.train, BASE / MANIFEST, SIDES, BATCH, KERNELS)
+    return fingerprint(*ingredients, *code, *libraries)
 
 
 def take_all_cores() -> None:

@@ -173,7 +173,7 @@ def test_the_cache_lies_in_the_main_checkout(
     write_pdf(CORPUS / "a.pdf", [prose(1)])
     extract.main()
     assert len(list((tmp_path / "main_checkout" / ".scratch" / "extract").glob("*/*.json"))) == 1
-    assert not (tmp_path / ".scratch").exists()
+    assert not (tmp_path / ".scratch/extract").exists()
 
 
 def nothing_was_written() -> bool:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 from contextlib import chdir
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -17,12 +18,13 @@ from safetensors.torch import load_file
 from tiny_llama import LORA, QUANTIZATION, TRAIN, quiet, same, trainable, write_texts, write_tiny_llama
 from transformers import Trainer
 
+from pdf2lora.checkpoints import CheckpointKeeper
 from pdf2lora.errors import InputError
 from pdf2lora.forward import build_forward
 from pdf2lora.memory import Child, Measurement, PeakMemory
 from pdf2lora.model import load_adapter, load_base
 from pdf2lora.params import read_params
-from pdf2lora.tracking import DvcliveCallback, device_name
+from pdf2lora.tracking import device_name
 from pdf2lora.training import PerplexityTrainer, build_model
 from stages import evaluate, find_batch, train
 
@@ -126,7 +128,13 @@ def kill_myself(*args, **kwargs):
 
 
 def train_until_a_checkpoint_is_written():
-    DvcliveCallback.on_save = kill_myself
+    write_manifest = CheckpointKeeper.on_save
+
+    def write_and_die(*args, **kwargs):
+        write_manifest(*args, **kwargs)
+        kill_myself()
+
+    CheckpointKeeper.on_save = write_and_die
     train.main()
 
 
@@ -465,7 +473,7 @@ def test_fingerprint_of_a_run_changes_with_all_that_the_adapter_depends_on(with_
     shutil.copytree(train.KERNELS, "kernels")
     monkeypatch.setattr(train, "KERNELS", Path("kernels"))
     assert fingerprint_with({}) == first
-    for file in ("data/split/train.jsonl", "models/base/config.json", "metrics/batch.json", "kernels/lora.py"):
+    for file in ("data/split/train.jsonl", "models/base/manifest.json", "metrics/batch.json", "kernels/lora.py"):
         with Path(file).open("a") as text:
             text.write("\n")
         others.append(fingerprint_with({}))
@@ -661,3 +669,27 @@ def test_evaluate_scores_in_full_precision(trained, monkeypatch, chosen, built):
     evaluate.main()
 
     assert asked == [built]
+
+
+def test_evaluate_compares_with_an_earlier_commit(trained, capsys):
+    evaluate.main()
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init", "-q"], ["add", "metrics/eval_documents.csv"], ["commit", "-q", "-m", "then"]):
+        subprocess.run([*git, *command], check=True)
+    assert "comparison" not in read("metrics/eval.json")
+    capsys.readouterr()
+    trained.configure({"evaluate.compare_to": "HEAD"})
+
+    evaluate.main()
+
+    found = read("metrics/eval.json")["comparison"]
+    assert (found["with"], found["documents"], found["left_out"]) == ("HEAD", len(TEXTS["test"]), 0)
+    assert found["perplexity_now"] == pytest.approx(read("metrics/eval.json")["adapted"]["perplexity"], rel=1e-6)
+    assert (found["improvement"], found["differs"]) == (0, False)
+    assert "\nevaluate: against HEAD (" in capsys.readouterr().out
+
+
+def test_evaluate_does_not_begin_where_the_earlier_one_is_unknown(trained):
+    trained.configure({"evaluate.compare_to": "nowhere"})
+
+    assert error_of(evaluate.main).startswith("error: evaluate.compare_to: 'nowhere' is no git revision and no exper")

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pdf2lora.corpus import Document, text_sha256, write_documents
+from pdf2lora.manifest import write_manifest
 from pdf2lora.params import Lora, Quantization, Section, Train
 from pdf2lora.tokens import Sequences
 
@@ -22,7 +23,14 @@ CONTEXT_LENGTH = 128
 SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|pad|>"]
 
 QUANTIZATION = Quantization(bits=4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-LORA = Lora(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+LORA = Lora(
+    r=8,
+    lora_alpha=32,
+    lora_dropout=0.1,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    use_dora=False,
+    use_rslora=False,
+)
 TRAIN = Train(
     seq_length=32,
     effective_batch=2,
@@ -59,7 +67,7 @@ def changed(section: S, **changes: object) -> S:
 
 
 def write_tiny_llama(folder: Path, *, seed: int = 0, eos: int | list[int] = EOS, **changes: Any) -> Path:
-    """config.json, model.safetensors, tokenizer.json; random weights, large enough that each of them matters.
+    """config.json, model.safetensors, tokenizer.json, the manifest; random weights that are large enough to matter.
 
     changes: of the LlamaConfig.
     """
@@ -82,6 +90,7 @@ def write_tiny_llama(folder: Path, *, seed: int = 0, eos: int | list[int] = EOS,
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
+    write_manifest(folder)
     return folder
 
 

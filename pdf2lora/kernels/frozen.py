@@ -97,6 +97,7 @@ class Frozen:
 def _product_fp8(left: Rows, right: Rows) -> Tensor:
     """left right^T with both scales, (rows of left, rows of right), bfloat16."""
     assert left.fp8 is not None
+    assert left.scale is not None
     assert right.fp8 is not None
     assert right.scale is not None
     return torch._scaled_mm(

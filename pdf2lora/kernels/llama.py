@@ -23,6 +23,7 @@ class FusedLlama:
         self.keep = keep
         self.fp8 = fp8
         self.llama = model.get_base_model().model
+        self.head = model.get_base_model().get_output_embeddings().weight
         dtype = self.llama.embed_tokens.weight.dtype
         self.layers = [DecoderLayer(number, layer, dtype) for number, layer in enumerate(self.llama.layers)]
         self.offload = Offload()

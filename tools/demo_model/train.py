@@ -1,6 +1,6 @@
 """general text + tokenizer.model -> models/meta/demo: a Llama-3.2-shaped base model of five million parameters.
 
-    python -m tools.demo_model.train TEXT_FOLDER [--epochs N --dropout P --target FOLDER]
+    python -m tools.demo_model.train TEXT_FOLDER [--epochs N --dropout P --target FOLDER --dim N --layers N ...]
 
 Trained from random weights on the public-domain prose of TEXT_FOLDER and nothing else; the climate documents of
 data/pdfs/demo are not among it. Written in Meta's layout: params.json, consolidated.00.pth (bf16), tokenizer.model,
@@ -171,12 +171,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dim", type=int, default=Shape.dim)
+    parser.add_argument("--layers", type=int, default=Shape.n_layers)
+    parser.add_argument("--heads", type=int, default=Shape.n_heads)
+    parser.add_argument("--kv-heads", type=int, default=Shape.n_kv_heads)
+    parser.add_argument("--ffn-dim", type=int, default=Shape.ffn_dim)
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    shape = Shape()
+    shape = Shape(args.dim, args.layers, args.heads, args.kv_heads, ffn_dim=args.ffn_dim)
     encoding = tokenizer(args.target / "tokenizer.model")
     train, held_out = train_and_held_out(args.text)
     held_out_rows = pack(held_out, encoding, args.length)

@@ -1,0 +1,84 @@
+"""Test perplexity after fine-tuning with each of train.kernels, over several seeds: what an approximation costs.
+
+    python -m benchmarks.quality <results.json> [<seed> ...]
+
+Trains on models/base and data/split as train does, with the settings of params.yaml except train.kernels, train.seed
+and a batch of BATCH. Every adapter is scored by the reference in bfloat16, on the same test windows.
+"""
+
+import json
+import sys
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+
+from benchmarks.table import machine
+from pdf2lora.corpus import read_documents
+from pdf2lora.forward import build_forward
+from pdf2lora.params import Params, read_params
+from pdf2lora.perplexity import nats_per_document
+from pdf2lora.tokens import Encoder, pack, windows
+from pdf2lora.training import build_model, build_trainer
+
+BASE, SIDES = Path("models/base"), Path("data/split")
+KERNELS = ("reference", "fused", "fp8")
+BATCH = 16
+
+
+def test_perplexity(model: Any, params: Params, encoder: Encoder) -> float:
+    texts = encoder.encode([document.text for document in read_documents(SIDES / "test.jsonl")])
+    looks = [
+        window
+        for number, tokens in enumerate(texts)
+        for window in windows(
+            number, tokens, bos=encoder.bos, seq_length=params.train.seq_length, stride=params.evaluate.stride
+        )
+    ]
+    forward = build_forward(model, "reference")
+    nats = nats_per_document(forward, looks, num_documents=len(texts), per_device_batch=32)
+    return float(np.exp(nats.sum() / sum(map(len, texts))))
+
+
+def trained_perplexity(params: Params, kernels: str, seed: int, encoder: Encoder) -> float:
+    train = params.train.model_copy(update={"seed": seed})
+    texts = encoder.encode([document.text for document in read_documents(SIDES / "train.jsonl")])
+    model = build_model(BASE, params.quantization, params.lora, train)
+    trainer = build_trainer(
+        model,
+        pack(texts, bos=encoder.bos, eos=encoder.eos, seq_length=train.seq_length),
+        train=train,
+        kernels=kernels,
+        gradient_checkpointing="none",
+        per_device_batch=BATCH,
+        gradient_accumulation_steps=1,
+        checkpoints=Path(mkdtemp()),
+    )
+    trainer.train()
+    return test_perplexity(model, params, encoder)
+
+
+def main() -> None:
+    file, *seeds = sys.argv[1:]
+    params, encoder = read_params(), Encoder.of(BASE)
+    model = build_model(BASE, params.quantization, params.lora, params.train)
+    parameters = json.loads(Path("metrics/convert.json").read_text())["num_parameters"]
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "parameters": parameters,
+        "base_perplexity": round(test_perplexity(model, params, encoder), 4),
+    }
+    for kernels in KERNELS:
+        perplexities = [trained_perplexity(params, kernels, int(seed), encoder) for seed in seeds or (0, 1, 2)]
+        results[kernels] = {
+            "perplexity": [round(perplexity, 4) for perplexity in perplexities],
+            "mean": round(float(np.mean(perplexities)), 4),
+            "standard_deviation": round(float(np.std(perplexities, ddof=1)), 4),
+        }
+        print(kernels, results[kernels], flush=True)
+        Path(file).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""export and generate on a tiny model, and what they say where something is missing."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, prose
+from test_report import write_run
+from tiny_adapter import write_tiny_adapter
+from tiny_llama import quiet, write_texts, write_tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from commands import export, generate
+
+pytestmark = quiet
+SETTINGS = {
+    "train.seq_length": 32,
+    "evaluate.stride": 16,
+    "evaluate.bootstrap_samples": 100,
+    "sample.max_new_tokens": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_adapter(folder / "adapter", write_tiny_llama(folder / "base"))
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, write_params, models):
+    """A project after `dvc repro`, as far as the commands look at it."""
+    monkeypatch.chdir(tmp_path)
+    write_params(SETTINGS)
+    write_run(tmp_path)
+    write_texts(tmp_path / "data/split/test.jsonl", [prose(1, 30), prose(2, 12)])
+    for name in ("base", "adapter"):
+        shutil.copytree(models / name, tmp_path / "models" / name)
+    metrics = json.loads((tmp_path / "metrics/convert.json").read_text())
+    (tmp_path / "metrics/convert.json").write_text(json.dumps(metrics | {"dtype": "float32"}))
+    return tmp_path
+
+
+@pytest.fixture
+def current(monkeypatch):
+    monkeypatch.setattr(export, "require_current_adapter", lambda: None)
+
+
+def refusal(command):
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    return str(stopped.value)
+
+
+class TestExport:
+    def test_makes_a_model_that_transformers_loads_and_an_adapter_with_its_card(self, project, current, capsys):
+        export.main()
+
+        AutoModelForCausalLM.from_pretrained("models/merged")
+        assert AutoTokenizer.from_pretrained("models/merged")("sea").input_ids
+        measured = json.loads((project / "models/merged/perplexity.json").read_text())
+        assert measured["merged"]["low_95"] <= measured["merged"]["perplexity"] <= measured["merged"]["high_95"]
+        assert f"| this model | {measured['merged']['perplexity']:.2f} |" in (
+            project / "models/merged/README.md"
+        ).read_text(encoding="utf-8")
+        assert f"test perplexity {measured['merged']['perplexity']:.2f} (merged), 15.00" in capsys.readouterr().out
+        released = project / "models/adapter_release"
+        assert "library_name: peft" in (released / "README.md").read_text(encoding="utf-8")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (released / name).read_bytes() == (project / "models/adapter" / name).read_bytes()
+
+    def test_the_licence_goes_with_the_model(self, project, current):
+        export.main()
+
+        assert (project / "models/merged/LICENSE.txt").read_text() == "terms"
+        assert (project / "models/adapter_release/LICENSE.txt").read_text() == "terms"
+
+    def test_leaves_the_adapter_of_the_pipeline_as_it_is(self, project, current):
+        before = {file.name: file.read_bytes() for file in (project / "models/adapter").iterdir()}
+
+        export.main()
+
+        assert {file.name: file.read_bytes() for file in (project / "models/adapter").iterdir()} == before
+
+    def test_needs_an_adapter(self, project):
+        shutil.rmtree("models/adapter")
+
+        assert refusal(export) == "error: models/adapter: there is no adapter; run dvc repro first, or dvc pull one"
+
+    def test_needs_an_adapter_of_these_settings(self, project):
+        (project / "dvc.yaml").write_text("stages:\n  evaluate:\n    cmd: 'true'\n    deps: [params.yaml]\n")
+        for arguments in (["init", "--no-scm", "-q"], ["repro", "-q"]):
+            subprocess.run([sys.executable, "-m", "dvc", *arguments], check=True)
+        export.require_current_adapter()
+
+        (project / "params.yaml").write_text("changed")
+
+        with pytest.raises(export.InputError, match=r"not the result of params\.yaml, code and data as"):
+            export.require_current_adapter()
+
+
+class TestGenerate:
+    def test_both_models_go_on_from_the_prompt(self, project, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["generate", "The", "sea"])
+
+        generate.main()
+
+        printed = capsys.readouterr().out
+        base, adapted = printed.split("--- adapted ---\n")
+        assert base.startswith("--- base ---\nThe sea")
+        assert adapted.startswith("The sea")
+        assert base.removeprefix("--- base ---\n") != adapted
+
+    def test_needs_a_prompt(self, project, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["generate", ""])
+
+        assert refusal(generate).startswith("error: PROMPT: is empty, must be the beginning of a text; make generate")
+
+    def test_needs_models(self, project, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["generate", "The sea"])
+        shutil.rmtree("models/base")
+
+        assert refusal(generate) == "error: models/base: is not there; run dvc repro first"
+
+
+def test_the_readme_tree_names_every_command():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    commands = [path.name for path in (REPOSITORY / "commands").glob("*.py") if path.name != "__init__.py"]
+
+    assert not [name for name in commands if name not in readme]

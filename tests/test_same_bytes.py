@@ -1,0 +1,40 @@
+"""The short form of tools/same_bytes.py; the long one is `make same-bytes`."""
+
+from pathlib import Path
+
+import pytest
+
+from pdf2lora import pdf
+from tools import same_bytes
+from tools.clones import Failed
+
+
+def test_extract_split_and_convert_give_the_same_bytes_elsewhere(tmp_path: Path) -> None:
+    said = same_bytes.compare(tmp_path, ["split", "convert"], short=True, seed=1)
+
+    assert said.startswith("same_bytes: dvc.lock is the same, ")
+
+
+def test_a_difference_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clones' stages are done by hand: one output differs."""
+
+    def make_clone(clone: Path, *, short: bool) -> None:
+        for name in ("data/pdfs", "models/meta"):
+            (clone / name).mkdir(parents=True)
+
+    def run(command: list[str], clone: Path, **settings: object) -> str:
+        md5 = "1" if clone.name == "one" else "2"
+        lock = f"schema: '2.0'\nstages: {{a: {{outs: [{{path: x, md5: '1'}}, {{path: y, md5: '{md5}'}}]}}}}\n"
+        (clone / "dvc.lock").write_text(lock)
+        return ""
+
+    monkeypatch.setattr(same_bytes, "make_clone", make_clone)
+    monkeypatch.setattr(same_bytes, "run", run)
+    with pytest.raises(Failed, match="other bytes in y"):
+        same_bytes.compare(tmp_path, ["split"], short=True, seed=1)
+
+
+def test_workers_are_as_many_as_the_cores_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pdf.os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    monkeypatch.setattr(pdf.os, "cpu_count", lambda: 64)
+    assert pdf.num_cores() == 2

@@ -1,0 +1,279 @@
+"""Kills the pipeline at random moments and asks whether the next `dvc repro` gives what an undisturbed run gives.
+
+    python -m tools.torture --rounds 60 --seed 1        (make torture)
+
+In a temporary clone of this checkout's HEAD with a few of the demo's PDFs and a training of seconds. A round copies the
+clone as it was before one stage (the stages after it are in the cache and run again only if its outputs differ), starts
+`dvc repro`, ends one of its processes or all at a random moment, runs what `make repro` runs (tools.mend_dvc and
+`dvc repro`), and compares the hash of every output in dvc.lock. A round fails too if a process is left alive, if a
+half-written file is left beside an output, or if a training does not go on from the last whole checkpoint. `exp` rounds
+do the same to `dvc exp run --temp`, `queue` rounds to `dvc queue start`.
+"""
+
+import argparse
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+from ruamel.yaml import YAML
+
+from tools.clones import TIMEOUT_S, Failed, make_clone, outs, run, start
+
+STAGES = ("check", "extract", "split", "convert", "find_batch", "train", "evaluate")
+
+
+@dataclass(frozen=True)
+class Blow:
+    """What is done to which process: `stage` (its own), `worker` (a child of it), `launcher`, `dvc`, `all`."""
+
+    target: str
+    number: signal.Signals = signal.SIGKILL
+
+    def __str__(self) -> str:
+        return f"{self.number.name} to {self.target}"
+
+
+KILLS = [Blow("stage"), Blow("dvc"), Blow("all")]
+BLOWS = {stage: KILLS for stage in STAGES} | {
+    "extract": [*KILLS, Blow("worker")],
+    "train": [
+        *KILLS,
+        Blow("launcher"),
+        Blow("stage", signal.SIGTERM),
+        Blow("dvc", signal.SIGTERM),
+        Blow("all", signal.SIGTERM),
+        Blow("all", signal.SIGINT),  # Ctrl-C
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60, help="of dvc repro, over all stages in turn")
+    parser.add_argument("--exp-rounds", type=int, default=6, help="of dvc exp run --temp")
+    parser.add_argument("--queue-rounds", type=int, default=4, help="of dvc queue start")
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    with TemporaryDirectory(prefix="torture-") as folder:
+        project = Project(Path(folder), last_stage=STAGES[-1])
+        plan = [(stage, blow) for stage in arguments.stages for blow in BLOWS[stage]]
+        rounds = [("repro", *plan[number % len(plan)]) for number in range(arguments.rounds)]
+        rounds += [("exp", "train", rng.choice(KILLS)) for _ in range(arguments.exp_rounds)]
+        rounds += [("queue", "train", rng.choice(KILLS)) for _ in range(arguments.queue_rounds)]
+        failed = 0
+        for number, (how, stage, blow) in enumerate(rounds, start=1):
+            try:
+                said = getattr(project, how)(stage, blow, rng)
+            except Failed as failure:
+                failed += 1
+                said = f"FAILED: {failure}"
+            print(f"{number}/{len(rounds)} {how} {stage}, {blow}: {said}", flush=True)
+    print(f"torture: {len(rounds)} rounds, {failed} failed; dvc's own files were mended in {project.mended}")
+    sys.exit(failed > 0)
+
+
+class Project:
+    """The clone, a snapshot of it before each stage, and what the undisturbed run made of it."""
+
+    def __init__(self, folder: Path, *, last_stage: str):
+        self.folder, self.last_stage = folder, last_stage
+        self.seconds: dict[str, float] = {}
+        self.mended = 0
+        clone = folder / "undisturbed"
+        make_clone(clone)
+        for stage in STAGES[: STAGES.index(last_stage) + 1]:
+            shutil.copytree(clone, folder / f"before-{stage}", symlinks=True)
+            started = time.monotonic()
+            run(["dvc", "repro", stage], clone)
+            self.seconds[stage] = time.monotonic() - started
+        self.expected = outs(clone / "dvc.lock")
+        for stage in self.seconds:
+            snapshot_cache = folder / f"before-{stage}/.dvc/cache"
+            shutil.rmtree(snapshot_cache, ignore_errors=True)
+            shutil.copytree(clone / ".dvc/cache", snapshot_cache)
+            forget(stage, clone / "dvc.lock", snapshot_cache)
+        print("undisturbed: " + ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items()), flush=True)
+
+    def repro(self, stage: str, blow: Blow, rng: random.Random) -> str:
+        """One round; gives what happened, in words.
+
+        Raises:
+            Failed: the pipeline did not recover.
+        """
+        work = self._copy_before(stage)
+        command = ["dvc", "repro", self.last_stage]
+        when = self._strike(start(command, work), stage, blow, rng)
+        saved = whole_checkpoints(work)
+        known_logs = set((work / "logs").glob("*.log"))
+        when += self._again(command, work)
+        said = self._compare(outs(work / "dvc.lock"), when)
+        if left := list(processes_in(work)):
+            raise Failed(f"{when}; left running: {left}")
+        if left_files := [path for path in work.rglob(".*partial") if ".dvc" not in path.parts]:
+            raise Failed(f"{when}; left behind: {left_files}")
+        if stage == "train" and saved:
+            said += ", " + resumed(set((work / "logs").glob("*.log")) - known_logs, max(saved))
+        shutil.rmtree(work)
+        return said
+
+    def _again(self, command: list[str], work: Path) -> str:
+        """`dvc repro` as the user runs it again: first tools.mend_dvc, as `make repro` does."""
+        mended = run([sys.executable, "-m", "tools.mend_dvc"], work)
+        self.mended += bool(mended)
+        run(command, work)
+        return "".join(f", {line}" for line in mended.splitlines())
+
+    def exp(self, stage: str, blow: Blow, rng: random.Random) -> str:
+        work = self._copy_before(stage)
+        when = self._strike(start(["dvc", "exp", "run", "--temp"], work), stage, blow, rng)
+        when += self._again(["dvc", "exp", "run", "--temp", "--name", "again"], work)
+        said = self._compare_experiment(work, when)
+        shutil.rmtree(work)
+        return said
+
+    def queue(self, stage: str, blow: Blow, rng: random.Random) -> str:
+        work = self._copy_before(stage)
+        run(["dvc", "exp", "run", "--queue"], work)
+        start(["dvc", "queue", "start"], work).wait(TIMEOUT_S)  # the queue would hold our pipes
+        when = self._strike(None, stage, blow, rng, work)
+        when += self._again(["dvc", "exp", "run", "--queue", "--name", "again"], work)
+        start(["dvc", "queue", "start"], work).wait(TIMEOUT_S)
+        until = time.monotonic() + TIMEOUT_S
+        while "again" not in run(["dvc", "exp", "list", "--name-only"], work):
+            if time.monotonic() > until:
+                raise Failed(f"{when}; the queue did not end: {run(['dvc', 'queue', 'status'], work)}")
+            time.sleep(1)
+        said = self._compare_experiment(work, when)
+        run(["dvc", "queue", "stop", "--kill"], work)
+        for process in processes_in(work):
+            process.kill()
+        shutil.rmtree(work)
+        return said
+
+    def _copy_before(self, stage: str) -> Path:
+        work = self.folder / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(self.folder / f"before-{stage}", work, symlinks=True)
+        return work
+
+    def _strike(
+        self,
+        dvc: "subprocess.Popen[bytes] | None",
+        stage: str,
+        blow: Blow,
+        rng: random.Random,
+        work: Path | None = None,
+    ) -> str:
+        """Sends the signal at a moment between the start of the target and its end; gives the moment in words."""
+        of_dvc = dvc is not None and blow.target in ("dvc", "all")
+        work = work or Path(self.folder / "work")
+        until = time.monotonic() + TIMEOUT_S
+        delay = rng.uniform(0, self.seconds[stage] - (0 if of_dvc else 1)) * (0.5 if blow.target == "worker" else 1)
+        while not of_dvc and not stage_processes(work, stage):
+            if time.monotonic() > until or (dvc is not None and dvc.poll() is not None):
+                raise Failed(f"{stage} did not start")
+            time.sleep(0.01)
+        time.sleep(delay)
+        stage_now = stage_processes(work, stage)
+        match blow.target:
+            case "all":
+                victims = list(processes_in(work))
+            case "stage":
+                victims = stage_now[-1:]
+            case "worker":
+                victims = stage_now[-1].children() if stage_now else []
+            case "launcher":
+                victims = stage_now[:1]
+            case _:
+                victims = [psutil.Process(dvc.pid)] if dvc else above(stage_now)
+        for victim in victims:
+            with suppress(psutil.NoSuchProcess):
+                victim.send_signal(blow.number)
+        if dvc:
+            dvc.wait(TIMEOUT_S)
+        return f"after {delay:.1f} s" + ("" if victims else " (it had ended)")
+
+    def _compare(self, made: dict[str, str], when: str) -> str:
+        different = [out for out in self.expected if made.get(out) != self.expected[out]]
+        if different or made.keys() != self.expected.keys():
+            raise Failed(f"{when}; other hashes: {', '.join(different)}")
+        return f"{when}, {len(made)} hashes the same"
+
+    def _compare_experiment(self, work: Path, when: str) -> str:
+        lock = work / "experiment.lock"
+        revision = run(["dvc", "exp", "list", "--name-only", "--rev", "HEAD"], work)
+        if "again" not in revision:
+            raise Failed(f"{when}; no experiment: {revision}")
+        reference = run(["git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/again"], work).strip()
+        lock.write_text(run(["git", "show", f"{reference}:dvc.lock"], work))
+        return self._compare(outs(lock), when)
+
+
+def forget(stage: str, lock: Path, cache: Path) -> None:
+    """Takes one stage out of a cache: it runs again, and the stages after it do only if its outputs differ."""
+    for run_file in list((cache / "runs").glob("*/*/*")):
+        if f"stages.{stage}\n" in run_file.read_text(encoding="utf-8"):
+            shutil.rmtree(run_file.parent)
+    for out in YAML(typ="safe", pure=True).load(lock)["stages"][stage]["outs"]:
+        listed = cache / "files/md5" / out["md5"][:2] / out["md5"][2:]
+        if listed.suffix == ".dir":
+            for file in json.loads(listed.read_text()):
+                (listed.parents[1] / file["md5"][:2] / file["md5"][2:]).unlink(missing_ok=True)
+        listed.unlink(missing_ok=True)
+
+
+def processes_in(work: Path) -> Iterator[psutil.Process]:
+    """Processes at work in a folder, oldest first: those whose current folder it is or lies in it."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(work) and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def stage_processes(work: Path, stage: str) -> list[psutil.Process]:
+    """The launcher, where the stage has one, and the stage itself."""
+    found = []
+    for process in processes_in(work):
+        with suppress(psutil.Error):
+            command = process.cmdline()
+            if f"stages.{stage}" in command and "python" in Path(command[0]).name:
+                found.append(process)
+    return sorted(found, key=lambda process: (process.create_time(), process.pid))
+
+
+def above(stage_now: list[psutil.Process]) -> list[psutil.Process]:
+    """The dvc of a stage in a queue, which nobody here started."""
+    parents = stage_now[0].parents() if stage_now else []
+    return [next(parent for parent in parents if any("dvc" in word for word in parent.cmdline()))] if parents else []
+
+
+def whole_checkpoints(work: Path) -> list[int]:
+    """Steps of the checkpoints that have a manifest."""
+    manifests = work.glob(".scratch/train/*/checkpoint-*/manifest.json")
+    return [int(manifest.parent.name.rpartition("-")[2]) for manifest in manifests]
+
+
+def resumed(new_logs: set[Path], last_saved: int) -> str:
+    """Raises Failed where the training after the kill began before the last checkpoint."""
+    said = "".join(log.read_text() for log in sorted(new_logs))
+    steps = [int(step) for step in re.findall(r"starts from \S*checkpoint-(\d+)", said)]
+    if not steps or min(steps) < last_saved:
+        raise Failed(f"checkpoint-{last_saved} was there, training began at {steps or 'the base model'}")
+    return f"went on from step {steps[-1]}"
+
+
+if __name__ == "__main__":
+    main()
