@@ -198,10 +198,10 @@ def test_fp8_is_near(one_layer, targets, batch, seq_length):
 
     hidden, found = hidden_and_gradients(build_forward(model, "fp8"), ids)
 
-    assert 1e-3 < relative_error(hidden, expected_hidden) < 0.05
-    assert 1e-2 < total_error(found, expected) < 0.15
+    assert 2e-2 < relative_error(hidden, expected_hidden) < 0.1
+    assert 2e-2 < total_error(found, expected) < 0.15
     for name in expected:
-        assert functional.cosine_similarity(found[name].flatten(), expected[name].flatten(), dim=0) > 0.95, name
+        assert functional.cosine_similarity(found[name].flatten(), expected[name].flatten(), dim=0) > 0.98, name
 
 
 @needs_fp8
