@@ -4,13 +4,16 @@ Model FLOP utilization (Chowdhery et al. 2022, PaLM, appendix B) counts what the
 what is recomputed to save memory, over what the GPU's data sheet promises.
 """
 
+import re
+
 from transformers import LlamaConfig
 
-# Dense bfloat16 FLOP/s of the vendors' data sheets, in 1e12, by a part of the name that CUDA gives.
+# Dense bfloat16 FLOP/s of the vendors' data sheets, in 1e12, by whole words of the name that CUDA gives.
 PEAK_TFLOPS = {
     "B200": 2250,
     "H200": 989,
     "H100 PCIe": 756,
+    "H100 NVL": 835,
     "H100": 989,
     "GH200": 989,
     "A100": 312,
@@ -43,7 +46,7 @@ def flop_per_token(config: LlamaConfig, seq_length: int) -> float:
 
 def peak_flop_per_s(gpu: str) -> float | None:
     """The data sheet's dense bfloat16 rate of a GPU that is known by name."""
-    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in gpu), None)
+    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", gpu)), None)
 
 
 def model_flops_utilization(tokens_per_s: float, config: LlamaConfig, seq_length: int, gpu: str) -> float | None:
