@@ -71,7 +71,8 @@ def with_base(project: Path, base: Path) -> Path:
     shutil.copytree(base, project / "models/base")
     (project / "metrics").mkdir()
     (project / "metrics/batch.json").write_text(
-        '{"per_device_batch": 2, "gradient_accumulation_steps": 1, "effective_batch": 2}'
+        '{"device": "cpu", "memory_gib": "auto", "gradient_checkpointing": "full", '
+        '"per_device_batch": 2, "gradient_accumulation_steps": 1, "effective_batch": 2}'
     )
     return project
 

@@ -63,7 +63,8 @@ def test_no_stage_asks_the_network_or_writes_a_secret_down(
     shutil.copytree(base, tmp_path / "models/base")
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics/batch.json").write_text(
-        '{"per_device_batch": 2, "gradient_accumulation_steps": 1, "effective_batch": 2}'
+        '{"device": "cpu", "memory_gib": "auto", "gradient_checkpointing": "full", '
+        '"per_device_batch": 2, "gradient_accumulation_steps": 1, "effective_batch": 2}'
     )
     said = ""
 
