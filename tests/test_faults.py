@@ -84,7 +84,7 @@ def small_disk(project: Path) -> Iterator[Path]:
     shutil.move(data, project / "aside")
     data.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", data], capture_output=True).returncode:
-        pytest.skip("mounting needs root")
+        pytest.skip("mounting is not allowed here")
     shutil.copytree(project / "aside", data, dirs_exist_ok=True)
     yield data
     subprocess.run(["umount", "--lazy", data], check=True)
@@ -186,7 +186,8 @@ def test_any_other_failure_keeps_its_traceback(error: Exception) -> None:
 def test_a_folder_that_may_not_be_written_to(project: Path) -> None:
     data = project / "data"
     if os.geteuid() == 0:  # root may write everywhere but to what is mounted read-only
-        subprocess.run(["mount", "--bind", data, data], check=True)
+        if subprocess.run(["mount", "--bind", data, data], capture_output=True).returncode:
+            pytest.skip("mounting is not allowed here")
         subprocess.run(["mount", "-o", "remount,bind,ro", data], check=True)
     else:
         data.chmod(0o500)
