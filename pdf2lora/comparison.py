@@ -77,6 +77,7 @@ def compare(now: pd.DataFrame, before: pd.DataFrame, *, num_samples: int, seed: 
 
     The interval: documents are drawn with replacement, each with both of its perplexities, and the middle 95% of the
     improvements are kept (Efron and Tibshirani 1993). From a handful of documents it is too narrow; take more.
+    It says nothing of other seeds: how much those differ tools/noise_floor.py measures (docs/reproducibility.md).
 
     Raises:
         InputError: they have no document in common.
@@ -115,7 +116,7 @@ def in_words(name: str, commit: str, comparison: Comparison) -> str:
     c = comparison
     direction, share = ("lower", c.improvement) if c.improvement >= 0 else ("higher", -c.improvement)
     bounds = (c.low, c.high) if c.improvement >= 0 else (-c.high, -c.low)
-    verdict = "a difference" if c.differs else "no difference that these documents show"
+    verdict = "more than the choice of documents" if c.differs else "no difference that these documents show"
     return (
         f"{name} ({commit[:7]}): perplexity {c.before:.2f} -> {c.now:.2f}, {share:.1%} {direction} "
         f"[{bounds[0]:.1%}, {bounds[1]:.1%}], better on {c.improved} of {c.documents} documents: {verdict}"

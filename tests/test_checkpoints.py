@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from pdf2lora.checkpoints import CheckpointKeeper, newest_whole, step_of
 from pdf2lora.manifest import MANIFEST
-from pdf2lora.training import build_trainer
+from pdf2lora.training import build_model, build_trainer
 
 pytestmark = quiet
 SETTINGS = changed(TRAIN, save_steps=2, logging_steps=3, num_train_epochs=2)  # 8 steps, 4 an epoch
@@ -24,11 +24,11 @@ def base(tmp_path_factory):
 
 def build(base, folder, train=SETTINGS):
     return build_trainer(
-        base,
+        build_model(base, QUANTIZATION, LORA, train),
         random_sequences(8),
-        quantization=QUANTIZATION,
-        lora=LORA,
         train=train,
+        kernels="reference",
+        gradient_checkpointing="full",
         per_device_batch=2,
         gradient_accumulation_steps=1,
         checkpoints=folder,

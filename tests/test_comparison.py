@@ -90,8 +90,8 @@ def test_documents_with_other_tokens_are_others() -> None:
 @pytest.mark.parametrize(
     ("improvement", "low", "high", "words"),
     [
-        (0.02, 0.01, 0.03, "2.0% lower [1.0%, 3.0%], better on 3 of 4 documents: a difference"),
-        (-0.02, -0.03, -0.01, "2.0% higher [1.0%, 3.0%], better on 3 of 4 documents: a difference"),
+        (0.02, 0.01, 0.03, "2.0% lower [1.0%, 3.0%], better on 3 of 4 documents: more than the choice of"),
+        (-0.02, -0.03, -0.01, "2.0% higher [1.0%, 3.0%], better on 3 of 4 documents: more than the choice of"),
         (
             0.002,
             -0.01,

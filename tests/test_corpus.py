@@ -260,3 +260,33 @@ def test_a_similarity_of_one_groups_equal_texts(similarity):
     text = " ".join(f"word{n}" for n in range(300))
 
     assert near_duplicate_groups([text, text, text + " more"], similarity)[0][:2] == [0, 1]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    seeds=st.lists(st.integers(0, 40), min_size=4, max_size=16),
+    test_fraction=st.floats(0.05, 0.45),
+    validation_fraction=st.sampled_from([0.0, 0.1, 0.3]),
+    order=st.randoms(use_true_random=False),
+)
+def test_any_split_is_whole_disjoint_and_the_same_for_every_order_and_name(
+    seeds: list[int], test_fraction: float, validation_fraction: float, order: random.Random
+) -> None:
+    """Equal seeds are equal texts: they stay together."""
+    texts = [prose(seed) for seed in seeds]
+    if len(set(texts)) < 3:
+        return
+    settings_ = {"test_fraction": test_fraction, "validation_fraction": validation_fraction}
+    documents = [document(text, f"{number}.pdf") for number, text in enumerate(texts)]
+    sides = split(documents, **settings_, similarity=0.7, seed=1)  # type: ignore[arg-type]
+    shuffled = [replace(document, id=f"renamed-{document.id}") for document in documents]
+    order.shuffle(shuffled)
+
+    assert Counter(d.id for side in sides.values() for d in side) == Counter(d.id for d in documents)
+    texts_of = {side: {d.text for d in kept} for side, kept in sides.items()}
+    assert sum(map(len, texts_of.values())) == len(set(texts))
+    assert all(texts_of[side] for side in ("train", "test"))
+    again = split(shuffled, **settings_, similarity=0.7, seed=1)  # type: ignore[arg-type]
+    assert {side: [d.text for d in kept] for side, kept in again.items()} == {
+        side: [d.text for d in kept] for side, kept in sides.items()
+    }

@@ -71,7 +71,8 @@ def with_base(project: Path, base: Path) -> Path:
     shutil.copytree(base, project / "models/base")
     (project / "metrics").mkdir()
     (project / "metrics/batch.json").write_text(
-        '{"per_device_batch": 2, "gradient_accumulation_steps": 1, "effective_batch": 2}'
+        '{"device": "cpu", "memory_gib": "auto", "gradient_checkpointing": "full", '
+        '"per_device_batch": 2, "gradient_accumulation_steps": 1, "effective_batch": 2}'
     )
     return project
 
@@ -83,7 +84,7 @@ def small_disk(project: Path) -> Iterator[Path]:
     shutil.move(data, project / "aside")
     data.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", data], capture_output=True).returncode:
-        pytest.skip("mounting needs root")
+        pytest.skip("mounting is not allowed here")
     shutil.copytree(project / "aside", data, dirs_exist_ok=True)
     yield data
     subprocess.run(["umount", "--lazy", data], check=True)
@@ -133,7 +134,7 @@ def test_a_limit_of_file_sizes_is_named(project: Path) -> None:
 
 @pytest.mark.usefixtures("with_base")
 def test_a_training_whose_checkpoint_does_not_fit_goes_on_when_there_is_room() -> None:
-    ended = run_stage("train", largest_file=60_000)  # less than the state of the optimizer
+    ended = run_stage("train", largest_file=20_000)  # less than the adapter
 
     assert ended.returncode == 1
     said = ended.stderr.strip().splitlines()[-1]
@@ -185,7 +186,8 @@ def test_any_other_failure_keeps_its_traceback(error: Exception) -> None:
 def test_a_folder_that_may_not_be_written_to(project: Path) -> None:
     data = project / "data"
     if os.geteuid() == 0:  # root may write everywhere but to what is mounted read-only
-        subprocess.run(["mount", "--bind", data, data], check=True)
+        if subprocess.run(["mount", "--bind", data, data], capture_output=True).returncode:
+            pytest.skip("mounting is not allowed here")
         subprocess.run(["mount", "-o", "remount,bind,ro", data], check=True)
     else:
         data.chmod(0o500)

@@ -34,10 +34,6 @@ def empty_rwlock() -> None:
     Path(".dvc/tmp/rwlock").write_text("")
 
 
-def half_rwlock() -> None:
-    Path(".dvc/tmp/rwlock").write_text('{"write": {"')
-
-
 def empty_lock() -> None:
     Path("dvc.lock").write_text("")
 
@@ -63,7 +59,6 @@ def half_run() -> None:
     ("damage", "mended"),
     [
         (empty_rwlock, ".dvc/tmp/rwlock"),
-        (half_rwlock, ".dvc/tmp/rwlock"),
         (empty_lock, "dvc.lock"),
         (empty_run, ".dvc/cache/runs/"),
         (half_run, ".dvc/cache/runs/"),

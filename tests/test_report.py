@@ -241,7 +241,7 @@ class TestPage:
         assert not [colour for svg in svgs for colour in re.findall(r"#[0-9a-f]{6}\b", svg)]
 
     def test_of_many_documents_the_tables_hold_both_ends(self, words_of):
-        tables = words_of(num_test=30).split("Lowest perplexity, adapted")[1].split('<h2 id="text">')[0]
+        tables = words_of(num_test=30).split("Lowest perplexity, adapted")[1].split('<section id="text">')[0]
 
         shown = re.findall(r"test-(\d+)\.pdf", tables)
         assert shown == ["0", "1", "2", "3", "4", "29", "28", "27", "26", "25"]

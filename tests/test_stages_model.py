@@ -21,6 +21,7 @@ from transformers import Trainer
 from pdf2lora.checkpoints import CheckpointKeeper
 from pdf2lora.errors import InputError
 from pdf2lora.forward import build_forward
+from pdf2lora.manifest import write_manifest
 from pdf2lora.memory import Child, Measurement, PeakMemory
 from pdf2lora.model import load_adapter, load_base
 from pdf2lora.params import read_params
@@ -502,7 +503,8 @@ def test_memory_that_ends_in_mid_run_is_said_with_what_to_do(with_batch, checkpo
     if checkpoint:
         folder = Path(".scratch/train") / train.run_fingerprint(read_params()) / f"checkpoint-{checkpoint}"
         folder.mkdir(parents=True)
-        (folder / "trainer_state.json").write_text("{}")
+        (folder / "trainer_state.json").write_text('{"global_step": 2, "max_steps": 8, "epoch": 0.5}')
+        write_manifest(folder)
     goes_on_from = f"the checkpoint of step {checkpoint}" if checkpoint else "the base model"
 
     assert error_of(train.main) == (

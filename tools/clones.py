@@ -16,7 +16,7 @@ SETTINGS = {  # a training of two epochs, the second one cut short; its interval
     "corpus": CORPUS,
     "extract.max_pages": 1,
     "find_batch.max": 2,
-    "find_batch.steps": 1,
+    "find_batch.steps": 2,
     "train.seq_length": 64,
     "train.effective_batch": 4,
     "train.num_train_epochs": 1.3,

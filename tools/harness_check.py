@@ -16,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import AutoTokenizer
 
 from pdf2lora.corpus import read_documents
+from pdf2lora.forward import build_forward
 from pdf2lora.model import load_adapter, load_base
 from pdf2lora.params import read_params
 from pdf2lora.perplexity import nats_per_document
@@ -48,7 +49,7 @@ def main() -> None:
             for window in windows(number, tokens, bos=encoder.bos, seq_length=params.train.seq_length, stride=stride)
         ]
         ours = nats_per_document(
-            model.get_base_model(),
+            build_forward(model, "reference"),
             looks,
             num_documents=len(texts),
             per_device_batch=params.evaluate.per_device_batch,

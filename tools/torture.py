@@ -68,7 +68,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     with TemporaryDirectory(prefix="torture-") as folder:
-        project = Project(Path(folder), last_stage=STAGES[-1])
+        project = Project(Path(folder), targets=STAGES[-1:])
         plan = [(stage, blow) for stage in arguments.stages for blow in BLOWS[stage]]
         rounds = [("repro", *plan[number % len(plan)]) for number in range(arguments.rounds)]
         rounds += [("exp", "train", rng.choice(KILLS)) for _ in range(arguments.exp_rounds)]
@@ -88,13 +88,14 @@ def main() -> None:
 class Project:
     """The clone, a snapshot of it before each stage, and what the undisturbed run made of it."""
 
-    def __init__(self, folder: Path, *, last_stage: str):
-        self.folder, self.last_stage = folder, last_stage
+    def __init__(self, folder: Path, *, targets: tuple[str, ...]):
+        """targets: the stages that `dvc repro` is asked for."""
+        self.folder, self.targets = folder, targets
         self.seconds: dict[str, float] = {}
         self.mended = 0
         clone = folder / "undisturbed"
         make_clone(clone)
-        for stage in STAGES[: STAGES.index(last_stage) + 1]:
+        for stage in STAGES[: STAGES.index(targets[-1]) + 1]:
             shutil.copytree(clone, folder / f"before-{stage}", symlinks=True)
             started = time.monotonic()
             run(["dvc", "repro", stage], clone)
@@ -114,7 +115,7 @@ class Project:
             Failed: the pipeline did not recover.
         """
         work = self._copy_before(stage)
-        command = ["dvc", "repro", self.last_stage]
+        command = ["dvc", "repro", *self.targets]
         when = self._strike(start(command, work), stage, blow, rng)
         saved = whole_checkpoints(work)
         known_logs = set((work / "logs").glob("*.log"))
