@@ -18,9 +18,10 @@ from benchmarks.table import machine
 from pdf2lora.corpus import read_documents
 from pdf2lora.forward import build_forward
 from pdf2lora.params import Params, read_params
-from pdf2lora.perplexity import nats_per_document
-from pdf2lora.tokens import Encoder, pack, windows
+from pdf2lora.perplexity import nats_per_document, summary
+from pdf2lora.tokens import Encoder
 from pdf2lora.training import build_model, build_trainer
+from stages.evaluate import windows_of
 
 BASE, SIDES = Path("models/base"), Path("data/split")
 KERNELS = ("reference", "fused", "fp8")
@@ -28,26 +29,19 @@ BATCH = 16
 
 
 def test_perplexity(model: Any, params: Params, encoder: Encoder) -> float:
-    texts = encoder.encode([document.text for document in read_documents(SIDES / "test.jsonl")])
-    looks = [
-        window
-        for number, tokens in enumerate(texts)
-        for window in windows(
-            number, tokens, bos=encoder.bos, seq_length=params.train.seq_length, stride=params.evaluate.stride
-        )
-    ]
+    sizes, looks = windows_of(read_documents(SIDES / "test.jsonl"), encoder, params)
     forward = build_forward(model, "reference")
-    nats = nats_per_document(forward, looks, num_documents=len(texts), per_device_batch=32)
-    return float(np.exp(nats.sum() / sum(map(len, texts))))
+    nats = nats_per_document(forward, looks, num_documents=len(sizes), per_device_batch=32)
+    return summary(nats, sizes)["perplexity"]
 
 
 def trained_perplexity(params: Params, kernels: str, seed: int, encoder: Encoder) -> float:
     train = params.train.model_copy(update={"seed": seed})
-    texts = encoder.encode([document.text for document in read_documents(SIDES / "train.jsonl")])
+    texts = [document.text for document in read_documents(SIDES / "train.jsonl")]
     model = build_model(BASE, params.quantization, params.lora, train)
     trainer = build_trainer(
         model,
-        pack(texts, bos=encoder.bos, eos=encoder.eos, seq_length=train.seq_length),
+        encoder.sequences(texts, seq_length=train.seq_length),
         train=train,
         kernels=kernels,
         gradient_checkpointing="none",

@@ -17,15 +17,15 @@ from benchmarks.table import machine
 from pdf2lora.corpus import read_documents
 from pdf2lora.forward import CHECKPOINTING
 from pdf2lora.params import read_params
-from pdf2lora.tokens import Encoder, pack
+from pdf2lora.tokens import Encoder
 from stages.find_batch import BASE, METRICS, TRAIN, prepare_probes, training_step
 
 
 def main() -> None:
     params, chosen = read_params(), json.loads(METRICS.read_text())
     encoder = Encoder.of(BASE)
-    texts = encoder.encode([document.text for document in read_documents(TRAIN)])
-    sequences = pack(texts, bos=encoder.bos, eos=encoder.eos, seq_length=params.train.seq_length)
+    texts = [document.text for document in read_documents(TRAIN)]
+    sequences = encoder.sequences(texts, seq_length=params.train.seq_length)
     prepared = prepare_probes(params, sequences, chosen["kernels"])
     effective = chosen["effective_batch"]
     rows = []

@@ -9,9 +9,10 @@ import json
 import subprocess
 import sys
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from pdf2lora.environment import installed
 
 RUNS = [
     "report full:19",
@@ -47,13 +48,6 @@ def machine() -> dict[str, Any]:
     return {"date": str(date.today()), "gpu": gpu, "driver": driver, "memory": memory} | {
         library: installed(library) for library in LIBRARIES
     }
-
-
-def installed(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

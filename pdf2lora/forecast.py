@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pdf2lora.environment import GIB, Gpu
 from pdf2lora.params import Lora, Params, Quantization
+from pdf2lora.throughput import peak_flop_per_s
 
 CHARACTERS_PER_PAGE = 2900  # the demo's mean after cleaning
 CHARACTERS_PER_TOKEN = 4.0  # English prose in Llama 3's vocabulary, rounded down
@@ -24,10 +25,7 @@ LISTED_PDFS = 200  # whose pages are counted: of more in proportion
 # Of one token, forward and backward: 2 FLOP a parameter forward, 2 through the frozen weights backward, 2 more to
 # compute the forward again with checkpointing. Not counted: attention's scores, LoRA, the head's gradient.
 FLOP_PER_PARAMETER = 6
-GPU_TFLOPS = {  # dense bfloat16, from NVIDIA's data sheets
-    "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "4090": 165, "3090": 71, "B200": 2250,
-}  # fmt: skip
-GPU_SHARE = 0.3  # of that, a guess to the low side
+GPU_SHARE = 0.3  # of the data sheet's rate, a guess to the low side
 CPU_GFLOPS = 10  # of one core, float32 with AVX2: the demo on two cores
 
 How = Literal["counted", "measured", "computed", "rule", "unknown"]
@@ -207,11 +205,14 @@ def time_estimate(before: Before, params: Params, shape: Shape, gpus: Sequence[G
         return Estimate(
             "time", _minutes(flop / (CPU_GFLOPS * 1e9 * cores)), "rule", f"{CPU_GFLOPS} GFLOP/s a core, {cores} cores"
         )
-    peak = next((tflops for name, tflops in GPU_TFLOPS.items() if name in gpus[0].name), None)
+    peak = peak_flop_per_s(gpus[0].name)
     if peak is None:
         return Estimate("time", "-", "unknown", f"nothing is known of the speed of {gpus[0].name}; find_batch measures")
     return Estimate(
-        "time", _minutes(flop / (GPU_SHARE * peak * 1e12)), "rule", f"{GPU_SHARE:.0%} of {peak} TFLOP/s, training alone"
+        "time",
+        _minutes(flop / (GPU_SHARE * peak)),
+        "rule",
+        f"{GPU_SHARE:.0%} of {peak / 1e12:.0f} TFLOP/s, training alone",
     )
 
 

@@ -106,7 +106,7 @@ def _obstacle(wanted: str, train: Train, quantization: Quantization, lora: Lora)
         return "they compute in bfloat16 only (train.compute_dtype)"
     if quantization.bits != 4:
         return f"they need a base of 4 bits, quantization.bits is {quantization.bits}"
-    if getattr(lora, "use_dora", False):
+    if lora.use_dora:
         return "they do not compute DoRA (lora.use_dora)"
     return ""
 

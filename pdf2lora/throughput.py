@@ -5,8 +5,10 @@ what is recomputed to save memory, over what the GPU's data sheet promises.
 """
 
 import re
+from typing import TYPE_CHECKING
 
-from transformers import LlamaConfig
+if TYPE_CHECKING:  # doctor reads the table and imports neither torch nor transformers
+    from transformers import LlamaConfig
 
 # Dense bfloat16 FLOP/s of the vendors' data sheets, in 1e12, by whole words of the name that CUDA gives.
 PEAK_TFLOPS = {
@@ -30,7 +32,7 @@ PEAK_TFLOPS = {
 }
 
 
-def flop_per_token(config: LlamaConfig, seq_length: int) -> float:
+def flop_per_token(config: "LlamaConfig", seq_length: int) -> float:
     """FLOP of one token in a LoRA training step: forward, and gradients of activations but not of frozen weights.
 
     2 for each weight of a product forward and 2 backward; causal attention reads half a sequence on average, with two
@@ -49,7 +51,7 @@ def peak_flop_per_s(gpu: str) -> float | None:
     return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", gpu)), None)
 
 
-def model_flops_utilization(tokens_per_s: float, config: LlamaConfig, seq_length: int, gpu: str) -> float | None:
+def model_flops_utilization(tokens_per_s: float, config: "LlamaConfig", seq_length: int, gpu: str) -> float | None:
     """A share, 0 to 1; None for a GPU that is not in the table."""
     peak = peak_flop_per_s(gpu)
     return None if peak is None else tokens_per_s * flop_per_token(config, seq_length) / peak

@@ -46,6 +46,18 @@ class Encoder:
         encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encoded]
 
+    def sequences(self, texts: Sequence[str], *, seq_length: int) -> "Sequences":
+        """The texts as rows to train on: see pack."""
+        return pack(self.encode(texts), bos=self.bos, eos=self.eos, seq_length=seq_length)
+
+    def windows(self, encoded: Sequence[Tokens], *, seq_length: int, stride: int) -> list["Window"]:
+        """Windows that score each token of each document exactly once: see windows; documents by their numbers."""
+        return [
+            window
+            for number, tokens in enumerate(encoded)
+            for window in windows(number, tokens, bos=self.bos, seq_length=seq_length, stride=stride)
+        ]
+
     def require_context(self, num_tokens: int, key: str = "train.seq_length") -> None:
         if num_tokens > self.context_length:
             raise InputError(

@@ -16,7 +16,7 @@ from pdf2lora.orphans import after_orphans
 from pdf2lora.params import Params, read_params
 from pdf2lora.perplexity import Nats, TextSize, bootstrap, nats_per_document, summary
 from pdf2lora.runtime import project_root, whole_file, write_json
-from pdf2lora.tokens import Encoder, Window, windows
+from pdf2lora.tokens import Encoder, Window
 from pdf2lora.tracking import machine_metrics
 
 BASE = Path("models/base")
@@ -106,13 +106,7 @@ def windows_of(documents: list[Document], encoder: Encoder, params: Params) -> t
         TextSize(tokens=len(tokens), bytes=len(document.text.encode()), words=len(document.text.split()))
         for document, tokens in zip(documents, encoded, strict=True)
     ]
-    looks = [
-        window
-        for number, tokens in enumerate(encoded)
-        for window in windows(
-            number, tokens, bos=encoder.bos, seq_length=params.train.seq_length, stride=params.evaluate.stride
-        )
-    ]
+    looks = encoder.windows(encoded, seq_length=params.train.seq_length, stride=params.evaluate.stride)
     return sizes, looks
 
 

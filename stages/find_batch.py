@@ -35,7 +35,7 @@ from pdf2lora.model import limit_gpu_memory
 from pdf2lora.orphans import after_orphans
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime import write_json
-from pdf2lora.tokens import Encoder, Sequences, pack
+from pdf2lora.tokens import Encoder, Sequences
 from pdf2lora.tracking import device_name, machine_metrics
 from pdf2lora.training import build_model, build_trainer
 
@@ -50,8 +50,8 @@ def main() -> None:
     params = read_params()
     encoder = Encoder.of(BASE)
     encoder.require_context(params.train.seq_length)
-    texts = encoder.encode([document.text for document in read_documents(TRAIN)])
-    sequences = pack(texts, bos=encoder.bos, eos=encoder.eos, seq_length=params.train.seq_length)
+    texts = [document.text for document in read_documents(TRAIN)]
+    sequences = encoder.sequences(texts, seq_length=params.train.seq_length)
     kernels = choose_kernels(params.train, params.quantization, params.lora)
     modes = checkpointing_modes(params.train, kernels)
 

@@ -27,7 +27,7 @@ from pdf2lora.model import limit_gpu_memory
 from pdf2lora.orphans import PATIENCE_S, after_orphans
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime import fingerprint, project_root, scratch_folder, sole_owner, whole_folder
-from pdf2lora.tokens import Encoder, pack, windows
+from pdf2lora.tokens import Encoder
 from pdf2lora.tracking import DvcliveCallback, device_name, log_to_file, machine_metrics
 from pdf2lora.training import build_model, build_trainer
 
@@ -54,16 +54,9 @@ def main() -> None:
     encoder = Encoder.of(BASE)
     encoder.require_context(params.train.seq_length)
     texts = {side: [d.text for d in read_documents(SIDES / f"{side}.jsonl")] for side in ("train", "validation")}
-    sequences = pack(
-        encoder.encode(texts["train"]), bos=encoder.bos, eos=encoder.eos, seq_length=params.train.seq_length
-    )
-    looks = [
-        window
-        for document, encoded in enumerate(encoder.encode(texts["validation"]))
-        for window in windows(
-            document, encoded, bos=encoder.bos, seq_length=params.train.seq_length, stride=params.train.seq_length
-        )
-    ]
+    seq_length = params.train.seq_length
+    sequences = encoder.sequences(texts["train"], seq_length=seq_length)
+    looks = encoder.windows(encoder.encode(texts["validation"]), seq_length=seq_length, stride=seq_length)
 
     tokens_per_step = batch["effective_batch"] * params.train.seq_length
     tracker = DvcliveCallback(METRICS, tokens_per_step=tokens_per_step)

@@ -8,8 +8,8 @@ import sys
 import pytest
 from conftest import REPOSITORY, prose
 from test_report import write_run
-from tiny_adapter import write_tiny_adapter
-from tiny_llama import quiet, write_texts, write_tiny_llama
+from tiny_adapter import write_tiny_models
+from tiny_llama import quiet, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import export, generate
@@ -25,9 +25,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    write_tiny_adapter(folder / "adapter", write_tiny_llama(folder / "base"))
-    return folder
+    return write_tiny_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import prose
-from tiny_adapter import write_tiny_adapter
-from tiny_llama import quiet, write_texts, write_tiny_llama
+from tiny_adapter import write_tiny_models
+from tiny_llama import quiet, write_texts
 
 from stages import sample
 
@@ -23,9 +23,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    write_tiny_adapter(folder / "adapter", write_tiny_llama(folder / "base"))
-    return folder
+    return write_tiny_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from pdf2lora.manifest import write_manifest
 from pdf2lora.memory import Child, Measurement, PeakMemory
 from pdf2lora.model import load_adapter, load_base
 from pdf2lora.params import read_params
+from pdf2lora.tokens import pack
 from pdf2lora.tracking import device_name
 from pdf2lora.training import PerplexityTrainer, build_model
 from stages import evaluate, find_batch, train
@@ -373,7 +374,7 @@ def test_find_batch_probes_full_steps_even_of_a_short_corpus(project, monkeypatc
     monkeypatch.setattr(find_batch, "build_trainer", build)
     project.configure({"find_batch.steps": 3})
     params = read_params()
-    two_rows = find_batch.pack([torch.arange(60).numpy()], bos=1, eos=2, seq_length=32)
+    two_rows = pack([torch.arange(60).numpy()], bos=1, eos=2, seq_length=32)
     prepared = find_batch.Prepared(params, two_rows, "reference", "the model", free_gib=0.0)
 
     measurement = find_batch.training_step(prepared, "none", 5, 7.5)
@@ -389,7 +390,7 @@ def test_find_batch_probes_full_steps_even_of_a_short_corpus(project, monkeypatc
 
 def test_find_batch_prepares_the_model_that_train_trains(project, own_logging):
     params = read_params()
-    two_rows = find_batch.pack([torch.arange(60).numpy()], bos=1, eos=2, seq_length=32)
+    two_rows = pack([torch.arange(60).numpy()], bos=1, eos=2, seq_length=32)
 
     prepared = find_batch.prepare_probes(params, two_rows, "reference")
 

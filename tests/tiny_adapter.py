@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_llama import write_tiny_llama
 from transformers import LlamaForCausalLM
 
 
@@ -20,4 +21,10 @@ def write_tiny_adapter(folder: Path, base: Path, **settings: Any) -> Path:
             if "magnitude" in name:
                 parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
     adapted.save_pretrained(folder)
+    return folder
+
+
+def write_tiny_models(folder: Path) -> Path:
+    """base and adapter, as in models/."""
+    write_tiny_adapter(folder / "adapter", write_tiny_llama(folder / "base"))
     return folder

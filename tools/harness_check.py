@@ -20,7 +20,7 @@ from pdf2lora.forward import build_forward
 from pdf2lora.model import load_adapter, load_base
 from pdf2lora.params import read_params
 from pdf2lora.perplexity import nats_per_document
-from pdf2lora.tokens import Encoder, windows
+from pdf2lora.tokens import Encoder
 
 BASE, ADAPTER, TEST = Path("models/base"), Path("models/adapter"), Path("data/split/test.jsonl")
 TOLERANCE = 1e-4
@@ -43,11 +43,7 @@ def main() -> None:
 
     def check(name: str, stride: int) -> None:
         nonlocal worst
-        looks = [
-            window
-            for number, tokens in enumerate(encoded)
-            for window in windows(number, tokens, bos=encoder.bos, seq_length=params.train.seq_length, stride=stride)
-        ]
+        looks = encoder.windows(encoded, seq_length=params.train.seq_length, stride=stride)
         ours = nats_per_document(
             build_forward(model, "reference"),
             looks,

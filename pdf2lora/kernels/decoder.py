@@ -93,10 +93,7 @@ class DecoderLayer:
 
     def attend(self, residual: Tensor, update: Tensor | None, shared: Pass, made: Activations) -> Tensor:
         """RMSNorm to o; gives what o adds to made.total."""
-        values = self.qkv.has_lora or not shared.fp8
-        made.total, x, made.rstd = add_rmsnorm(
-            residual, update, self.norm.weight, self.norm.variance_epsilon, values=values, fp8=shared.fp8
-        )
+        made.total, x, made.rstd = _normed_for(self.qkv, self.norm, residual, update, shared)
         made.x = x.values if self.qkv.has_lora else None
         made.qkv, made.qkv_low_rank = self.qkv.forward(x, self.seed(self.qkv, shared))
         rotate_(made.qkv, shared.cos, shared.sin, shared.heads.num_rotated)
@@ -108,16 +105,13 @@ class DecoderLayer:
 
     def gate(self, residual: Tensor, update: Tensor | None, shared: Pass, made: Activations) -> None:
         """RMSNorm to gate and up."""
-        values = self.gate_up.has_lora or not shared.fp8
-        made.total_mlp, x, made.rstd_mlp = add_rmsnorm(
-            residual, update, self.norm_mlp.weight, self.norm_mlp.variance_epsilon, values=values, fp8=shared.fp8
-        )
+        made.total_mlp, x, made.rstd_mlp = _normed_for(self.gate_up, self.norm_mlp, residual, update, shared)
         made.x_mlp = x.values if self.gate_up.has_lora else None
         made.gate_up, made.gate_up_low_rank = self.gate_up.forward(x, self.seed(self.gate_up, shared))
 
     def activate(self, shared: Pass, made: Activations) -> Rows:
         """SwiGLU: what down reads."""
-        return swiglu(made.gate_up, values=self.down.has_lora or not shared.fp8, fp8=shared.fp8)
+        return swiglu(made.gate_up, values=self.down.needs_values(shared.fp8), fp8=shared.fp8)
 
     def forget_attention(self, shared: Pass, made: Activations) -> None:
         """After attention in the forward pass: what `recompute` can make again."""
@@ -145,6 +139,14 @@ class DecoderLayer:
             made.total = shared.offload.take(self.number)
         update = self.attend(made.total, None, shared, made)
         self.gate(made.total, update, shared, made)
+
+
+def _normed_for(
+    reader: Projections, norm: Any, residual: Tensor, update: Tensor | None, shared: Pass
+) -> tuple[Tensor, Rows, Tensor]:
+    """add_rmsnorm, its rows as the projections that read them want them."""
+    values = reader.needs_values(shared.fp8)
+    return add_rmsnorm(residual, update, norm.weight, norm.variance_epsilon, values=values, fp8=shared.fp8)
 
 
 class _Layer(torch.autograd.Function):
@@ -183,8 +185,7 @@ class _Layer(torch.autograd.Function):
         rows = quantize(grad) if fp8 else Rows(grad)
         d_activated, of_down = layer.down.backward(rows, activated, made.down_low_rank, layer.seed(layer.down, shared))
         del rows, activated
-        values = layer.gate_up.has_lora or not fp8
-        d_gate_up = swiglu_backward_(d_activated, made.gate_up, values=values, fp8=fp8)
+        d_gate_up = swiglu_backward_(d_activated, made.gate_up, values=layer.gate_up.needs_values(fp8), fp8=fp8)
         del d_activated
         made.forget("gate_up")
         d_x_mlp, of_gate_up = layer.gate_up.backward(

@@ -62,6 +62,10 @@ class Projections:
         """Whether LoRA counts in now: PEFT's disable_adapter() turns it off for a while."""
         return bool(self.adapters) and not any(getattr(module, "disable_adapters", False) for module in self.modules)
 
+    def needs_values(self, fp8: bool) -> bool:
+        """Whether x, or the gradient of y, must be there in compute precision: LoRA does not read fp8."""
+        return self.has_lora or not fp8
+
     def forward(self, x: Rows, seed: int | None) -> tuple[Tensor, Tensor | None]:
         """(y, dropout(x) A^T, which backward needs); x: (tokens, features in). Without a seed there is no dropout."""
         if not self.has_lora:
