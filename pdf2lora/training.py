@@ -47,6 +47,7 @@ class PerplexityTrainer(Trainer):  # type: ignore[misc]
             flat = FlatParameter(parameter for parameter in self.model.parameters() if parameter.requires_grad)
             optimizer = optimizer_class([flat.parameter], weight_decay=self.args.weight_decay, **settings)
             optimizer.register_step_pre_hook(flat.gather_gradients)
+            self.model.zero_grad = flat.forget_gradients  # what Trainer calls after each step, while the GPU waits
             self.optimizer = optimizer
         return self.optimizer
 

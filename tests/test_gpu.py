@@ -339,7 +339,7 @@ def kept_by_dropout(p, seed, *, tokens=200, features=48):
 
     ones = torch.ones(tokens, features, dtype=torch.bfloat16, device="cuda")
     picks = torch.eye(features, dtype=torch.bfloat16, device="cuda").split(16)
-    parts = [lora.down(ones, pick.contiguous(), 16, lora.Dropout(p), seed) for pick in picks]
+    parts = [lora.down(ones, pick.contiguous(), 16, lora.Dropout(p), seed).values for pick in picks]
     return torch.cat(parts, dim=1) != 0
 
 
@@ -357,8 +357,8 @@ def test_dropout_keeps_its_share_and_drops_the_same_in_the_backward_pass():
     dropped = torch.where(kept, x.float(), 0.0) / 0.75
     expected_x = grad_x.float() + torch.where(kept, grad_low_rank.float() @ a.float(), 0.0) / 0.75
 
-    low_rank = lora.down(x, a, 16, lora.Dropout(p), seed)
-    grad_a = lora.backward_(x, grad_x, a, grad_low_rank, 16, lora.Dropout(p), seed)
+    low_rank, mask = lora.down(x, a, 16, lora.Dropout(p), seed)
+    grad_a = lora.backward_(x, grad_x, a, grad_low_rank, 16, mask, lora.Dropout(p).scale)
 
     assert relative_error(low_rank, dropped @ a.float().t()) < 5e-3
     assert relative_error(grad_a, grad_low_rank.float().t() @ dropped) < 5e-3

@@ -22,10 +22,11 @@ from triton.runtime import interpreter
 from pdf2lora.forward import build_forward
 from pdf2lora.kernels import attention, frozen, lora
 from pdf2lora.kernels.cross_entropy import cross_entropy_
-from pdf2lora.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, rotate_, swiglu, swiglu_backward_
+from pdf2lora.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, swiglu, swiglu_backward_
 from pdf2lora.kernels.llama import FusedLlama
-from pdf2lora.kernels.lora import _kept
+from pdf2lora.kernels.lora import _draw, _kept
 from pdf2lora.kernels.projections import Projections
+from pdf2lora.kernels.rotary import Angles, Up, rotate_, unrotate
 from pdf2lora.kernels.rows import FP8, Rows, block_and_warps, quantize
 from pdf2lora.loss import linear_cross_entropy
 from pdf2lora.model import add_lora, load_base
@@ -179,7 +180,7 @@ HEADS = attention.Heads(num_queries=3, num_keys=1, head_dim=24, seq_length=11)
 def angles(heads):
     half = heads.head_dim // 2
     turned = torch.arange(heads.seq_length)[:, None] / 100 ** (torch.arange(half) / half)
-    return turned.cos(), turned.sin()
+    return Angles(turned.cos(), turned.sin())
 
 
 def rotated(x, cos, sin):
@@ -188,40 +189,51 @@ def rotated(x, cos, sin):
     return x * torch.cat([cos, cos], -1) + torch.cat([-second, first], -1) * torch.cat([sin, sin], -1)
 
 
+def up(first_ranks):
+    """B of the projections that have LoRA, each in its own rows and ranks."""
+    ranks = 16 * sum(first >= 0 for first in first_ranks)
+    b, first_row = torch.zeros(HEADS.width, ranks), 0
+    for first, num_heads in zip(first_ranks, (HEADS.num_queries, HEADS.num_keys, HEADS.num_keys), strict=True):
+        num_rows = num_heads * HEADS.head_dim
+        if first >= 0:
+            b[first_row : first_row + num_rows, first : first + 16] = random(num_rows, 16, seed=first)
+        first_row += num_rows
+    return Up(b, first_ranks, 16)
+
+
+TOKENS = 7 * HEADS.seq_length  # more than a block of them
+
+
 def test_queries_and_keys_are_rotated_and_values_are_not():
-    qkv = random(2 * HEADS.seq_length, HEADS.width)
-    expected = [part.clone() for part in HEADS.split(qkv)]
-    cos, sin = angles(HEADS)
+    qkv = random(TOKENS, HEADS.width)
+    query, key, value = (part.clone() for part in HEADS.split(qkv))
 
-    rotate_(qkv, cos, sin, HEADS.num_rotated)
+    rotate_(qkv, angles(HEADS), HEADS)
 
-    query, key, value = HEADS.split(qkv)
-    torch.testing.assert_close(query, rotated(expected[0], cos, sin))
-    torch.testing.assert_close(key, rotated(expected[1], cos, sin))
-    assert torch.equal(value, expected[2])
-
-
-def test_unrotated_rows_undo_the_rotation():
-    """A rotation's gradient is the rotation back, so of rotated rows it makes the rows again."""
-    before = random(2 * HEADS.seq_length, HEADS.width)
-    cos, sin = angles(HEADS)
-    qkv = before.clone()
-    rotate_(qkv, cos, sin, HEADS.num_rotated)
-
-    contiguous = tuple(part.contiguous() for part in HEADS.split(qkv))
-    for gradients in (HEADS.split(qkv), contiguous):  # of either strides
-        torch.testing.assert_close(attention.unrotated_rows(gradients, cos, sin, HEADS), before, rtol=1e-5, atol=1e-6)
+    found = HEADS.split(qkv)
+    torch.testing.assert_close(found[0], rotated(query, *angles(HEADS)))
+    torch.testing.assert_close(found[1], rotated(key, *angles(HEADS)))
+    assert torch.equal(found[2], value)
 
 
-def test_unrotated_rows_are_the_gradient_of_the_product():
-    rows = random(2 * HEADS.seq_length, HEADS.width).requires_grad_()
-    cos, sin = angles(HEADS)
-    query, key, value = HEADS.split(rows)
+@pytest.mark.parametrize("first_ranks", [None, (0, 16, 32), (0, -1, 16), (-1, 0, -1), (-1, -1, 0)])
+def test_unrotate_is_the_gradient_of_the_product_and_of_lora(first_ranks):
+    rows, adapter = random(TOKENS, HEADS.width).requires_grad_(), first_ranks and up(first_ranks)
+    low_rank = adapter and random(TOKENS, adapter.b.shape[1], seed=1).requires_grad_()
+    query, key, value = HEADS.split(rows if adapter is None else rows + low_rank @ adapter.b.t())
     gradients = tuple(random(*part.shape, seed=seed) for seed, part in enumerate((query, key, value)))
-    outputs = (rotated(query, cos, sin), rotated(key, cos, sin), value)
+    outputs = (rotated(query, *angles(HEADS)), rotated(key, *angles(HEADS)), value)
     torch.autograd.backward(outputs, gradients)
+    strided = HEADS.split(torch.cat([part.transpose(1, 2) for part in gradients], dim=2).reshape(TOKENS, -1))
 
-    torch.testing.assert_close(attention.unrotated_rows(gradients, cos, sin, HEADS), rows.grad, rtol=1e-5, atol=1e-6)
+    for of_either_strides in (gradients, strided):
+        grad_rows, grad_low_rank = unrotate(of_either_strides, angles(HEADS), HEADS, adapter)
+
+        torch.testing.assert_close(grad_rows, rows.grad, rtol=1e-5, atol=1e-6)
+        if adapter is None:
+            assert grad_low_rank is None
+        else:
+            torch.testing.assert_close(grad_low_rank, low_rank.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_heads_are_in_the_order_of_the_output_projection():
@@ -236,7 +248,7 @@ def test_rows_of_heads_are_in_the_order_of_the_output_projection():
 # cross-entropy
 
 
-@pytest.mark.parametrize("vocabulary", [50, 9000])  # one block, and two
+@pytest.mark.parametrize("vocabulary", [50, 40_000])  # one block, and two
 def test_cross_entropy_and_its_gradient(vocabulary):
     logits = (4 * random(6, vocabulary)).requires_grad_()
     targets = torch.tensor([3, IGNORED, vocabulary - 1, 0, 17, IGNORED])
@@ -334,7 +346,7 @@ def _read_mask(mask, seed, tokens, num_features, threshold, BLOCK_TOKENS: tl.con
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     block = tl.program_id(1)
     feature = block * BLOCK + tl.arange(0, BLOCK)
-    kept = _kept(seed, token, block, num_features, threshold, BLOCK_TOKENS, BLOCK)
+    kept = _kept(_draw(seed, token, block, num_features, threshold, BLOCK), BLOCK_TOKENS, BLOCK)
     inside = (token < tokens)[:, None] & (feature < num_features)[None, :]
     tl.store(mask + token[:, None] * num_features + feature[None, :], kept.to(tl.int8), mask=inside)
 
@@ -406,17 +418,27 @@ def test_lora_down_and_its_gradients_are_those_of_the_explicit_mask(tokens, feat
         expected_a.append(grad.t() @ (x * mask))
         expected_x += (grad @ matrix) * mask
 
-    low_rank = lora.down(x, a, rank, dropout, seed)
-    grad_a = lora.backward_(x, grad_x, a, grad_low_rank, rank, dropout, seed)
+    low_rank, mask = lora.down(x, a, rank, dropout, seed)
+    grad_a = lora.backward_(x, grad_x, a, grad_low_rank, rank, mask, dropout.scale)
 
+    assert (mask is None) == (p == 0)
     torch.testing.assert_close(low_rank, torch.cat(expected_low_rank, dim=1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad_a, torch.cat(expected_a), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad_x, expected_x, rtol=1e-4, atol=1e-4)
 
 
+def test_mask_of_a_projection_has_a_bit_for_each_feature():
+    mask = lora.down(random(70, 44), random(32, 44, seed=1), 16, lora.Dropout(0.3), seed=5).mask
+
+    assert (mask.shape, mask.dtype) == ((2, 6, 70), torch.uint8)
+    bits = (mask.transpose(1, 2)[..., None] >> torch.arange(8)) & 1
+    for number in (0, 1):
+        assert torch.equal(bits[number].flatten(1)[:, :44].bool(), kept(0.3, 5 + number, (70, 44)))
+
+
 def test_gradient_of_a_alone_is_the_same():
     x, a, grad_low_rank = random(20, 48), random(32, 48, seed=1), random(20, 32, seed=2)
-    arguments = (a, grad_low_rank, 16, lora.Dropout(0.3), 5)
+    arguments = (a, grad_low_rank, 16, lora.down(x, a, 16, lora.Dropout(0.3), 5).mask, lora.Dropout(0.3).scale)
 
     alone, with_x = lora.backward_(x, None, *arguments), lora.backward_(x, torch.zeros(20, 48), *arguments)
 
@@ -437,7 +459,7 @@ def test_projections_stack_what_has_lora_and_leave_the_rest():
     with torch.no_grad():
         y, low_rank = projections.forward(Rows(x), seed=None)
 
-    assert (projections.rank, low_rank.shape) == (16, (9, 32))
+    assert (projections.rank, low_rank.values.shape, low_rank.mask) == (16, (9, 32), None)
     torch.testing.assert_close(y, torch.cat([module(x) for module in modules], dim=1).detach(), rtol=1e-4, atol=1e-4)
     assert not projections.b[24:40].any()
     assert not projections.a[5:16].any()

@@ -8,11 +8,7 @@ Fewer key heads than query heads (Ainslie et al. 2023) are passed on as they are
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-
-from pdf2lora.kernels.rows import block_and_warps
 
 
 class Heads(NamedTuple):
@@ -22,10 +18,6 @@ class Heads(NamedTuple):
     num_keys: int
     head_dim: int
     seq_length: int
-
-    @property
-    def num_rotated(self) -> int:
-        return self.num_queries + self.num_keys
 
     @property
     def width(self) -> int:
@@ -83,57 +75,3 @@ def backward(grad: Tensor, qkv: Tensor, attended: Attended, heads: Heads) -> tup
     else:
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(*tensors, *lengths, seed, offset)
     return gradients
-
-
-@triton.jit
-def _strided(of, batch, position, head, column, batch_stride, head_stride, position_stride, inside):
-    at = of + batch * batch_stride + position * position_stride + head * head_stride + column
-    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _unrotated_rows(
-    query, key, value, cos, sin, rows,
-    query_batch, query_head, query_position, key_batch, key_head, key_position, value_batch, value_head, value_position,
-    seq_length, NUM_QUERIES: tl.constexpr, NUM_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    batch, position = row // seq_length, row % seq_length
-    columns = tl.arange(0, BLOCK)
-    width: tl.constexpr = (NUM_QUERIES + 2 * NUM_KEYS) * HEAD_DIM
-    half: tl.constexpr = HEAD_DIM // 2
-    inside = columns < width
-    head, column = columns // HEAD_DIM, columns % HEAD_DIM
-    other = (column + half) % HEAD_DIM
-    is_query = head < NUM_QUERIES
-    is_key = (head >= NUM_QUERIES) & (head < NUM_QUERIES + NUM_KEYS)
-    is_value = (head >= NUM_QUERIES + NUM_KEYS) & inside
-    key_at, value_at = head - NUM_QUERIES, head - NUM_QUERIES - NUM_KEYS
-    x = _strided(query, batch, position, head, column, query_batch, query_head, query_position, is_query)
-    y = _strided(query, batch, position, head, other, query_batch, query_head, query_position, is_query)
-    x += _strided(key, batch, position, key_at, column, key_batch, key_head, key_position, is_key)
-    y += _strided(key, batch, position, key_at, other, key_batch, key_head, key_position, is_key)
-    angle = position * half + column % half
-    rotated = is_query | is_key
-    c = tl.load(cos + angle, mask=rotated, other=1.0)
-    s = tl.load(sin + angle, mask=rotated, other=0.0)
-    x = x * c + tl.where(column < half, y, -y) * s
-    x += _strided(value, batch, position, value_at, column, value_batch, value_head, value_position, is_value)
-    tl.store(rows + row * width + columns, x.to(rows.dtype.element_ty), mask=inside)
-
-
-def unrotated_rows(gradients: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
-    """Gradients of rotated queries, rotated keys and values -> gradient of the product's rows, (tokens, width).
-
-    Reads and writes 2 bytes a feature.
-    """
-    query, key, value = gradients
-    tokens = query.shape[0] * query.shape[2]
-    rows = query.new_empty(tokens, heads.width)
-    block, warps = block_and_warps(heads.width)
-    _unrotated_rows[(tokens,)](
-        query, key, value, cos, sin, rows, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        heads.seq_length, NUM_QUERIES=heads.num_queries, NUM_KEYS=heads.num_keys, HEAD_DIM=heads.head_dim,
-        BLOCK=block, num_warps=warps,
-    )  # fmt: skip
-    return rows

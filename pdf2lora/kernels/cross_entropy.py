@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdf2lora.kernels.rows import block_and_warps
+
 
 @triton.jit
 def _cross_entropy(logits, targets, nats, vocabulary, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
@@ -37,6 +39,6 @@ def cross_entropy_(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor
     """See loss.cross_entropy_."""
     rows, vocabulary = logits.shape
     nats = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    block = min(8192, triton.next_power_of_2(vocabulary))
-    _cross_entropy[(rows,)](logits, targets, nats, vocabulary, GRADIENT=gradient, BLOCK=block, num_warps=16)
+    block, warps = block_and_warps(min(vocabulary, 2**15))
+    _cross_entropy[(rows,)](logits, targets, nats, vocabulary, GRADIENT=gradient, BLOCK=block, num_warps=warps)
     return nats

@@ -5,8 +5,8 @@ checkpointing what nothing needs. Written out, residual adds happen inside RMSNo
 one product, gradients overwrite what they no longer need, and `Keep` says what stays in memory between the passes:
 
     Keep      bytes a token and layer (3B)       recomputed in the backward pass
-    ALL       66 K                               nothing
-    NO_MLP    34 K                               RMSNorm, gate and up projections
+    ALL       68 K                               nothing
+    NO_MLP    36 K                               RMSNorm, gate and up projections
     INPUT      6 K                               all but the down projection
     OFFLOAD    0 (6 K in the host's memory)      the same
 
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from pdf2lora.kernels import attention
-from pdf2lora.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, rotate_, swiglu, swiglu_backward_
+from pdf2lora.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, swiglu, swiglu_backward_
+from pdf2lora.kernels.lora import LowRank
 from pdf2lora.kernels.offload import Offload
 from pdf2lora.kernels.projections import Projections
+from pdf2lora.kernels.rotary import Angles, rotate_, unrotate
 from pdf2lora.kernels.rows import Rows, quantize
 
 
@@ -38,8 +40,7 @@ class Pass(NamedTuple):
 
     keep: Keep
     heads: attention.Heads
-    cos: Tensor  # (seq_length, head_dim / 2), float32
-    sin: Tensor
+    angles: Angles
     seed: int | None  # of dropout; None: evaluation
     fp8: bool
     offload: Offload
@@ -52,15 +53,15 @@ class Activations:
     rstd: Tensor
     x: Tensor | None  # what the LoRA of q, k, v reads
     qkv: Tensor  # rotated, (tokens, heads.width)
-    qkv_low_rank: Tensor | None
+    qkv_low_rank: LowRank | None
     attended: attention.Attended
-    o_low_rank: Tensor | None
+    o_low_rank: LowRank | None
     total_mlp: Tensor  # the residual stream after attention
     rstd_mlp: Tensor
     x_mlp: Tensor | None  # what the LoRA of gate and up reads
     gate_up: Tensor  # (tokens, 2 * intermediate)
-    gate_up_low_rank: Tensor | None
-    down_low_rank: Tensor | None
+    gate_up_low_rank: LowRank | None
+    down_low_rank: LowRank | None
 
     def forget(self, *names: str) -> None:
         for name in names:
@@ -96,7 +97,7 @@ class DecoderLayer:
         made.total, x, made.rstd = _normed_for(self.qkv, self.norm, residual, update, shared)
         made.x = x.values if self.qkv.has_lora else None
         made.qkv, made.qkv_low_rank = self.qkv.forward(x, self.seed(self.qkv, shared))
-        rotate_(made.qkv, shared.cos, shared.sin, shared.heads.num_rotated)
+        rotate_(made.qkv, shared.angles, shared.heads)
         made.attended = attention.forward(made.qkv, shared.heads)
         attended = shared.heads.rows(made.attended.output)
         rows = quantize(attended) if shared.fp8 else Rows(attended)
@@ -116,14 +117,14 @@ class DecoderLayer:
     def forget_attention(self, shared: Pass, made: Activations) -> None:
         """After attention in the forward pass: what `recompute` can make again."""
         if shared.keep in (Keep.INPUT, Keep.OFFLOAD):
-            made.forget("x", "rstd", "qkv", "attended")
+            made.forget("x", "rstd", "qkv", "qkv_low_rank", "attended", "o_low_rank")
 
     def forget_mlp(self, shared: Pass, made: Activations) -> None:
         """The same, after the MLP."""
         if shared.keep is not Keep.ALL:
-            made.forget("x_mlp", "gate_up")
+            made.forget("x_mlp", "gate_up", "gate_up_low_rank")
         if shared.keep in (Keep.INPUT, Keep.OFFLOAD):
-            made.forget("total_mlp", "rstd_mlp")
+            made.forget("total_mlp", "rstd_mlp", "down_low_rank")
         if shared.keep is Keep.OFFLOAD:
             shared.offload.put(self.number, made.total)
             made.forget("total")
@@ -182,33 +183,33 @@ class _Layer(torch.autograd.Function):
         fp8 = shared.fp8
 
         activated = layer.activate(shared, made).values if layer.down.has_lora else None
+        if shared.keep in (Keep.INPUT, Keep.OFFLOAD):
+            made.down_low_rank = layer.down.low_rank(activated, layer.seed(layer.down, shared))
         rows = quantize(grad) if fp8 else Rows(grad)
-        d_activated, of_down = layer.down.backward(rows, activated, made.down_low_rank, layer.seed(layer.down, shared))
+        d_activated, of_down = layer.down.backward(rows, activated, made.down_low_rank)
         del rows, activated
         d_gate_up = swiglu_backward_(d_activated, made.gate_up, values=layer.gate_up.needs_values(fp8), fp8=fp8)
         del d_activated
         made.forget("gate_up")
-        d_x_mlp, of_gate_up = layer.gate_up.backward(
-            d_gate_up, made.x_mlp, made.gate_up_low_rank, layer.seed(layer.gate_up, shared)
-        )
+        d_x_mlp, of_gate_up = layer.gate_up.backward(d_gate_up, made.x_mlp, made.gate_up_low_rank)
         del d_gate_up
         d_total = rmsnorm_backward_(d_x_mlp, made.total_mlp, made.rstd_mlp, layer.norm_mlp.weight, grad, fp8=fp8)
         made.forget("x_mlp", "total_mlp")
 
         attended = shared.heads.rows(made.attended.output)
-        d_attended, of_o = layer.o.backward(d_total, attended, made.o_low_rank, layer.seed(layer.o, shared))
+        d_attended, of_o = layer.o.backward(d_total, attended, made.o_low_rank)
         d_heads = attention.backward(d_attended, made.qkv, made.attended, shared.heads)
         del attended, d_attended
         made.forget("qkv", "attended")
-        d_qkv = attention.unrotated_rows(d_heads, shared.cos, shared.sin, shared.heads)
+        d_qkv, d_low_rank = unrotate(d_heads, shared.angles, shared.heads, layer.qkv.up)
         del d_heads
         input_needs_grad = ctx.needs_input_grad[0]
         d_x, of_qkv = layer.qkv.backward(
             quantize(d_qkv) if fp8 else Rows(d_qkv),
             made.x,
             made.qkv_low_rank,
-            layer.seed(layer.qkv, shared),
             grad_x=input_needs_grad,
+            grad_low_rank=d_low_rank,
         )
         d_input = None
         if input_needs_grad:

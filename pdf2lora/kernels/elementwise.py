@@ -1,4 +1,4 @@
-"""What happens to each row between two products: residual add, RMSNorm, SwiGLU, rotary positions.
+"""What happens to each row between two products: residual add, RMSNorm, SwiGLU.
 
 All of it is bound by memory: the docstrings count the bytes of a feature, at two bytes for a bfloat16. Arithmetic is in
 float32 and rounded once at the end, where transformers rounds after each step.
@@ -158,37 +158,3 @@ def swiglu_backward_(grad: Tensor, gate_up: Tensor, *, values: bool = True, fp8:
         grad, gate_up, both.fp8, both.scale, width, VALUES=values, FP8=fp8, BLOCK=block, num_warps=min(2 * warps, 32)
     )
     return both._replace(values=gate_up if values else None)
-
-
-@triton.jit
-def _rotate(
-    heads, cos, sin, tokens, seq_length, row_stride,
-    HALF: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_HALF: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
-    column = tl.arange(0, BLOCK_HALF)[None, :]
-    inside = (token < tokens) & (column < HALF)
-    angle = (token % seq_length) * HALF + column
-    c = tl.load(cos + angle, mask=inside, other=0.0)
-    s = tl.load(sin + angle, mask=inside, other=0.0)
-    at = heads + token.to(tl.int64) * row_stride + tl.program_id(1) * 2 * HALF + column
-    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at, (first * c - second * s).to(heads.dtype.element_ty), mask=inside)
-    tl.store(at + HALF, (second * c + first * s).to(heads.dtype.element_ty), mask=inside)
-
-
-def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> None:
-    """Rotary position embedding of the first num_rotated heads, in place (Su et al. 2021).
-
-    A head's first half is paired with its second, as in transformers.
-
-    heads: (tokens, all heads * head_dim), token t at position t % seq_length; cos, sin: (seq_length, head_dim / 2),
-    float32; with -sin it is the gradient. Reads and writes 2 bytes a feature.
-    """
-    tokens = heads.shape[0]
-    seq_length, half = cos.shape
-    _rotate[(triton.cdiv(tokens, 32), num_rotated)](
-        heads, cos, sin, tokens, seq_length, heads.stride(0),
-        HALF=half, BLOCK_TOKENS=32, BLOCK_HALF=triton.next_power_of_2(half), num_warps=4,
-    )  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor
 from pdf2lora.kernels.attention import Heads
 from pdf2lora.kernels.decoder import DecoderLayer, FinalNorm, Keep, Pass
 from pdf2lora.kernels.offload import Offload
+from pdf2lora.kernels.rotary import Angles
 
 
 class FusedLlama:
@@ -38,7 +39,7 @@ class FusedLlama:
         shared = Pass(
             keep=self.keep,
             heads=self._heads(seq_length),
-            **self._angles(seq_length, input_ids.device),
+            angles=self._angles(seq_length, input_ids.device),
             # PyTorch's generator: checkpoints hold its state, so a resumed run draws the same masks
             seed=int(torch.randint(2**30, ())) if training else None,
             fp8=self.fp8 and training,
@@ -57,9 +58,8 @@ class FusedLlama:
             config.num_attention_heads, config.num_key_value_heads, self.llama.layers[0].self_attn.head_dim, seq_length
         )
 
-    def _angles(self, seq_length: int, device: torch.device) -> dict[str, Tensor]:
-        """cos and sin of the rotary embedding, each (seq_length, head_dim / 2), float32."""
+    def _angles(self, seq_length: int, device: torch.device) -> Angles:
         positions = torch.arange(seq_length, device=device)[None]
         cos, sin = self.llama.rotary_emb(torch.ones((), device=device), positions)
         half = cos.shape[-1] // 2
-        return {"cos": cos[0, :, :half].contiguous(), "sin": sin[0, :, :half].contiguous()}
+        return Angles(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())

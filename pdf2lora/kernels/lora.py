@@ -1,43 +1,66 @@
 """LoRA beside a frozen product: y += scaling * (dropout(x) A^T) B^T, for the projections that read one x.
 
 PEFT writes dropout(x) to memory for each projection, forward and backward, and converts x to float32. Here x is read
-once, dropped in registers and multiplied at once: 2 bytes a feature in the forward pass, 6 in the backward pass. The
-mask is never stored. It is drawn again from its seed: eight neighbouring features share one call of Philox4x32-7
-(Salmon et al. 2011, Parallel Random Numbers: seven rounds pass BigCrush), each taking 16 of its bits.
+once, dropped in registers and multiplied at once: 2 bytes a feature in the forward pass, 6 in the backward pass, and a
+bit for each projection, which says whether dropout kept the feature: to draw it again took the backward pass as long as
+all the rest. Eight neighbouring features share one call of Philox4x32-7 (Salmon et al. 2011, Parallel Random Numbers:
+seven rounds pass BigCrush), each taking 16 of its bits, and one byte of the mask.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-DRAWS = tl.constexpr(8)  # of 16 bits, from one call of Philox
+DRAWS = tl.constexpr(8)  # of 16 bits, from one call of Philox; and the bits of a byte of the mask
 RESOLUTION = 1 << 16
 # Tiles, measured on one H100 at 32,768 tokens and 3,072 features.
-DOWN = {"BLOCK_TOKENS": 64, "BLOCK": 64, "num_warps": 4}
-BACKWARD = {"BLOCK_TOKENS": 64, "BLOCK": 32, "num_warps": 4}
+DOWN = {"BLOCK_TOKENS": 16, "BLOCK": 128, "num_warps": 2}
+BACKWARD = {"BLOCK_TOKENS": 16, "BLOCK": 32, "STAGES": 2, "num_warps": 1}
 TOKENS_OF_A_SPLIT = 2048  # whose share of A's gradient one program sums, in order: the result does not vary
 
 
 @triton.jit
-def _kept(seed, token, block, num_features, threshold, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Which of BLOCK_TOKENS x BLOCK elements dropout keeps; a function of seed, token and feature alone."""
+def _draw(seed, token, block, num_features, threshold, BLOCK: tl.constexpr):
+    """What dropout keeps of BLOCK features, as bytes of the mask; a function of seed, token and feature alone."""
     group = block * (BLOCK // DRAWS) + tl.arange(0, BLOCK // DRAWS)
     counter = token[:, None] * tl.cdiv(num_features, DRAWS) + group[None, :]
     a, b, c, d = tl.randint4x(seed, counter, 7)
-    a = tl.join(a, a >> 16)
-    b = tl.join(b, b >> 16)
-    c = tl.join(c, c >> 16)
-    d = tl.join(d, d >> 16)
-    draws = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (BLOCK_TOKENS, BLOCK))
-    return (draws & 0xFFFF) >= threshold
+    return (
+        _two_bits(a, threshold)
+        | (_two_bits(b, threshold) << 2)
+        | (_two_bits(c, threshold) << 4)
+        | (_two_bits(d, threshold) << 6)
+    )
+
+
+@triton.jit
+def _two_bits(drawn, threshold):
+    return ((drawn & 0xFFFF) >= threshold).to(tl.int32) | ((((drawn >> 16) & 0xFFFF) >= threshold).to(tl.int32) << 1)
+
+
+@triton.jit
+def _kept(packed, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """Bytes of the mask -> which of BLOCK_TOKENS x BLOCK elements are kept."""
+    bits = (packed[:, :, None] >> tl.arange(0, DRAWS)[None, None, :]) & 1
+    return tl.reshape(bits, (BLOCK_TOKENS, BLOCK)) != 0
+
+
+@triton.jit
+def _bytes(mask, projection, token, block, tokens, num_features, BLOCK: tl.constexpr):
+    """Where the bytes of BLOCK_TOKENS x BLOCK elements are in a mask, and which of them exist."""
+    group = block * (BLOCK // DRAWS) + tl.arange(0, BLOCK // DRAWS)
+    row = projection * tl.cdiv(num_features, DRAWS) + group
+    inside = (token < tokens)[:, None] & (group * DRAWS < num_features)[None, :]
+    return mask + row.to(tl.int64)[None, :] * tokens + token[:, None], inside
 
 
 @triton.jit(do_not_specialize=["seed"])
 def _down(
-    x, a, low_rank, seed, tokens, num_features, threshold, scale,
+    x, a, low_rank, mask, seed, tokens, num_features, threshold, scale,
     R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     projection, projections = tl.program_id(0), tl.num_programs(0)
@@ -49,8 +72,10 @@ def _down(
         inside = (token < tokens)[:, None] & (feature < num_features)[None, :]
         values = tl.load(x + token.to(tl.int64)[:, None] * num_features + feature[None, :], mask=inside, other=0.0)
         if DROPOUT:
-            kept = _kept(seed + projection, token, block, num_features, threshold, BLOCK_TOKENS, BLOCK)
-            values = tl.where(kept, values, 0.0)
+            packed = _draw(seed + projection, token, block, num_features, threshold, BLOCK)
+            byte, exist = _bytes(mask, projection, token, block, tokens, num_features, BLOCK)
+            tl.store(byte, packed.to(tl.uint8), mask=exist)
+            values = tl.where(_kept(packed, BLOCK_TOKENS, BLOCK), values, 0.0)
         matrix = tl.load(
             a + (projection * R + rank)[None, :] * num_features + feature[:, None],
             mask=(feature < num_features)[:, None],
@@ -61,52 +86,59 @@ def _down(
     tl.store(at, (total * scale).to(low_rank.dtype.element_ty), mask=(token < tokens)[:, None])
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
 def _backward(
-    x, grad_x, a, grad_low_rank, grad_a, seed, tokens, num_features, threshold, scale,
+    x, grad_x, a, grad_low_rank, grad_a, mask, tokens, num_features, scale,
     PROJECTIONS: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, GRAD_X: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     block, split = tl.program_id(0), tl.program_id(1)
     feature = block * BLOCK + tl.arange(0, BLOCK)
     rank = tl.arange(0, R)
+    within = (feature < num_features)[None, :]
+    own = rank[:, None] * num_features + feature[None, :]
+    first_a = tl.load(a + own, mask=within, other=0.0)
+    second_a = first_a
+    third_a = first_a
+    if PROJECTIONS > 1:
+        second_a = tl.load(a + R * num_features + own, mask=within, other=0.0)
+    if PROJECTIONS > 2:
+        third_a = tl.load(a + 2 * R * num_features + own, mask=within, other=0.0)
     first = tl.zeros((R, BLOCK), dtype=tl.float32)
     second = tl.zeros((R, BLOCK), dtype=tl.float32)
     third = tl.zeros((R, BLOCK), dtype=tl.float32)
-    for start in range(0, SPLIT, BLOCK_TOKENS):
+    for start in tl.range(0, SPLIT, BLOCK_TOKENS, num_stages=STAGES):
         token = split * SPLIT + start + tl.arange(0, BLOCK_TOKENS)
-        inside = (token < tokens)[:, None] & (feature < num_features)[None, :]
+        inside = (token < tokens)[:, None] & within
         at = token.to(tl.int64)[:, None] * num_features + feature[None, :]
         values = tl.load(x + at, mask=inside, other=0.0)
-        if GRAD_X:
-            grad = tl.load(grad_x + at, mask=inside, other=0.0).to(tl.float32)
+        total = tl.zeros((BLOCK_TOKENS, BLOCK), dtype=tl.float32)
         for projection in tl.static_range(PROJECTIONS):
             low_rank_at = token.to(tl.int64)[:, None] * (PROJECTIONS * R) + (projection * R + rank)[None, :]
             low_rank = tl.load(grad_low_rank + low_rank_at, mask=(token < tokens)[:, None], other=0.0)
             dropped = values
             if DROPOUT:
-                kept = _kept(seed + projection, token, block, num_features, threshold, BLOCK_TOKENS, BLOCK)
+                byte, exist = _bytes(mask, projection, token, block, tokens, num_features, BLOCK)
+                kept = _kept(tl.load(byte, mask=exist, other=0).to(tl.int32), BLOCK_TOKENS, BLOCK)
                 dropped = tl.where(kept, values, 0.0)
             if projection == 0:
                 first = tl.dot(tl.trans(low_rank), dropped, first, input_precision="ieee")
+                matrix = first_a
             elif projection == 1:
                 second = tl.dot(tl.trans(low_rank), dropped, second, input_precision="ieee")
+                matrix = second_a
             else:
                 third = tl.dot(tl.trans(low_rank), dropped, third, input_precision="ieee")
+                matrix = third_a
             if GRAD_X:
-                matrix = tl.load(
-                    a + (projection * R + rank)[:, None] * num_features + feature[None, :],
-                    mask=(feature < num_features)[None, :],
-                    other=0.0,
-                )
-                through = tl.dot(low_rank, matrix, input_precision="ieee") * scale
+                through = tl.dot(low_rank, matrix, input_precision="ieee")
                 if DROPOUT:
                     through = tl.where(kept, through, 0.0)
-                grad += through
+                total += through
         if GRAD_X:
+            grad = tl.load(grad_x + at, mask=inside, other=0.0).to(tl.float32) + total * scale
             tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
-    row = grad_a + (split * PROJECTIONS * R + rank).to(tl.int64)[:, None] * num_features + feature[None, :]
-    within = (feature < num_features)[None, :]
+    row = grad_a + (split * PROJECTIONS * R).to(tl.int64) * num_features + own
     tl.store(row, first * scale, mask=within)
     if PROJECTIONS > 1:
         tl.store(row + R * num_features, second * scale, mask=within)
@@ -129,34 +161,51 @@ class Dropout:
         return 1 / (1 - self.threshold / RESOLUTION)
 
 
-def down(x: Tensor, a: Tensor, rank: int, dropout: Dropout, seed: int) -> Tensor:
-    """dropout(x) A^T for all projections, (tokens, projections * rank); projection i draws from seed + i.
+class LowRank(NamedTuple):
+    """dropout(x) A^T of all projections that read x, and what dropout kept of x.
+
+    values: (tokens, projections * rank); mask: (projections, features / 8, tokens), uint8, feature 8 i + j in bit j of
+    row i; None where there was no dropout.
+    """
+
+    values: Tensor
+    mask: Tensor | None
+
+
+def down(x: Tensor, a: Tensor, rank: int, dropout: Dropout, seed: int) -> LowRank:
+    """dropout(x) A^T for all projections; projection i draws from seed + i.
 
     x: (tokens, features); a: (projections * rank, features); rank: a power of two, 16 or more.
     """
     tokens, features = x.shape
+    projections = a.shape[0] // rank
     low_rank = torch.empty(tokens, a.shape[0], dtype=x.dtype, device=x.device)
-    _down[(a.shape[0] // rank, triton.cdiv(tokens, DOWN["BLOCK_TOKENS"]))](
-        x, a, low_rank, seed, tokens, features, dropout.threshold, dropout.scale,
-        R=rank, DROPOUT=dropout.threshold > 0, **DOWN,
+    mask = None
+    if dropout.threshold > 0:
+        num_bytes = triton.cdiv(features, DRAWS.value)
+        mask = torch.empty(projections, num_bytes, tokens, dtype=torch.uint8, device=x.device)
+    _down[(projections, triton.cdiv(tokens, DOWN["BLOCK_TOKENS"]))](
+        x, a, low_rank, mask, seed, tokens, features, dropout.threshold, dropout.scale,
+        R=rank, DROPOUT=mask is not None, **DOWN,
     )  # fmt: skip
-    return low_rank
+    return LowRank(low_rank, mask)
 
 
 def backward_(
-    x: Tensor, grad_x: Tensor | None, a: Tensor, grad_low_rank: Tensor, rank: int, dropout: Dropout, seed: int
+    x: Tensor, grad_x: Tensor | None, a: Tensor, grad_low_rank: Tensor, rank: int, mask: Tensor | None, scale: float
 ) -> Tensor:
     """A's gradient, (projections * rank, features), float32; adds x's to `grad_x` in place, where there is one.
 
-    x, grad_x: (tokens, features); grad_low_rank: (tokens, projections * rank).
+    x, grad_x: (tokens, features); grad_low_rank: (tokens, projections * rank); mask, scale: of dropout, None and 1.0
+    without one.
     """
     tokens, features = x.shape
     projections = a.shape[0] // rank
     splits = triton.cdiv(tokens, TOKENS_OF_A_SPLIT)
     partial = torch.empty(splits, a.shape[0], features, dtype=torch.float32, device=x.device)
     _backward[(triton.cdiv(features, BACKWARD["BLOCK"]), splits)](
-        x, grad_x, a, grad_low_rank, partial, seed, tokens, features, dropout.threshold, dropout.scale,
-        PROJECTIONS=projections, R=rank, DROPOUT=dropout.threshold > 0, GRAD_X=grad_x is not None,
+        x, grad_x, a, grad_low_rank, partial, mask, tokens, features, scale,
+        PROJECTIONS=projections, R=rank, DROPOUT=mask is not None, GRAD_X=grad_x is not None,
         SPLIT=TOKENS_OF_A_SPLIT, **BACKWARD,
     )  # fmt: skip
     return partial.sum(0)

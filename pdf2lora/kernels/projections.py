@@ -8,6 +8,8 @@ from torch import Tensor
 
 from pdf2lora.kernels import lora
 from pdf2lora.kernels.frozen import Frozen
+from pdf2lora.kernels.lora import LowRank
+from pdf2lora.kernels.rotary import Up
 from pdf2lora.kernels.rows import Rows
 
 NO_DROPOUT = lora.Dropout(0.0)
@@ -16,6 +18,7 @@ NO_DROPOUT = lora.Dropout(0.0)
 class Adapter(NamedTuple):
     """PEFT's matrices of one projection, and where their copies in compute precision stand among the projections'."""
 
+    module: Any
     a: Tensor  # (r, features in), float32
     b: Tensor  # (features of the projection, r), float32
     scaling: float
@@ -47,7 +50,7 @@ class Projections:
                 first_rank = len(self.adapters) * self.rank
                 matrices = module.lora_A["default"].weight, module.lora_B["default"].weight
                 rank, rows = slice(first_rank, first_rank + r), slice(first_row, first_row + num_rows)
-                self.adapters.append(Adapter(*matrices, module.scaling["default"], rank, rows))
+                self.adapters.append(Adapter(module, *matrices, module.scaling["default"], rank, rows))
             first_row += num_rows
         width, device = len(with_lora) * self.rank, self.adapters[0].a.device
         self.a = torch.zeros(width, self.frozen.shape[1], dtype=dtype, device=device)
@@ -66,17 +69,33 @@ class Projections:
         """Whether x, or the gradient of y, must be there in compute precision: LoRA does not read fp8."""
         return self.has_lora or not fp8
 
-    def forward(self, x: Rows, seed: int | None) -> tuple[Tensor, Tensor | None]:
-        """(y, dropout(x) A^T, which backward needs); x: (tokens, features in). Without a seed there is no dropout."""
+    @property
+    def up(self) -> Up | None:
+        """What rotary.unrotate multiplies by, where these are the projections of q, k and v."""
         if not self.has_lora:
+            return None
+        first_ranks = {id(adapter.module): adapter.rank.start for adapter in self.adapters}
+        q, k, v = (first_ranks.get(id(module), -1) for module in self.modules)
+        return Up(self.b, (q, k, v), self.rank)
+
+    def forward(self, x: Rows, seed: int | None) -> tuple[Tensor, LowRank | None]:
+        """(y, what backward needs); x: (tokens, features in). Without a seed there is no dropout."""
+        low_rank = self.low_rank(x.values, seed)
+        if low_rank is None:
             return self.frozen.forward(x), None
-        assert x.values is not None
-        self.refresh()
-        low_rank = lora.down(x.values, self.a, self.rank, NO_DROPOUT if seed is None else self.dropout, seed or 0)
         if x.fp8 is not None:
-            return self.frozen.forward(x).addmm_(low_rank, self.b.t()), low_rank
+            return self.frozen.forward(x).addmm_(low_rank.values, self.b.t()), low_rank
+        assert x.values is not None
         # the other way round: a large product hides that it reads what it adds to
-        return (low_rank @ self.b.t()).addmm_(x.values, self.frozen.weight().t()), low_rank
+        return (low_rank.values @ self.b.t()).addmm_(x.values, self.frozen.weight().t()), low_rank
+
+    def low_rank(self, x: Tensor | None, seed: int | None) -> LowRank | None:
+        """LoRA's first product, (tokens, features in) -> (tokens, ranks of all); None where there is no LoRA."""
+        if not self.has_lora:
+            return None
+        assert x is not None
+        self.refresh()
+        return lora.down(x, self.a, self.rank, NO_DROPOUT if seed is None else self.dropout, seed or 0)
 
     def refresh(self) -> None:
         """Copies PEFT's float32 matrices, as the optimizer left them, to where the products read them."""
@@ -85,18 +104,28 @@ class Projections:
             torch.mul(adapter.b, adapter.scaling, out=self.b[adapter.rows, adapter.rank])
 
     def backward(
-        self, grad: Rows, x: Tensor | None, low_rank: Tensor | None, seed: int | None, *, grad_x: bool = True
+        self,
+        grad: Rows,
+        x: Tensor | None,
+        low_rank: LowRank | None,
+        *,
+        grad_x: bool = True,
+        grad_low_rank: Tensor | None = None,
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """(gradient of x, gradients of `parameters` in float32); without grad_x the first is None."""
+        """(gradient of x, gradients of `parameters` in float32); without grad_x the first is None.
+
+        grad_low_rank: grad B, (tokens, ranks of all), where it is known already.
+        """
         dx = self.frozen.backward(grad) if grad_x else None
         if low_rank is None:
             return dx, []
         assert grad.values is not None
         assert x is not None
-        grad_low_rank = grad.values @ self.b
-        grad_b = grad.values.t() @ low_rank
-        dropout = NO_DROPOUT if seed is None else self.dropout
-        grad_a = lora.backward_(x, dx, self.a, grad_low_rank, self.rank, dropout, seed or 0)
+        if grad_low_rank is None:
+            grad_low_rank = grad.values @ self.b
+        grad_b = grad.values.t() @ low_rank.values
+        scale = 1.0 if low_rank.mask is None else self.dropout.scale
+        grad_a = lora.backward_(x, dx, self.a, grad_low_rank, self.rank, low_rank.mask, scale)
         gradients = []
         for adapter in self.adapters:
             grad_of_b = grad_b[adapter.rows, adapter.rank].float() * adapter.scaling
