@@ -16,7 +16,6 @@ are built for one way of gradient checkpointing in a process.
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import mkdtemp
@@ -30,27 +29,16 @@ if SYSTEM == "unsloth":
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
+from pdf2lora.machine import device_name
 from pdf2lora.params import read_params
+from pdf2lora.probe import StepClock
 from pdf2lora.throughput import model_flops_utilization
 from pdf2lora.tokens import Sequences
-from pdf2lora.tracking import device_name
 
 BASE = Path(os.environ.get("BASE", "models/base"))
 STEPS, STEPS_TO_WARM_UP = 10, 4
-
-
-class Clock(TrainerCallback):
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-
-    def seconds_of_a_step(self) -> float:
-        return (self.ends[-1] - self.ends[STEPS_TO_WARM_UP - 1]) / (STEPS - STEPS_TO_WARM_UP)
 
 
 def random_sequences(num_sequences: int, seq_length: int, vocabulary: int) -> Sequences:
@@ -104,7 +92,7 @@ def peer_model(params: Any, checkpointed: bool) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
-def peer_trainer(model: Any, sequences: Sequences, batch: int, clock: Clock, checkpointed: bool) -> Trainer:
+def peer_trainer(model: Any, sequences: Sequences, batch: int, clock: StepClock, checkpointed: bool) -> Trainer:
     checkpointed &= SYSTEM != "unsloth"  # which has its own
     arguments = TrainingArguments(
         output_dir=mkdtemp(),
@@ -131,7 +119,7 @@ def collate_all(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
 
 
-def trainers(params: Any) -> Iterator[tuple[str, int, Trainer, Clock]]:
+def trainers(params: Any) -> Iterator[tuple[str, int, Trainer, StepClock]]:
     """One for each batch, on one model that is loaded once."""
     vocabulary = json.loads((BASE / "config.json").read_text())["vocab_size"]
     if SYSTEM in ("report", "liger", "unsloth"):
@@ -145,7 +133,8 @@ def trainers(params: Any) -> Iterator[tuple[str, int, Trainer, Clock]]:
     for checkpointing, batch in ((name, int(number)) for name, number in (case.split(":") for case in CASES)):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        sequences, clock = random_sequences(batch * STEPS, params.train.seq_length, vocabulary), Clock()
+        sequences = random_sequences(batch * STEPS, params.train.seq_length, vocabulary)
+        clock = StepClock(STEPS_TO_WARM_UP)
         if SYSTEM in ("report", "liger", "unsloth"):
             yield checkpointing, batch, peer_trainer(model, sequences, batch, clock, checkpointed), clock
         else:
@@ -173,7 +162,7 @@ def main() -> None:
         except torch.OutOfMemoryError:
             print(json.dumps(row | {"tokens_per_s": None}), flush=True)
             return
-        tokens_per_s = batch * params.train.seq_length / clock.seconds_of_a_step()
+        tokens_per_s = batch * params.train.seq_length / clock.seconds_of_a_step
         utilization = model_flops_utilization(
             tokens_per_s, trainer.model.config, params.train.seq_length, device_name()
         )

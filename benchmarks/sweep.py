@@ -17,8 +17,9 @@ from benchmarks.table import machine
 from pdf2lora.corpus import read_documents
 from pdf2lora.forward import CHECKPOINTING
 from pdf2lora.params import read_params
+from pdf2lora.probe import prepare, training_step
 from pdf2lora.tokens import Encoder
-from stages.find_batch import BASE, METRICS, TRAIN, prepare_probes, training_step
+from stages.find_batch import BASE, METRICS, TRAIN
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     encoder = Encoder.of(BASE)
     texts = [document.text for document in read_documents(TRAIN)]
     sequences = encoder.sequences(texts, seq_length=params.train.seq_length)
-    prepared = prepare_probes(params, sequences, chosen["kernels"])
+    prepared = prepare(BASE, params, sequences, chosen["kernels"])
     effective = chosen["effective_batch"]
     rows = []
     for mode in CHECKPOINTING[prepared.kernels]:

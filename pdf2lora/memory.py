@@ -1,22 +1,24 @@
 """Which batch fits and which is fastest: a memory model, probes in a child process, the choice.
 
-A probe is the training step itself, optimizer included, on sequences of full length. It runs in a process of its own,
-which may die of lack of memory without harm, and which is replaced if a failed probe leaves memory behind: so that no
-probe meets the fragments of another.
+A probe is the training step itself, optimizer included, on sequences of full length: probe.py. It runs in a process of
+its own, which may die of lack of memory without harm, and which is replaced if a failed probe leaves memory behind: so
+that no probe meets the fragments of another.
+
+torch, transformers and peft take seconds to import, on a machine with a GPU twenty: the child alone does so, while the
+parent reads and counts tokens.
 """
 
+import ctypes
 import gc
+import importlib
 import multiprocessing
 import signal
-import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
-
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from pdf2lora.errors import InputError
 
@@ -170,35 +172,72 @@ class OutOfMemory:
     takes_more: bool
 
 
-class Child:
-    """prepare(*arguments) in a child process, and functions of what it returns.
+class Killed(Exception):
+    """The child was ended by SIGKILL, which is what the kernel sends where memory ends, and not only then."""
 
-    On a CPU the child is forked from a server that has imported the libraries, so it starts at once; where there is a
-    GPU it starts from nothing, since importing the libraries touches CUDA, which does not survive a fork.
+
+class Child:
+    """The functions of a module, called in a child process that imports it at once, while the parent goes on.
+
+    On a CPU the child is forked from a server that has imported the module, so that its successors start at once; where
+    there may be a GPU each starts from nothing, since importing the libraries touches CUDA, which does not survive a
+    fork.
     """
 
-    def __init__(self, prepare: Callable[..., Any], *arguments: Any):
-        self.task = (prepare, arguments)
+    def __init__(self, module: str):
+        self.module = module
+        self.preparation: tuple[Any, ...] | None = None
+        self.is_prepared = False
         self.process: Any = None
+        self.context: Any = multiprocessing.get_context("spawn" if has_cuda_driver() else "forkserver")
+        if has_cuda_driver():
+            self._start()
+        else:
+            self.context.set_forkserver_preload([module])
+            forkserver.ensure_running()
 
-    def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """function(prepared, *arguments), or None where the child ran out of memory or was killed for it.
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def prepare(self, *arguments: Any) -> None:
+        """From now on ask() calls function(prepared, ...), prepared = prepare(*arguments) of the module.
+
+        Each process prepares once, when the next question is asked.
+        """
+        self.preparation, self.is_prepared = arguments, False
+
+    def ask(self, function: str, *arguments: Any) -> Any:
+        """function([prepared,] *arguments) of the module, or None where the child ran out of memory.
+
+        A child that was killed may have been killed for something else: the question goes to another one, and only if
+        that is killed as well, memory has ended.
 
         Raises:
-            InputError: the child's own.
+            InputError, ModuleNotFoundError: the child's own.
             RuntimeError: any other failure of the child, with its text.
         """
+        for _ in range(2):
+            with suppress(Killed):
+                return self._answer_of(function, arguments)
+        return None
+
+    def _answer_of(self, function: str, arguments: tuple[Any, ...]) -> Any:
         if self.process is None:
             self._start()
-        self.pipe.send((function, arguments))
         try:
+            self.pipe.send((None if self.is_prepared else self.preparation, function, arguments))
+            self.is_prepared = self.preparation is not None
             answer = self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):  # it died: now, or since it answered last
             self.process.join()
-            exit_code, self.process = self.process.exitcode, None
-            if exit_code != -signal.SIGKILL:  # what the kernel sends where memory ends
-                raise RuntimeError(f"the training step of a probe ended with exit code {exit_code}") from None
-            return None
+            exit_code = self.process.exitcode
+            self.end()
+            if exit_code == -signal.SIGKILL:
+                raise Killed from None
+            raise RuntimeError(f"{self.module}.{function} ended its process with exit code {exit_code}") from None
         if isinstance(answer, OutOfMemory):
             if not answer.takes_more:
                 self.end()
@@ -209,45 +248,59 @@ class Child:
         return answer
 
     def end(self) -> None:
+        """At once, even if it still imports; a later question starts another one."""
         if self.process is not None:
             self.pipe.close()
+            self.process.terminate()
             self.process.join()
             self.process = None
 
     def _start(self) -> None:
-        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        if not torch.cuda.is_available():
-            context.set_forkserver_preload(["pdf2lora.training"])
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_answer, args=(theirs, *self.task), daemon=True)
+        self.pipe, theirs = self.context.Pipe()
+        self.process = self.context.Process(target=_answer, args=(theirs, self.module), daemon=True)
         self.process.start()
+        self.is_prepared = False
         theirs.close()
 
 
-def _answer(pipe: Connection, prepare: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def has_cuda_driver() -> bool:
+    """Whether there may be a GPU; torch would know, and takes seconds to import."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _answer(pipe: Connection, module_name: str) -> None:
     """The child's life: ends with the pipe, with a failure, or with memory that does not come back."""
-    prepared: Any = None
+    import torch
+
+    module: Any = None
+    prepared: tuple[Any, ...] = ()
     reserved = 0
     while True:
         try:
-            function, of = pipe.recv()
+            preparation, function, arguments = pipe.recv()
         except EOFError:
             return None
         try:
-            if prepared is None:
-                prepared = prepare(*arguments)
+            module = importlib.import_module(module_name)
+            if preparation is not None:
+                prepared = ()
+                prepared = (module.prepare(*preparation),)
                 reserved = _reserved_bytes()
-            pipe.send(function(prepared, *of))
+            pipe.send(getattr(module, function)(*prepared, *arguments))
             continue
         except (torch.OutOfMemoryError, MemoryError):
             pass
-        except InputError as error:
+        except (InputError, ModuleNotFoundError) as error:
             return pipe.send(error)
         except Exception as error:
             if "DefaultCPUAllocator" not in str(error):  # torch has no exception of its own for it
-                return pipe.send(RuntimeError(f"the training step of a probe failed: {type(error).__name__}: {error}"))
+                return pipe.send(RuntimeError(f"{module_name}.{function} failed: {type(error).__name__}: {error}"))
         # outside of `except`, whose traceback holds the failed step's tensors
-        takes_more = torch.cuda.is_available() and prepared is not None and _reserved_bytes() - reserved < LEFT_BEHIND
+        takes_more = torch.cuda.is_available() and prepared != () and _reserved_bytes() - reserved < LEFT_BEHIND
         pipe.send(OutOfMemory(takes_more))
         if not takes_more:
             return None
@@ -255,61 +308,10 @@ def _answer(pipe: Connection, prepare: Callable[..., Any], arguments: tuple[Any,
 
 def _reserved_bytes() -> int:
     """What the GPU's allocator holds once all that is free has been given back."""
+    import torch
+
     gc.collect()
     if not torch.cuda.is_available():
         return 0
     torch.cuda.empty_cache()
     return int(torch.cuda.memory_reserved())
-
-
-class PeakMemory:
-    """Peak GiB of the tensors that exist inside the block, on the GPU or the CPU.
-
-    On a GPU: what the allocator gave out. On a CPU: the bytes of all tensors, counted as operations make them and as
-    they are freed. The resident size of the process would also hold the libraries and each kernel's scratch space,
-    which differ from one CPU to the next; these bytes do not.
-    """
-
-    def __init__(self) -> None:
-        self.on_gpu = torch.cuda.is_available()
-        self.counter = _TensorBytes()
-
-    def __enter__(self) -> "PeakMemory":
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            self.counter.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if not self.on_gpu:
-            self.counter.__exit__(*error)
-
-    @property
-    def gib(self) -> float:
-        return float(torch.cuda.max_memory_allocated() if self.on_gpu else self.counter.peak) / 2**30
-
-
-class _TensorBytes(TorchDispatchMode):
-    """Sees every operation, its autograd and recomputation too, and follows the storages that come out of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._follow, (args, result))
-        return result
-
-    def _follow(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.device.type == "cpu" and storage not in self.known:
-            self.known.add(storage)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, storage.nbytes())
-
-    def _freed(self, num_bytes: int) -> None:
-        self.now -= num_bytes

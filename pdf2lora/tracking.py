@@ -1,40 +1,24 @@
-"""What is written down while a model trains: dvclive's metrics, the log file, what the machine did.
+"""What is written down while a model trains: dvclive's metrics and the log file.
 
-Two kinds of numbers are kept apart. metrics/train holds what a repeated run gives again: losses, learning rates, the
-peak of allocated GPU memory; it is an output of the pipeline, in git and in dvc.lock. metrics/machine.json and the
-curves beside it hold seconds, throughput, power and the like, which no two runs share; they are nobody's output.
+metrics/train holds what a repeated run gives again: losses, learning rates, the peak of allocated GPU memory; it is an
+output of the pipeline, in git and in dvc.lock. What no two runs share is machine.py's.
 """
 
-import json
 import logging
 import math
-import os
-import platform
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from datetime import datetime
-from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from dvclive import Live
 from tqdm import tqdm
 from transformers import LlamaConfig, TrainerCallback
 
-from pdf2lora.runtime import write_json
+from pdf2lora.machine import device_name
 from pdf2lora.throughput import model_flops_utilization
-
-MACHINE = Path("metrics/machine.json")
-CURVES = Path("metrics/machine")
-SAMPLE_S = 1.0
-
-log = logging.getLogger(__name__)
 
 # The Trainer's names for what it logs -> ours, which are also the names of the plots' files.
 METRIC_NAMES = {
@@ -130,116 +114,3 @@ class DvcliveCallback(TrainerCallback):  # type: ignore[misc]
             if name == "gpu_memory_gib":
                 self.live.log_metric(name, value)
         self.live.make_summary()
-
-
-@contextmanager
-def machine_metrics(stage: str) -> Iterator[dict[str, Any]]:
-    """Samples memory, and a GPU's utilization and power, while the block runs; the block may add numbers of its own.
-
-    Writes the stage's entry of metrics/machine.json and metrics/machine/<stage>.tsv.
-    """
-    samples: list[dict[str, float]] = []
-    own: dict[str, Any] = {}
-    finished = threading.Event()
-    started = time.monotonic()
-    gpu = _Gpu()
-    joules = gpu.joules()
-
-    def sample() -> None:
-        process = psutil.Process()
-        while True:
-            samples.append({"seconds": round(time.monotonic() - started, 1), **_memory(process), **gpu.read()})
-            if finished.wait(SAMPLE_S):
-                return
-
-    sampler = threading.Thread(target=sample, daemon=True)
-    sampler.start()
-    try:
-        yield own
-    finally:
-        finished.set()
-        sampler.join()
-    columns = list(dict.fromkeys(chain.from_iterable(samples)))
-    entry = {"seconds": round(time.monotonic() - started, 1), **own}
-    if joules is not None:
-        entry["joules"] = round((gpu.joules() or joules) - joules)
-    entry |= {
-        f"peak_{name}": max(sample[name] for sample in samples if name in sample)
-        for name in columns
-        if name != "seconds"
-    }
-    _write_machine(stage, entry)
-    rows = ["\t".join(columns), *("\t".join(str(sample.get(name, "")) for name in columns) for sample in samples)]
-    CURVES.mkdir(parents=True, exist_ok=True)
-    (CURVES / f"{stage}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-
-
-def device_name() -> str:
-    """What computes here: the GPU's name, or cpu."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def _write_machine(stage: str, entry: dict[str, Any]) -> None:
-    machine = json.loads(MACHINE.read_text(encoding="utf-8")) if MACHINE.exists() else {}
-    machine["machine"] = {
-        "processor": platform.machine(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "allocator": os.environ.get("PYTORCH_ALLOC_CONF"),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")},
-    }
-    write_json(MACHINE, machine | {stage: entry})
-
-
-def _memory(process: psutil.Process) -> dict[str, float]:
-    """Resident memory of this process and its children (the probes of find_batch)."""
-    resident = 0
-    for member in (process, *process.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):  # ended since it was listed
-            resident += member.memory_info().rss
-    return {"process_memory_gib": round(resident / 2**30, 2)}
-
-
-class _Gpu:
-    """NVML, asked directly: dvclive's monitor logs nothing at all where there is no NVIDIA driver.
-
-    What cannot be measured is left out of the samples and costs nobody their training.
-    """
-
-    def __init__(self) -> None:
-        self.handle: Any = None
-        if not torch.cuda.is_available():
-            return
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            uuid = torch.cuda.get_device_properties(
-                torch.cuda.current_device()
-            ).uuid  # its index may be another to NVML
-            self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-            self.nvml = pynvml
-        except Exception as error:
-            log.warning("GPU utilization and power are not measured: %s (nvidia-ml-py: requirements-gpu.txt)", error)
-
-    def joules(self) -> float | None:
-        """Energy since the driver was loaded."""
-        if self.handle is None:
-            return None
-        with suppress(self.nvml.NVMLError):
-            return float(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1000
-        return None
-
-    def read(self) -> dict[str, float]:
-        if self.handle is None:
-            return {}
-        readings: dict[str, Callable[[], float]] = {
-            "gpu_memory_gib": lambda: round(self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used / 2**30, 2),
-            "gpu_utilization_percent": lambda: self.nvml.nvmlDeviceGetUtilizationRates(self.handle).gpu,
-            "gpu_power_w": lambda: round(self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1000),
-        }
-        values = {}
-        for name, reading in readings.items():
-            with suppress(self.nvml.NVMLError):  # not every GPU, and no MIG slice, answers every question
-                values[name] = reading()
-        return values

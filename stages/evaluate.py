@@ -10,6 +10,7 @@ from pdf2lora.comparison import Comparison, commit_of, compare, documents_at, in
 from pdf2lora.corpus import Document, read_documents
 from pdf2lora.errors import report_input_errors
 from pdf2lora.forward import build_forward, choose_kernels
+from pdf2lora.machine import machine_metrics
 from pdf2lora.manifest import require_whole
 from pdf2lora.model import load_adapter, load_base
 from pdf2lora.orphans import after_orphans
@@ -17,7 +18,6 @@ from pdf2lora.params import Params, read_params
 from pdf2lora.perplexity import Nats, TextSize, bootstrap, nats_per_document, summary
 from pdf2lora.runtime import project_root, whole_file, write_json
 from pdf2lora.tokens import Encoder, Window
-from pdf2lora.tracking import machine_metrics
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from pdf2lora.corpus import Document, read_documents
 from pdf2lora.errors import report_input_errors
 from pdf2lora.generation import continuation, nats_per_token
+from pdf2lora.machine import machine_metrics
 from pdf2lora.model import load_adapter, load_base
 from pdf2lora.params import Sample, read_params
 from pdf2lora.runtime import write_json
 from pdf2lora.tokens import Encoder
-from pdf2lora.tracking import machine_metrics
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")

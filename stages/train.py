@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +21,14 @@ from pdf2lora.checkpoints import CheckpointKeeper, newest_whole, step_of
 from pdf2lora.corpus import read_documents
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.forward import choose_kernels
+from pdf2lora.machine import Meter, device_name, machine_metrics
 from pdf2lora.manifest import MANIFEST, require_whole
 from pdf2lora.model import limit_gpu_memory
 from pdf2lora.orphans import PATIENCE_S, after_orphans
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime import fingerprint, project_root, scratch_folder, sole_owner, whole_folder
 from pdf2lora.tokens import Encoder
-from pdf2lora.tracking import DvcliveCallback, device_name, log_to_file, machine_metrics
+from pdf2lora.tracking import DvcliveCallback, log_to_file
 from pdf2lora.training import build_model, build_trainer
 
 BASE = Path("models/base")
@@ -90,7 +90,7 @@ def main() -> None:
         log.info("batch: %s", batch)
         log.info("trainable parameters: %s", trainer.model.get_nb_trainable_parameters())
         log.info("starts from %s", last_checkpoint or "the base model")
-        started, first_step = time.monotonic(), step_of(last_checkpoint)
+        first_step, meter = step_of(last_checkpoint), Meter()
         try:
             trainer.train(resume_from_checkpoint=last_checkpoint)
         except torch.OutOfMemoryError as error:
@@ -101,7 +101,7 @@ def main() -> None:
             "steps": steps,
             "kernels": kernels,
             "attention": peft_model.config._attn_implementation if kernels == "reference" else "flash (PyTorch)",
-            "tokens_per_s": round(steps * tokens_per_step / (time.monotonic() - started)),
+            **meter.rates(steps * tokens_per_step),
             **tracker.throughput(peft_model.config, params.train.seq_length),
         }
 

@@ -1,14 +1,16 @@
 """Fixtures for all tests: PDFs made in code, params.yaml with changes, Python in another process."""
 
-import ctypes
 import logging
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from contextlib import chdir
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,11 @@ from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen.canvas import Canvas
 from ruamel.yaml import YAML
 
+from pdf2lora.memory import has_cuda_driver
+
 # Where there is no CUDA driver, Triton interprets kernels. It decides so when it is imported, and bitsandbytes imports
 # it: so this comes before all tests.
-try:
-    ctypes.CDLL("libcuda.so.1")
-except OSError:
+if not has_cuda_driver():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -167,6 +169,15 @@ def _section_of(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     for section in sections:
         values = values[section]
     return values, name
+
+
+@pytest.fixture(scope="session")
+def server_of_children() -> None:
+    """Starts the server that children are forked from where it can import this project: each then starts at once."""
+    if not has_cuda_driver():
+        with chdir(REPOSITORY):
+            multiprocessing.set_forkserver_preload(["pdf2lora.probe"])
+            forkserver.ensure_running()
 
 
 @pytest.fixture

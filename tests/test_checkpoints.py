@@ -13,7 +13,7 @@ from pdf2lora.checkpoints import CheckpointKeeper, newest_whole, step_of
 from pdf2lora.manifest import MANIFEST
 from pdf2lora.training import build_model, build_trainer
 
-pytestmark = quiet
+pytestmark = [quiet, pytest.mark.usefixtures("server_of_children")]
 SETTINGS = changed(TRAIN, save_steps=2, logging_steps=3, num_train_epochs=2)  # 8 steps, 4 an epoch
 
 

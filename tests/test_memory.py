@@ -1,6 +1,8 @@
 import math
 import os
 import signal
+import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_llama import LORA, QUANTIZATION, TRAIN, quiet, random_sequences, write_tiny_llama
 
 from pdf2lora import memory
 from pdf2lora.errors import InputError
@@ -18,16 +19,14 @@ from pdf2lora.memory import (
     Child,
     Measurement,
     Mode,
-    PeakMemory,
     Probe,
     choose,
     memory_model,
     search,
     search_modes,
 )
-from pdf2lora.training import build_model, build_trainer
 
-MIB = 2**20
+pytestmark = pytest.mark.usefixtures("server_of_children")
 
 
 # search
@@ -309,55 +308,14 @@ def test_choice_where_nothing_fits(peak, what_happens, effective_batch):
     )
 
 
-# Child; what it does is at the level of the module, where it can be pickled
-
-
-def prepare(*numbers):
-    """What the child keeps: a list that its answers may change."""
-    return [os.getpid(), *numbers]
-
-
-def process_id(prepared):
-    return prepared[0]
-
-
-def product(prepared, factor):
-    return math.prod(prepared[1:]) * factor
-
-
-def count(prepared):
-    prepared.append(1)
-    return len(prepared)
-
-
-def run_out_of(*prepared_and_kind):
-    kind = prepared_and_kind[-1]
-    if kind == "CPU":
-        torch.empty(2**55)
-    raise {"GPU": torch.OutOfMemoryError, "numpy": MemoryError}[kind]("no memory is left")
-
-
-def die_of(prepared, signal_number):
-    os.kill(os.getpid(), signal_number)
-
-
-def leave(prepared):
-    os._exit(3)
-
-
-def refuse(*prepared):
-    raise InputError("train.attention: 'flash_attention_2' cannot run here")
-
-
-def stumble(prepared):
-    raise KeyError("lm_head")
+# Child: asked.py is what it imports
 
 
 @pytest.fixture
 def child():
-    child = Child(prepare, 6, 7)
-    yield child
-    child.end()
+    with Child("asked") as child:
+        child.prepare(6, 7)
+        yield child
 
 
 def assert_gone(process):
@@ -366,99 +324,168 @@ def assert_gone(process):
 
 
 def test_child_answers_of_what_it_prepared(child):
-    assert child.ask(product, 0.5) == 21.0
+    assert child.ask("product", 0.5) == 21.0
+
+
+def test_child_that_prepared_nothing_answers_of_the_arguments_alone():
+    with Child("asked") as child:
+        assert child.ask("double", 21) == 42
 
 
 def test_child_prepares_once_and_stays(child):
-    first = child.ask(process_id)
+    first = child.ask("process_id")
 
     assert first != os.getpid()
-    assert [child.ask(count) for _ in range(3)] == [4, 5, 6]
-    assert child.ask(process_id) == first
+    assert [child.ask("count") for _ in range(3)] == [4, 5, 6]
+    assert child.ask("process_id") == first
+
+
+def test_child_prepares_anew_when_it_is_told_to(child):
+    first = child.ask("process_id")
+
+    child.prepare(5)
+
+    assert child.ask("product", 1) == 5
+    assert child.ask("process_id") == first
 
 
 def test_child_that_ends_leaves_nothing_and_may_be_asked_again(child):
-    first = child.ask(process_id)
+    first = child.ask("process_id")
 
     child.end()
 
     assert_gone(first)
     child.end()  # a second time is no fault
-    assert child.ask(process_id) != first
+    assert child.ask("process_id") != first
 
 
-def test_child_that_was_never_asked_was_never_started():
-    child = Child(prepare)
+def test_child_of_a_gpu_imports_before_it_is_asked_and_may_be_ended_meanwhile(monkeypatch):
+    monkeypatch.setattr(memory, "has_cuda_driver", lambda: True)
 
-    child.end()
+    with Child("asked") as child:
+        first = child.process.pid
+        assert psutil.pid_exists(first)
 
-    assert child.process is None
+    assert_gone(first)
+
+
+def test_child_of_a_gpu_answers_and_is_replaced(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "has_cuda_driver", lambda: True)
+
+    with Child("asked") as child:
+        child.prepare(6, 7)
+        assert child.ask("be_killed", 1, tmp_path / "diary") == 42
 
 
 @pytest.mark.parametrize("kind", ["CPU", "GPU", "numpy"])
 def test_child_that_runs_out_of_memory_is_replaced(child, kind):
-    first = child.ask(process_id)
-    child.ask(count)
+    first = child.ask("process_id")
+    child.ask("count")
 
-    assert child.ask(run_out_of, kind) is None
+    assert child.ask("run_out_of", kind) is None
 
     if not torch.cuda.is_available():  # a GPU's memory may come back whole
         assert_gone(first)
-        assert child.ask(count) == 4  # prepared anew
-    assert child.ask(process_id)
+        assert child.ask("count") == 4  # prepared anew
+    assert child.ask("process_id")
 
 
-def test_child_that_runs_out_of_memory_before_it_is_ready():
-    child = Child(run_out_of, "CPU")
+def test_child_that_runs_out_of_memory_before_it_is_ready(child):
+    child.prepare("CPU")
 
-    assert child.ask(process_id) is None
-    assert child.ask(process_id) is None
-    child.end()
+    assert child.ask("process_id") is None
+    assert child.ask("process_id") is None
 
 
-def test_child_that_is_killed_ran_out_of_memory_and_is_replaced(child):
-    first = child.ask(process_id)
+def test_child_that_is_killed_once_is_replaced_and_the_question_asked_again(child, tmp_path):
+    first = child.ask("process_id")
 
-    assert child.ask(die_of, signal.SIGKILL) is None
+    assert child.ask("be_killed", 1, tmp_path / "diary") == 42
 
+    asked = [int(line) for line in (tmp_path / "diary").read_text().splitlines()]
+    assert asked == [first, child.ask("process_id")]
     assert_gone(first)
-    assert child.ask(product, 2) == 84
+
+
+def test_children_that_are_killed_twice_ran_out_of_memory(child, tmp_path):
+    child.ask("process_id")
+
+    assert child.ask("be_killed", 3, tmp_path / "diary") is None
+
+    asked = [int(line) for line in (tmp_path / "diary").read_text().splitlines()]
+    assert len(set(asked)) == 2
+    for process in asked:
+        assert_gone(process)
+    assert child.ask("product", 2) == 84
+
+
+def kill(process):
+    """And waits for its end."""
+    killed = psutil.Process(process)
+    killed.kill()
+    with suppress(psutil.NoSuchProcess):
+        while killed.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+
+
+def test_child_that_is_killed_between_two_questions_is_replaced(child):
+    first = child.ask("process_id")
+    kill(first)
+
+    assert child.ask("product", 2) == 84
+
+    assert child.ask("process_id") != first
+
+
+def test_child_that_is_killed_between_two_questions_and_again_ran_out_of_memory(child, tmp_path):
+    kill(child.ask("process_id"))
+
+    assert child.ask("be_killed", 1, tmp_path / "diary") is None
 
 
 def test_child_that_crashes_did_not_run_out_of_memory(child):
-    first = child.ask(process_id)
+    first = child.ask("process_id")
 
-    with pytest.raises(RuntimeError, match="the training step of a probe ended with exit code -11"):
-        child.ask(die_of, signal.SIGSEGV)
-    with pytest.raises(RuntimeError, match="the training step of a probe ended with exit code 3"):
-        child.ask(leave)
+    with pytest.raises(RuntimeError, match=r"asked\.die_of ended its process with exit code -11"):
+        child.ask("die_of", signal.SIGSEGV)
+    with pytest.raises(RuntimeError, match=r"asked\.leave ended its process with exit code 3"):
+        child.ask("leave")
 
     assert_gone(first)
     assert child.process is None
 
 
 def test_input_error_of_a_child_passes_through(child):
-    first = child.ask(process_id)
+    first = child.ask("process_id")
 
     with pytest.raises(InputError) as caught:
-        child.ask(refuse)
+        child.ask("refuse")
 
     assert str(caught.value) == "train.attention: 'flash_attention_2' cannot run here"
     assert_gone(first)
 
 
-def test_input_error_of_what_a_child_prepares_passes_through():
+def test_input_error_of_what_a_child_prepares_passes_through(child):
+    child.prepare("refuse")
+
     with pytest.raises(InputError, match="'flash_attention_2' cannot run here"):
-        Child(refuse).ask(process_id)
+        child.ask("process_id")
+
+
+def test_library_that_a_child_misses_is_known_by_name(child):
+    with pytest.raises(ModuleNotFoundError) as caught:
+        child.ask("miss_a_library")
+
+    assert caught.value.name == "peft.tuners"
 
 
 def test_other_errors_of_a_child_keep_their_text(child):
-    first = child.ask(process_id)
+    first = child.ask("process_id")
 
     with pytest.raises(RuntimeError) as caught:
-        child.ask(stumble)
+        child.ask("stumble")
 
-    assert str(caught.value) == "the training step of a probe failed: KeyError: 'lm_head'"
+    assert str(caught.value) == "asked.stumble failed: KeyError: 'lm_head'"
     assert_gone(first)
 
 
@@ -466,7 +493,7 @@ def test_other_errors_of_a_child_keep_their_text(child):
 def test_child_on_a_gpu_stays_where_a_failed_probe_gave_its_memory_back(monkeypatch, left_behind, replaced):
     """The child's loop itself, with the answers of a GPU's allocator."""
     reserved = iter([2**30, 2**30 + left_behind])
-    questions, answers = [(run_out_of, ("GPU",)), (process_id, ())], []
+    questions, answers = [((), "run_out_of", ("GPU",)), (None, "process_id", ())], []
 
     def recv():
         if not questions:
@@ -476,126 +503,6 @@ def test_child_on_a_gpu_stays_where_a_failed_probe_gave_its_memory_back(monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(memory, "_reserved_bytes", lambda: next(reserved))
 
-    memory._answer(SimpleNamespace(recv=recv, send=answers.append), prepare, ())
+    memory._answer(SimpleNamespace(recv=recv, send=answers.append), "asked")
 
     assert answers == [memory.OutOfMemory(takes_more=not replaced)] + ([] if replaced else [os.getpid()])
-
-
-# PeakMemory
-
-
-def mib(num_mib):
-    return torch.empty(num_mib * MIB, dtype=torch.uint8)
-
-
-def peak_mib(action):
-    with PeakMemory() as peak:
-        action()
-    return peak.gib * 1024
-
-
-@pytest.fixture
-def on_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def test_peak_of_nothing_is_zero(on_cpu):
-    assert peak_mib(lambda: None) == 0
-
-
-def test_peak_of_a_known_sequence(on_cpu):
-    def action():
-        one = mib(1)
-        two = mib(2)
-        del one
-        five = mib(5)  # 7 now
-        del two
-        three = mib(3)  # 8 now
-        del five, three
-        mib(6)
-
-    assert peak_mib(action) == 8
-
-
-def test_views_and_changes_in_place_take_no_memory(on_cpu):
-    def action():
-        tensor = mib(4)
-        tensor.view(2, -1)[1].add_(1)
-        tensor.detach().reshape(-1)[: MIB // 2].zero_()
-
-    assert peak_mib(action) == 4
-
-
-def test_tensor_from_before_the_block_counts_once_it_is_used(on_cpu):
-    before = mib(3)
-
-    assert peak_mib(lambda: before.add_(1)) == 3
-    assert peak_mib(lambda: before + 1) == 6
-
-
-def test_what_an_autograd_graph_keeps_counts_until_backward_is_through(on_cpu):
-    weight = torch.ones(MIB // 4)  # 1 MiB
-
-    def forward():
-        value = weight
-        for _ in range(5):
-            value = value.sin()  # its backward needs what went in
-        return value.sum()
-
-    with torch.no_grad():
-        assert peak_mib(forward) == pytest.approx(2 + 1, abs=0.01)  # weight, what goes in, what comes out
-    weight.requires_grad_()
-    assert peak_mib(forward) == pytest.approx(1 + 5, abs=0.01)
-
-    def two_steps():
-        for _ in range(2):
-            forward().backward()
-            weight.grad = None
-
-    one = peak_mib(lambda: forward().backward())
-    weight.grad = None
-    assert peak_mib(two_steps) == pytest.approx(one, abs=0.01)
-
-
-def test_error_in_the_block_comes_out_and_nothing_is_counted_after_it(on_cpu):
-    with pytest.raises(ZeroDivisionError), PeakMemory() as peak:  # noqa: PT012
-        mib(1)
-        1 / 0  # noqa: B018
-    mib(9)
-
-    assert peak.gib * 1024 == 1
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
-
-
-@quiet
-def test_peak_of_a_training_step_is_the_same_again_and_with_other_numbers_of_threads(on_cpu, base, tmp_path):
-    def step_gib(num_threads, *, batch=2, checkpointing="full"):
-        torch.set_num_threads(num_threads)
-        model = build_model(base, QUANTIZATION, LORA, TRAIN)
-        with PeakMemory() as peak:
-            build_trainer(
-                model,
-                random_sequences(2 * batch),
-                train=TRAIN,
-                kernels="reference",
-                gradient_checkpointing=checkpointing,
-                per_device_batch=batch,
-                gradient_accumulation_steps=1,
-                checkpoints=tmp_path,
-                max_steps=2,
-            ).train()
-            return peak.gib
-
-    num_threads = torch.get_num_threads()
-    try:
-        first = step_gib(1)
-        assert step_gib(1) == first
-        assert step_gib(2) == first
-        assert step_gib(1, batch=4) > first
-        assert step_gib(1, checkpointing="none") > first
-    finally:
-        torch.set_num_threads(num_threads)

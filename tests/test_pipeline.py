@@ -23,7 +23,8 @@ DATA_STAGES = ("check", "extract", "split")
 def imported_modules(file: Path) -> set[str]:
     """Files of this project that `file` imports, directly or by way of others, as paths from the root.
 
-    Imports inside functions count: what is imported late is run as well.
+    Imports inside functions count, and so does a module's name in a string: what is imported late, or by a child, is
+    run as well.
     """
     found: set[str] = set()
     waiting = [file]
@@ -32,10 +33,14 @@ def imported_modules(file: Path) -> set[str]:
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("pdf2lora", "stages"):
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-                for path in (ROOT / f"{name.replace('.', '/')}.py" for name in names):
-                    if path.exists() and str(path.relative_to(ROOT)) not in found:
-                        found.add(str(path.relative_to(ROOT)))
-                        waiting.append(path)
+            elif isinstance(node, ast.Constant) and re.fullmatch(r"pdf2lora(\.\w+)+", str(node.value)):
+                names = [node.value]
+            else:
+                continue
+            for path in (ROOT / f"{name.replace('.', '/')}.py" for name in names):
+                if path.exists() and str(path.relative_to(ROOT)) not in found:
+                    found.add(str(path.relative_to(ROOT)))
+                    waiting.append(path)
     return found
 
 

@@ -94,7 +94,7 @@ def write_run(folder: Path, *, num_test: int = 4, num_validation: int = 1, impro
 def write_machine(folder: Path, watts: float = 300.0) -> None:
     """machine.json and a curve of 20 seconds."""
     stages = {
-        "train": {"seconds": 20.0, "tokens_per_s": 34567, "peak_gpu_memory_gib": 11.2},
+        "train": {"seconds": 20.0, "tokens_per_s": 34567, "joules_per_million_tokens": 15043},
         "sample": {"seconds": 1.0},
     }
     (folder / "metrics/machine").mkdir()
@@ -297,6 +297,8 @@ class TestMachine:
         assert script.startswith(f'showMachine("{key}", ')
         _, part = json.loads("[" + script.removeprefix("showMachine(").removesuffix(");\n") + "]")
         assert "34,567" in part
+        assert "<th>J a million tokens</th>" in part
+        assert "<td>15,043</td>" in part
         assert "There was no GPU" not in part
         assert part.count("<svg") == 3
 

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import math
 import multiprocessing
@@ -6,31 +7,30 @@ import os
 import shutil
 import signal
 import subprocess
-from contextlib import chdir
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY, prose
+from conftest import prose
 from safetensors.torch import load_file
-from tiny_llama import LORA, QUANTIZATION, TRAIN, quiet, same, trainable, write_texts, write_tiny_llama
+from tiny_llama import LORA, QUANTIZATION, TRAIN, quiet, same, write_texts, write_tiny_llama
 from transformers import Trainer
 
+from pdf2lora import machine
 from pdf2lora.checkpoints import CheckpointKeeper
 from pdf2lora.errors import InputError
 from pdf2lora.forward import build_forward
+from pdf2lora.machine import device_name
 from pdf2lora.manifest import write_manifest
-from pdf2lora.memory import Child, Measurement, PeakMemory
+from pdf2lora.memory import Measurement
 from pdf2lora.model import load_adapter, load_base
 from pdf2lora.params import read_params
-from pdf2lora.tokens import pack
-from pdf2lora.tracking import device_name
-from pdf2lora.training import PerplexityTrainer, build_model
+from pdf2lora.training import PerplexityTrainer
 from stages import evaluate, find_batch, train
 
-pytestmark = quiet
+pytestmark = [quiet, pytest.mark.usefixtures("server_of_children")]
 TEXTS = {
     "train": [prose(seed, 20) for seed in range(3)],
     "validation": [prose(10, 12)],
@@ -59,15 +59,6 @@ BATCH = {
     "gradient_accumulation_steps": 1,
     "effective_batch": 2,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server_of_children():
-    """Starts the server that children are forked from where it can import this project: each then starts at once."""
-    with chdir(REPOSITORY):
-        child = Child(float, 1)
-        assert child.ask(float) == 1
-        child.end()
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +143,13 @@ def train_until_the_second_checkpoint_is_half_written():
     train.main()
 
 
+def train_on_a_gpu_that_counts_energy():
+    """A thousand joules more each time that it is asked."""
+    joules = itertools.count(50_000.0, 1_000.0)
+    machine.this_gpu = lambda: SimpleNamespace(joules=lambda: next(joules), read=dict)
+    train.main()
+
+
 def train_with_environment(environment):
     os.environ.update(environment)
     train.main()
@@ -230,25 +228,39 @@ class MadeUpChild:
     gib = {"none": 0.004, "full": 0.001}  # noqa: RUF012
     tokens_per_s = {"none": 300.0, "full": 200.0}  # noqa: RUF012
 
-    def __init__(self, prepare, params, sequences, kernels):
+    modes = ("full",)
+
+    def __init__(self, module):
+        assert module == "pdf2lora.probe"
         self.asked = []
         self.ended = False
         MadeUpChild.last = self
 
-    def ask(self, step, mode, batch, budget_gib):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.ended = True
+
+    def prepare(self, base, params, sequences, kernels):
+        assert (base, kernels) == (Path("models/base"), "reference")
+        assert sequences.input_ids.shape[1] == params.train.seq_length
+
+    def ask(self, function, *arguments):
         assert not self.ended
+        if function == "possibilities":
+            return "cpu", "reference", self.modes
+        assert function == "training_step"
+        mode, batch, _ = arguments
         self.asked.append((mode, batch))
         return Measurement(self.gib[mode] * batch, self.tokens_per_s[mode])
-
-    def end(self):
-        self.ended = True
 
 
 @pytest.fixture
 def made_up_memory(monkeypatch):
     """Room for 12 sequences of mode full and for 3 of mode none."""
     monkeypatch.setattr(find_batch, "Child", MadeUpChild)
-    monkeypatch.setattr(find_batch, "memory_budget_gib", lambda params, child: 0.012)
+    monkeypatch.setattr(find_batch, "memory_budget_gib", lambda params, device, child: 0.012)
 
 
 @pytest.mark.usefixtures("made_up_memory")
@@ -279,7 +291,7 @@ def test_find_batch_makes_the_effective_batch_of_params(project, effective_batch
     ],
 )
 def test_find_batch_chooses_the_fastest_mode(project, monkeypatch, capsys, effective_batch, speed_of_none, chosen):
-    monkeypatch.setattr(find_batch, "checkpointing_modes", lambda train, kernels: ("none", "full"))
+    monkeypatch.setattr(MadeUpChild, "modes", ("none", "full"))
     monkeypatch.setitem(MadeUpChild.tokens_per_s, "none", speed_of_none)
     project.configure({"train.effective_batch": effective_batch})
 
@@ -308,37 +320,32 @@ class FreeGpu:
     """A child on a GPU of which 70 GiB are free."""
 
     def ask(self, function):
-        assert function is find_batch.free_gib
+        assert function == "free_gib"
         return 70.0
 
 
 @pytest.mark.parametrize(
     ("memory_gib", "headroom_gib", "budget_gib"), [("auto", 1.0, 69.0), (20, 1.0, 19.0), (80, 2.5, 67.5), (4.5, 0, 4.5)]
 )
-def test_budget_on_a_gpu_is_what_is_free_and_allowed_less_the_headroom(
-    project, monkeypatch, memory_gib, headroom_gib, budget_gib
-):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_budget_on_a_gpu_is_what_is_free_and_allowed_less_the_headroom(project, memory_gib, headroom_gib, budget_gib):
     project.configure({"find_batch.memory_gib": memory_gib, "find_batch.gpu_headroom_gib": headroom_gib})
 
-    assert find_batch.memory_budget_gib(read_params(), FreeGpu()) == budget_gib
+    assert find_batch.memory_budget_gib(read_params(), "NVIDIA T4", FreeGpu()) == budget_gib
 
 
-def test_budget_without_a_gpu_is_that_of_the_tensors(project, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_budget_without_a_gpu_is_that_of_the_tensors(project):
     project.configure({"find_batch.memory_gib": 20})
 
-    assert find_batch.memory_budget_gib(read_params(), None) == 0.008
+    assert find_batch.memory_budget_gib(read_params(), "cpu", None) == 0.008
 
 
 @pytest.mark.parametrize(("memory_gib", "allowed"), [(1, "1.0"), ("auto", "70.0")])
-def test_headroom_that_leaves_nothing_is_refused(project, monkeypatch, memory_gib, allowed):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_headroom_that_leaves_nothing_is_refused(project, memory_gib, allowed):
     headroom_gib = float(allowed)
     project.configure({"find_batch.memory_gib": memory_gib, "find_batch.gpu_headroom_gib": headroom_gib})
 
     with pytest.raises(InputError) as caught:
-        find_batch.memory_budget_gib(read_params(), FreeGpu())
+        find_batch.memory_budget_gib(read_params(), "NVIDIA T4", FreeGpu())
 
     assert str(caught.value) == (
         f"find_batch.memory_gib: {allowed} GiB of the GPU are free or allowed, find_batch.gpu_headroom_gib "
@@ -358,45 +365,43 @@ def test_find_batch_where_nothing_fits(project):
     assert not Path("metrics/batch.json").exists()
 
 
-def test_find_batch_probes_full_steps_even_of_a_short_corpus(project, monkeypatch):
-    """And times all but the first, which compiles and warms up."""
-    monkeypatch.setattr(PeakMemory, "gib", 0.5)
-    limits, built = [], []
-    clock = iter([10.0, 12.0, 13.0])
-    monkeypatch.setattr(find_batch, "limit_gpu_memory", limits.append)
-    monkeypatch.setattr(find_batch.time, "perf_counter", lambda: next(clock))
+def test_find_batch_says_what_cannot_run_here(project):
+    """Which its child finds out."""
+    project.configure({"train.gradient_checkpointing": "mlp", "train.kernels": "reference"})
 
-    def build(model, sequences, **arguments):
-        built.append((model, sequences, arguments))
-        (step_clock,) = arguments["callbacks"]
-        return SimpleNamespace(train=lambda: [step_clock.on_step_end(None, None, None) for _ in range(3)])
-
-    monkeypatch.setattr(find_batch, "build_trainer", build)
-    project.configure({"find_batch.steps": 3})
-    params = read_params()
-    two_rows = pack([torch.arange(60).numpy()], bos=1, eos=2, seq_length=32)
-    prepared = find_batch.Prepared(params, two_rows, "reference", "the model", free_gib=0.0)
-
-    measurement = find_batch.training_step(prepared, "none", 5, 7.5)
-
-    assert measurement == Measurement(0.5, 5 * 32 / 1.5)
-    assert limits == [7.5]
-    ((model, sequences, arguments),) = built
-    assert sequences.input_ids.shape == sequences.labels.shape == (5 * 3, 32)
-    assert (model, arguments["train"], arguments["kernels"]) == ("the model", params.train, "reference")
-    assert (arguments["per_device_batch"], arguments["max_steps"]) == (5, 3)
-    assert (arguments["gradient_checkpointing"], arguments["gradient_accumulation_steps"]) == ("none", 1)
+    assert error_of(find_batch.main) == (
+        "error: train.gradient_checkpointing: 'mlp' is not possible with the reference kernels; choose none, full or "
+        "auto"
+    )
 
 
-def test_find_batch_prepares_the_model_that_train_trains(project, own_logging):
-    params = read_params()
-    two_rows = pack([torch.arange(60).numpy()], bos=1, eos=2, seq_length=32)
+class ChildWithoutMemory:
+    def ask(self, function, *arguments):
+        return None
 
-    prepared = find_batch.prepare_probes(params, two_rows, "reference")
 
-    expected = build_model(Path("models/base"), QUANTIZATION, LORA, TRAIN)
-    assert same(trainable(prepared.model), trainable(expected))
-    assert (find_batch.free_gib(prepared) > 0) == torch.cuda.is_available()
+def test_memory_that_ends_before_the_first_probe_is_said(project):
+    with pytest.raises(InputError) as caught:
+        find_batch.possibilities(read_params(), ChildWithoutMemory())
+
+    assert str(caught.value) == (
+        "find_batch: memory ends before the base model is loaded, while torch and transformers are imported; free "
+        "some (free -h shows it) and run dvc repro again"
+    )
+
+
+def test_find_batch_leaves_the_libraries_to_its_child(project, start_python):
+    """They take seconds to import, which pass while it reads; torch it needs later, for the name of a GPU."""
+    heavy = "sorted({'torch', 'transformers', 'peft', 'bitsandbytes'} & sys.modules.keys())"
+
+    parent = start_python(
+        f"import sys; from stages import find_batch; print({heavy}); find_batch.main(); print({heavy})"
+    )
+
+    output, errors = parent.communicate()
+    assert parent.returncode == 0, errors
+    first, *_, last = output.splitlines()
+    assert (first, last) == ("[]", "['torch']")
 
 
 # train
@@ -430,6 +435,14 @@ def test_train_writes_metrics_log_and_curves(trained):
         "trainable parameters: (",
     ):
         assert line in log
+
+
+def test_train_says_what_a_million_tokens_cost_in_energy(with_batch):
+    assert run_in_child(train_on_a_gpu_that_counts_energy) == 0
+
+    machine = read("metrics/machine.json")["train"]  # asked as the stage begins, before and after the steps, at its end
+    assert machine["joules_per_million_tokens"] == round(1_000 / (NUM_STEPS * 2 * 32) * 1e6)
+    assert machine["joules"] == 3_000
 
 
 def test_train_removes_its_checkpoints(trained):

@@ -4,10 +4,7 @@ import logging
 import math
 import re
 import shutil
-import sys
-import time
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +15,7 @@ from transformers import LlamaConfig
 from pdf2lora import tracking
 from pdf2lora.throughput import flop_per_token
 from pdf2lora.tokens import windows
-from pdf2lora.tracking import DvcliveCallback, log_to_file, machine_metrics
+from pdf2lora.tracking import DvcliveCallback, log_to_file
 from pdf2lora.training import build_model, build_trainer
 
 pytestmark = quiet
@@ -176,70 +173,6 @@ def test_accumulated_batches_are_one_step_of_the_throughput(build, project):
     assert len(tracker.step_starts) == trainer.state.global_step == 2
 
 
-# machine_metrics
-
-
-@pytest.fixture
-def many_samples(project, monkeypatch):
-    monkeypatch.setattr(tracking, "SAMPLE_S", 0.02)
-    return project
-
-
-def test_machine_metrics_of_two_stages_merge(many_samples):
-    with machine_metrics("find_batch"):
-        time.sleep(0.1)
-    with machine_metrics("train") as machine:
-        machine["tokens_per_s"] = 123
-
-    metrics = json.loads((many_samples / "metrics/machine.json").read_text())
-    assert metrics.keys() == {"machine", "find_batch", "train"}
-    assert {"processor", "gpu", "python", "torch", "transformers", "peft", "bitsandbytes"} < metrics["machine"].keys()
-    assert metrics["find_batch"]["seconds"] >= 0.1
-    assert metrics["train"]["tokens_per_s"] == 123
-    assert metrics["train"]["peak_process_memory_gib"] > 0.05
-
-
-def test_machine_metrics_of_a_stage_that_runs_again_replace_its_own(many_samples):
-    for tokens_per_s in (1, 2):
-        with machine_metrics("train") as machine:
-            machine["tokens_per_s"] = tokens_per_s
-
-    assert json.loads((many_samples / "metrics/machine.json").read_text())["train"]["tokens_per_s"] == 2
-
-
-def test_samples_are_a_table(many_samples):
-    with machine_metrics("train"):
-        time.sleep(0.3)
-
-    header, *rows = (line.split("\t") for line in (many_samples / "metrics/machine/train.tsv").read_text().splitlines())
-    assert header[:2] == ["seconds", "process_memory_gib"]
-    assert len(rows) >= 3
-    seconds = [float(row[0]) for row in rows]
-    assert seconds == sorted(seconds)
-    peak = json.loads((many_samples / "metrics/machine.json").read_text())["train"]["peak_process_memory_gib"]
-    assert peak == max(float(row[1]) for row in rows)
-
-
-def test_memory_of_children_counts(many_samples, start_python):
-    def peak_gib(stage):
-        with machine_metrics(stage):
-            time.sleep(0.05)
-        return json.loads((many_samples / "metrics/machine.json").read_text())[stage]["peak_process_memory_gib"]
-
-    alone = peak_gib("alone")
-    child = start_python("import time; held = b'x' * 400 * 2**20; print('holds', flush=True); time.sleep(60)")
-    assert child.stdout.readline() == "holds\n"
-
-    assert peak_gib("with_child") == pytest.approx(alone + 0.4, abs=0.05)
-
-
-def test_stage_that_fails_has_no_machine_metrics(many_samples):
-    with pytest.raises(ZeroDivisionError), machine_metrics("train"):
-        1 / 0  # noqa: B018
-
-    assert not (many_samples / "metrics").exists()
-
-
 # log_to_file
 
 
@@ -257,63 +190,3 @@ def test_log_and_warnings_go_to_a_file(tmp_path):
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO train: step 1$", text, re.MULTILINE)
     assert re.search(r"WARNING py\.warnings: .*UserWarning: the sea rises", text)
     assert "a detail" not in text
-
-
-def test_a_gpu_that_does_not_answer_costs_nobody_their_training(tmp_path, monkeypatch):
-    class NVMLError(Exception):
-        pass
-
-    def silent(handle):
-        raise NVMLError("not supported")
-
-    gpu = tracking._Gpu()
-    gpu.handle = "gpu"
-    gpu.nvml = SimpleNamespace(
-        NVMLError=NVMLError,
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=3 * 2**30),
-        nvmlDeviceGetUtilizationRates=silent,
-        nvmlDeviceGetPowerUsage=silent,
-        nvmlDeviceGetTotalEnergyConsumption=silent,
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracking, "_Gpu", lambda: gpu)
-
-    with tracking.machine_metrics("train"):
-        pass
-
-    entry = json.loads(tracking.MACHINE.read_text())["train"]
-    assert entry["peak_gpu_memory_gib"] == 3
-    assert "peak_gpu_power_w" not in entry
-    assert "joules" not in entry
-
-
-def test_energy_is_that_of_the_block(many_samples, monkeypatch):
-    counter = iter([10_000, 14_000])  # millijoules since the driver was loaded
-    gpu = tracking._Gpu()
-    gpu.handle = "gpu"
-    gpu.nvml = SimpleNamespace(
-        NVMLError=OSError,
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=2**30),
-        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=97),
-        nvmlDeviceGetPowerUsage=lambda handle: 652_300,
-        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(counter),
-    )
-    monkeypatch.setattr(tracking, "_Gpu", lambda: gpu)
-
-    with machine_metrics("train"):
-        pass
-
-    entry = json.loads((many_samples / "metrics/machine.json").read_text())["train"]
-    assert entry["joules"] == 4
-    assert (entry["peak_gpu_utilization_percent"], entry["peak_gpu_power_w"]) == (97, 652)
-    table = (many_samples / "metrics/machine/train.tsv").read_text().splitlines()
-    assert table[0] == "seconds\tprocess_memory_gib\tgpu_memory_gib\tgpu_utilization_percent\tgpu_power_w"
-
-
-def test_a_gpu_without_nvml_is_said_and_not_measured(monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-
-    assert tracking._Gpu().read() == {}
-    assert "GPU utilization and power are not measured" in caplog.text
-    assert "requirements-gpu.txt" in caplog.text
