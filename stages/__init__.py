@@ -1,10 +1,10 @@
 """One file for each stage of dvc.yaml. What holds for all of them is set here, before torch is imported."""
 
-import logging
 import os
 import sys
 from types import TracebackType
 
+import pdf2lora.quiet  # noqa: F401, before bitsandbytes is imported
 from pdf2lora.orphans import end_with_dvc
 
 # Threads that wait without spinning: where other processes want the cores too, spinning ones slow each other down
@@ -18,11 +18,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # with which cuBLAS repeats its sums in the same order.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-# bitsandbytes, imported on a CPU with AVX512-BF16, misses a kernel for repacked weights, which no stage has (model.py).
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-    lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
-)
 _show = sys.excepthook
 
 
