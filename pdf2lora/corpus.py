@@ -6,10 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 NEAR_DUPLICATE_WORDS = 5  # a shingle of MinHash
 LEAKAGE_WORDS = 13  # n-gram of the leakage report (Brown et al. 2020, Language Models are Few-Shot Learners, app. C)
@@ -59,7 +62,7 @@ def near_duplicate_groups(texts: Sequence[str], similarity: float) -> list[list[
     number of texts, and the same groups whatever their order. Similarity carries over: a ~ b and b ~ c put a, b, c in
     one group.
     """
-    from datasketch import MinHash, MinHashLSH  # imports scipy: only split pays for it
+    from datasketch import MinHash, MinHashLSH  # imports numpy and scipy: only split pays for it
 
     index = MinHashLSH(threshold=min(similarity, 0.9), num_perm=128)  # finds candidates; jaccard decides
     sketches = []
@@ -128,14 +131,18 @@ def split(
 
 def leakage(train: Iterable[str], test: Iterable[str]) -> float | None:
     """Share of the test texts' 13-grams of words that also occur in the train texts; None where test has no 13-gram."""
+    import numpy as np  # late, as datasketch above
+
     vocabulary: dict[str, int] = {}
     seen = np.unique(np.concatenate([_ngrams(text, vocabulary) for text in train]))
     tested = np.concatenate([_ngrams(text, vocabulary) for text in test])
     return float(np.isin(tested, seen).mean()) if len(tested) else None
 
 
-def _ngrams(text: str, vocabulary: dict[str, int]) -> NDArray[np.uint64]:
+def _ngrams(text: str, vocabulary: dict[str, int]) -> "NDArray[np.uint64]":
     """A 64-bit number for each 13-gram: a polynomial of the word numbers, modulo 2**64."""
+    import numpy as np
+
     numbers = np.array([vocabulary.setdefault(word, len(vocabulary) + 1) for word in words(text)], dtype=np.uint64)
     if len(numbers) < LEAKAGE_WORDS:
         return np.empty(0, dtype=np.uint64)

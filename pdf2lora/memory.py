@@ -193,7 +193,7 @@ class Child:
         if has_cuda_driver():
             self._start()
         else:
-            self.context.set_forkserver_preload([module])
+            self.context.set_forkserver_preload(["pdf2lora.quiet", module])
             forkserver.ensure_running()
 
     def __enter__(self) -> "Child":
@@ -276,7 +276,8 @@ def _answer(pipe: Connection, module_name: str) -> None:
     """The child's life: ends with the pipe, with a failure, or with memory that does not come back."""
     import torch
 
-    module: Any = None
+    with suppress(Exception):  # which comes again, and is answered, when the first question needs the module
+        importlib.import_module(module_name)
     prepared: tuple[Any, ...] = ()
     reserved = 0
     while True:
@@ -285,7 +286,7 @@ def _answer(pipe: Connection, module_name: str) -> None:
         except EOFError:
             return None
         try:
-            module = importlib.import_module(module_name)
+            module: Any = importlib.import_module(module_name)
             if preparation is not None:
                 prepared = ()
                 prepared = (module.prepare(*preparation),)

@@ -74,7 +74,7 @@ def load_base(base: Path, quantization: Quantization, train: Train) -> LlamaForC
     """The frozen base model on the device, its linear layers in 4, 8 or 16 bits.
 
     Raises:
-        InputError: bitsandbytes cannot quantize on this machine.
+        InputError: bitsandbytes cannot quantize on this machine, or not this model.
     """
     dtype = compute_dtype(train)
     require_quantization(quantization.bits)
@@ -86,11 +86,12 @@ def load_base(base: Path, quantization: Quantization, train: Train) -> LlamaForC
         quantization_config=_bitsandbytes(quantization, dtype),
         local_files_only=True,
     )
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            # On CPUs with AVX512-BF16 the first forward in eval mode would repack the weights, and gradients through
-            # them would be wrong from then on (bitsandbytes 0.50).
-            module.support_avx512bf16_for_cpu = False
+    in_4_bits = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    require_same_weights({module.in_features for module in in_4_bits}, quantization.bnb_4bit_quant_type, dtype)
+    for module in in_4_bits:
+        # On CPUs with AVX512-BF16 the first forward in eval mode would repack the weights, and gradients through them
+        # would be wrong from then on (bitsandbytes 0.50).
+        module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
@@ -126,6 +127,36 @@ def require_quantization(bits: int) -> None:
             f"quantization.bits: {bits} is not possible here: bitsandbytes {bnb.__version__} on {device().type} says "
             f"'{' '.join(str(error).split())[:200]}'; install a bitsandbytes built for this machine or choose 16"
         ) from error
+
+
+def require_same_weights(widths: set[int], quant_type: str, dtype: torch.dtype) -> None:
+    """Stores random weights in 4 bits, at each number of input features, and compares what bitsandbytes reads with
+    the table of the data type times each block's largest.
+
+    On CPUs with AVX512, bitsandbytes 0.50.2 starts every row at a new block. Blocks have 64 weights and run on from
+    row to row, so where the input features are a multiple of 16 and not of 64 (the widths of its vector code), most
+    rows get the scales of other blocks, and products and gradients were off by 16% to 48%, without a word.
+
+    Raises:
+        InputError: a weight is not the one that was stored.
+    """
+    if device().type != "cpu":
+        return
+    same_each_time = torch.Generator().manual_seed(0)  # the stage's own random stream must not move
+    for width in sorted(widths):
+        weights = torch.randn(32, width, generator=same_each_time).to(dtype)
+        packed, state = bnb.functional.quantize_4bit(weights, quant_type=quant_type)
+        read = bnb.functional.dequantize_4bit(packed, state)
+        codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten().long()
+        scales = state.absmax.repeat_interleave(state.blocksize)[: codes.numel()]
+        stored = (state.code[codes] * scales).view_as(read)
+        off = ((read - stored).abs().max() / stored.abs().max()).item()
+        if not off < 0.01:  # or is no number
+            raise InputError(
+                f"quantization.bits: 4 is not possible here for the model's layers of {width} input features: "
+                f"bitsandbytes {bnb.__version__} on this CPU must give back the weights that it stored, and is off by "
+                f"{off:.0%} of the largest; choose 8 or 16, or run on a GPU"
+            )
 
 
 def add_lora(model: LlamaForCausalLM, lora: Lora) -> PeftModel:

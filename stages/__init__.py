@@ -4,6 +4,7 @@ import os
 import sys
 from types import TracebackType
 
+import pdf2lora.quiet  # noqa: F401, before bitsandbytes is imported
 from pdf2lora.orphans import end_with_dvc
 
 # Threads that wait without spinning: where other processes want the cores too, spinning ones slow each other down

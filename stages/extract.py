@@ -32,6 +32,9 @@ def main() -> None:
     params = read_params()
     files = find_pdfs(CORPORA / params.corpus)
     settings = params.extract.model_dump()
+    print(
+        f"extract: {len(files)} PDFs in {CORPORA / params.corpus}", flush=True
+    )  # before the work, which may take long
 
     hashes = {file: file_sha256(file) for file in files}
     code = [Path(module.__file__ or "") for module in (pdf, cleaning)]

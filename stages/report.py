@@ -9,6 +9,7 @@ metrics/machine.json is not, and dvc.lock stays as it is when a run is repeated.
 from pathlib import Path
 
 from pdf2lora.errors import report_input_errors
+from pdf2lora.orphans import after_orphans
 from pdf2lora.params import read_params
 from pdf2lora.report.card import render_card
 from pdf2lora.report.page import (
@@ -29,6 +30,7 @@ MACHINE_CURVES = Path("metrics/machine")
 
 
 @report_input_errors
+@after_orphans
 def main() -> None:
     params = read_params()
     hashed = ["data/documents.jsonl", "data/split", "models/base", "models/adapter", "metrics/eval.json"]

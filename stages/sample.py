@@ -15,7 +15,9 @@ from pdf2lora.corpus import Document, read_documents
 from pdf2lora.errors import report_input_errors
 from pdf2lora.generation import continuation, nats_per_token
 from pdf2lora.machine import machine_metrics
+from pdf2lora.manifest import require_whole
 from pdf2lora.model import load_adapter, load_base
+from pdf2lora.orphans import after_orphans
 from pdf2lora.params import Sample, read_params
 from pdf2lora.runtime import write_json
 from pdf2lora.tokens import Encoder
@@ -28,8 +30,10 @@ DIGITS = 3  # of nats, after the point
 
 
 @report_input_errors
+@after_orphans
 def main() -> None:
     params = read_params()
+    require_whole(BASE, made_by="convert")
     encoder = Encoder.of(BASE)
     encoder.require_context(params.sample.prompt_tokens + params.sample.max_new_tokens, key="sample.max_new_tokens")
     documents = read_documents(TEST)[: params.sample.num_documents]

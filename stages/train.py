@@ -107,6 +107,7 @@ def main() -> None:
 
         with whole_folder(ADAPTER) as folder:
             trainer.model.save_pretrained(folder)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in; report writes the card
         shutil.rmtree(checkpoints)  # the adapter is whole: a forced re-run trains again instead of loading its end
     print(f"train: {trainer.state.global_step} steps, {machine['tokens_per_s']:,} tokens/s; log in {log_file}")
 

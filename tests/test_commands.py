@@ -66,7 +66,10 @@ class TestExport:
         ).read_text(encoding="utf-8")
         assert f"test perplexity {measured['merged']['perplexity']:.2f} (merged), 15.00" in capsys.readouterr().out
         released = project / "models/adapter_release"
-        assert "library_name: peft" in (released / "README.md").read_text(encoding="utf-8")
+        card = (released / "README.md").read_text(encoding="utf-8")
+        assert "# demo, adapted to demo\n" in card
+        assert "library_name: peft" in card
+        assert "More Information Needed" not in card
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             assert (released / name).read_bytes() == (project / "models/adapter" / name).read_bytes()
 

@@ -21,7 +21,7 @@ from pdf2lora.corpus import read_documents
 from pdf2lora.errors import report_input_errors
 from pdf2lora.manifest import MANIFEST
 from pdf2lora.pdf import Reason, Worker, extract
-from stages import evaluate, train
+from stages import evaluate, sample, train
 from stages import extract as extract_stage
 
 SETTINGS = {
@@ -270,7 +270,7 @@ def test_a_pdf_that_kills_its_worker_each_time_has_crashed(project: Path, monkey
     assert len(killed) == 2
 
 
-@pytest.mark.parametrize("stage", [train, evaluate])
+@pytest.mark.parametrize("stage", [train, evaluate, sample])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_flipped_bit_in_the_base_is_found(with_base: Path, stage: Any, name: str) -> None:
     """With the times of the file as they were, as a disk does it: dvc would not look."""

@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 
 import bitsandbytes as bnb
 import pytest
@@ -17,6 +18,7 @@ from pdf2lora.model import (
     load_adapter,
     load_base,
     require_quantization,
+    require_same_weights,
 )
 
 pytestmark = quiet
@@ -320,3 +322,91 @@ def test_quantization_that_fails_is_the_users_to_mend(base, monkeypatch, bits, f
         "'no kernel image'; install a bitsandbytes built for this machine or choose 16"
     )
     require_quantization(16)
+
+
+# what 4 bits give back
+
+RIGHT = [64, 128, 192, 320, 2048]  # multiples of a block; so are the widths of all Llamas
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_widths_of_whole_blocks_give_back_what_was_stored(quant_type, dtype):
+    require_same_weights(set(RIGHT), quant_type, dtype)
+
+
+def rows_start_at_a_block(packed, state):
+    """The fault of bitsandbytes 0.50.2 on AVX512, by hand: row i gets its scales from block i * (width // 64) on."""
+    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten().long()
+    rows, width = state.shape
+    block = torch.arange(rows)[:, None] * (width // state.blocksize) + torch.arange(width) // state.blocksize
+    return (state.code[codes].view(rows, width) * state.absmax[block]).to(state.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [32, 80, 96, 1000, 1008])
+def test_weights_that_come_back_with_other_scales_are_found(no_gpu, monkeypatch, width, dtype):
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", rows_start_at_a_block)
+
+    require_same_weights(set(RIGHT), "nf4", dtype)
+    with pytest.raises(InputError, match=f"layers of {width} input features"):
+        require_same_weights({*RIGHT, width}, "nf4", dtype)
+
+
+def test_weights_that_are_no_numbers_are_found(no_gpu, monkeypatch):
+    monkeypatch.setattr(
+        bnb.functional, "dequantize_4bit", lambda packed, state: torch.full(state.shape, torch.nan, dtype=state.dtype)
+    )
+
+    with pytest.raises(InputError, match="off by nan%"):
+        require_same_weights({64}, "nf4", torch.float32)
+
+
+def test_a_model_whose_weights_would_come_back_wrong_is_refused(no_gpu, monkeypatch, tmp_path):
+    base = write_tiny_llama(tmp_path, hidden_size=96, intermediate_size=128)
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", rows_start_at_a_block)
+
+    with pytest.raises(InputError) as caught:
+        load(base)
+
+    assert re.fullmatch(
+        r"quantization\.bits: 4 is not possible here for the model's layers of 96 input features: bitsandbytes "
+        rf"{re.escape(bnb.__version__)} on this CPU must give back the weights that it stored, and is off by \d\d% of "
+        r"the largest; choose 8 or 16, or run on a GPU",
+        str(caught.value),
+    )
+    for bits in (8, 16):
+        load(base, bits=bits)
+
+
+@pytest.mark.parametrize("width", [80, 96])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_width_that_is_not_refused_computes_rightly(no_gpu, width, quant_type):
+    """The check against products: whichever this machine's bitsandbytes does, the check says so."""
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(width, 64, bias=False, compute_dtype=torch.float32, quant_type=quant_type).to("cpu")
+    state = layer.weight.quant_state
+    packed = layer.weight.data.flatten()
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten().long()
+    scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    weight = (state.code[codes].view(-1, state.blocksize) * scales[:, None]).view(64, width)
+    inputs = torch.randn(8, width)
+    right = torch.allclose(layer(inputs), inputs @ weight.T, atol=1e-4)
+
+    try:
+        require_same_weights({width}, quant_type, torch.float32)
+        refused = False
+    except InputError:
+        refused = True
+
+    assert refused != right
+
+
+def test_the_check_leaves_the_random_stream_alone(no_gpu):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+
+    require_same_weights({64}, "nf4", torch.float32)
+
+    assert torch.equal(torch.rand(3), expected)

@@ -1,13 +1,17 @@
+import importlib
+import os
 import signal
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from conftest import REPOSITORY
 
 from pdf2lora import orphans
 from pdf2lora.errors import InputError
 from pdf2lora.orphans import after_orphans
+from pdf2lora.runtime import sole_owner
 
 # Stands in for dvc: starts the launcher with DVC_STAGE set, which starts the stage, as accelerate does.
 DVC = """
@@ -148,6 +152,22 @@ def test_a_stage_does_not_run_beside_another_that_stays(at_work, monkeypatch):
 
     assert str(refused.value) == (
         f".scratch/at_work/test_orphans: process {holder.pid} is already at work on these very settings and data; "
+        "wait for it or end it"
+    )
+
+
+@pytest.mark.parametrize("stage", sorted(file.stem for file in (REPOSITORY / "stages").glob("[!_]*.py")))
+def test_every_stage_runs_alone(stage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(orphans, "PATIENCE_S", 0)
+    folder = tmp_path / ".scratch/at_work" / stage
+    folder.mkdir(parents=True)
+
+    with sole_owner(folder), pytest.raises(SystemExit) as refused:
+        importlib.import_module(f"stages.{stage}").main()
+
+    assert str(refused.value) == (
+        f"error: .scratch/at_work/{stage}: process {os.getpid()} is already at work on these very settings and data; "
         "wait for it or end it"
     )
 

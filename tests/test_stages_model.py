@@ -417,6 +417,11 @@ def test_train_writes_an_adapter_that_loads(trained):
     assert all(value.any() and value.dtype == torch.float32 for value in saved.values())
 
 
+def test_an_adapter_is_its_settings_and_its_weights(trained):
+    """And no card: PEFT's would ask for what the report's says."""
+    assert sorted(os.listdir("models/adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 def test_train_writes_metrics_log_and_curves(trained):
     metrics = read("metrics/train/metrics.json")
     assert metrics["step"] == NUM_STEPS
