@@ -188,7 +188,7 @@ def test_any_rank_is_filled_up_to_what_a_tensor_core_takes(one_layer, r):
 @pytest.mark.parametrize("targets", [LORA.target_modules, ALL_LINEAR], ids=["attention", "all"])
 @pytest.mark.parametrize(("batch", "seq_length"), [(4, 256), (3, 129), (1, 37)])
 def test_fp8_is_near(one_layer, targets, batch, seq_length):
-    """Three bits of mantissa: a rounded operand is off by 2.6% in the root mean square."""
+    """Three bits of mantissa: exact e4m3 products of this model are off by 10% in hidden states, 11% in gradients."""
     lora = changed(NO_DROPOUT, target_modules=targets)
     model = adapted(one_layer, lora)
     ids = some_ids(batch, seq_length)
@@ -198,8 +198,8 @@ def test_fp8_is_near(one_layer, targets, batch, seq_length):
 
     hidden, found = hidden_and_gradients(build_forward(model, "fp8"), ids)
 
-    assert 2e-2 < relative_error(hidden, expected_hidden) < 0.1
-    assert 2e-2 < total_error(found, expected) < 0.15
+    assert 5e-2 < relative_error(hidden, expected_hidden) < 0.13
+    assert 5e-2 < total_error(found, expected) < 0.15
     for name in expected:
         assert functional.cosine_similarity(found[name].flatten(), expected[name].flatten(), dim=0) > 0.98, name
 
