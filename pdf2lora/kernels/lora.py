@@ -3,8 +3,8 @@
 PEFT writes dropout(x) to memory for each projection, forward and backward, and converts x to float32. Here x is read
 once, dropped in registers and multiplied at once: 2 bytes a feature in the forward pass, 6 in the backward pass, and a
 bit for each projection, which says whether dropout kept the feature: to draw it again was nearly half of the backward
-pass's instructions. Eight neighbouring features share one call of Philox4x32-7 (Salmon et al. 2011, Parallel Random Numbers:
-seven rounds pass BigCrush), each taking 16 of its bits, and one byte of the mask.
+pass's instructions. Eight neighbouring features share one call of Philox4x32-7 (Salmon et al. 2011, Parallel Random
+Numbers: seven rounds pass BigCrush), each taking 16 of its bits, and one byte of the mask.
 """
 
 from dataclasses import dataclass
