@@ -35,7 +35,8 @@ class FlatParameter:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         torch._foreach_copy_(self.gradients, gradients)
 
-    def forget_gradients(self, set_to_none: bool = True) -> None:
-        """As model.zero_grad(), without the walk through all of its modules to find the few that train."""
-        for parameter in self.parameters:
-            parameter.grad = None
+
+def forget_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """What model.zero_grad() does, without its walk through all modules to find the few parameters that train."""
+    for parameter in parameters:
+        parameter.grad = None

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from pdf2lora.forward import Forward, Kernels, build_forward
 from pdf2lora.loss import linear_cross_entropy
 from pdf2lora.model import add_lora, compute_dtype, load_base
-from pdf2lora.optimizer import FlatParameter
+from pdf2lora.optimizer import FlatParameter, forget_gradients
 from pdf2lora.params import Lora, Quantization, Train
 from pdf2lora.perplexity import nats_per_document
 from pdf2lora.tokens import IGNORED, Sequences, Window
@@ -47,7 +48,8 @@ class PerplexityTrainer(Trainer):  # type: ignore[misc]
             flat = FlatParameter(parameter for parameter in self.model.parameters() if parameter.requires_grad)
             optimizer = optimizer_class([flat.parameter], weight_decay=self.args.weight_decay, **settings)
             optimizer.register_step_pre_hook(flat.gather_gradients)
-            self.model.zero_grad = flat.forget_gradients  # what Trainer calls after each step, while the GPU waits
+            # what Trainer calls after each step, while the GPU waits
+            self.model.zero_grad = partial(forget_gradients, flat.parameters)
             self.optimizer = optimizer
         return self.optimizer
 

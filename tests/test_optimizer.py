@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from pdf2lora.optimizer import FlatParameter
+from pdf2lora.optimizer import FlatParameter, forget_gradients
 
 SHAPES = [(8, 64), (32, 8), (5,), (1, 1), (3, 7)]
 
@@ -131,3 +131,12 @@ def test_state_of_the_optimizer_is_loaded_again():
         after.step()
 
     assert all(torch.equal(a, b) for a, b in zip(second, at_once[-1], strict=True))
+
+
+def test_gradients_are_forgotten():
+    parameters = made_up()
+    give_gradients(parameters, 0)
+
+    forget_gradients(parameters)
+
+    assert [parameter.grad for parameter in parameters] == [None] * len(parameters)

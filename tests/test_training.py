@@ -1,5 +1,7 @@
+import gc
 import os
 import shutil
+import weakref
 
 import bitsandbytes as bnb
 import numpy as np
@@ -198,6 +200,17 @@ def test_a_trainer_takes_the_place_of_an_earlier_one_of_the_same_model(build, ba
         return logged(trainer, "loss")
 
     assert losses("none") == losses("full") == logged(trained(build(lora=NO_DROPOUT)), "loss")
+
+
+def test_gradients_are_forgotten_after_each_step_and_a_trainer_when_it_is_gone(build):
+    trainer = trained(build())
+    flat = weakref.ref(trainer.optimizer.optimizer.param_groups[0]["params"][0])
+    model = trainer.model
+
+    assert not [name for name, value in model.named_parameters() if value.grad is not None]
+    del trainer
+    gc.collect()
+    assert flat() is None
 
 
 def test_a_step_in_eval_mode_is_a_fault_of_ours(build):
