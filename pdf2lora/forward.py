@@ -108,6 +108,10 @@ def _obstacle(wanted: str, train: Train, quantization: Quantization, lora: Lora)
         return f"they need a base of 4 bits, quantization.bits is {quantization.bits}"
     if lora.use_dora:
         return "they do not compute DoRA (lora.use_dora)"
+    from pdf2lora.kernels.lora import LARGEST_RANK
+
+    if lora.r > LARGEST_RANK:
+        return f"they hold ranks up to {LARGEST_RANK}, lora.r is {lora.r}"
     return ""
 
 

@@ -34,9 +34,9 @@ def pretend_gpu(monkeypatch):
     return pretend
 
 
-def refusal(kernels, *, quantization=QUANTIZATION, train=BFLOAT16):
+def refusal(kernels, *, quantization=QUANTIZATION, train=BFLOAT16, lora=LORA):
     with pytest.raises(InputError) as caught:
-        choose_kernels(changed(train, kernels=kernels), quantization, LORA)
+        choose_kernels(changed(train, kernels=kernels), quantization, lora)
     return str(caught.value)
 
 
@@ -71,26 +71,28 @@ def test_what_is_asked_for_runs_where_nothing_is_in_its_way(pretend_gpu, caplog,
 
 
 OBSTACLES = [
-    ({"capability": (7, 5)}, {}, {}, "the GPU has compute capability 7.5, 8.0 is needed"),
-    ({"triton": False}, {}, {}, "the package triton is not installed"),
-    ({}, {"compute_dtype": "float32"}, {}, "they compute in bfloat16 only (train.compute_dtype)"),
-    ({}, {}, {"bits": 8}, "they need a base of 4 bits, quantization.bits is 8"),
-    ({}, {}, {"bits": 16}, "they need a base of 4 bits, quantization.bits is 16"),
+    ({"capability": (7, 5)}, {}, {}, {}, "the GPU has compute capability 7.5, 8.0 is needed"),
+    ({"triton": False}, {}, {}, {}, "the package triton is not installed"),
+    ({}, {"compute_dtype": "float32"}, {}, {}, "they compute in bfloat16 only (train.compute_dtype)"),
+    ({}, {}, {"bits": 8}, {}, "they need a base of 4 bits, quantization.bits is 8"),
+    ({}, {}, {"bits": 16}, {}, "they need a base of 4 bits, quantization.bits is 16"),
+    ({}, {}, {}, {"use_dora": True}, "they do not compute DoRA (lora.use_dora)"),
+    ({}, {}, {}, {"r": 257}, "they hold ranks up to 256, lora.r is 257"),
 ]
 
 
-@pytest.mark.parametrize(("gpu", "train", "quantization", "obstacle"), OBSTACLES)
-def test_each_obstacle_is_named(pretend_gpu, caplog, gpu, train, quantization, obstacle):
+@pytest.mark.parametrize(("gpu", "train", "quantization", "lora", "obstacle"), OBSTACLES)
+def test_each_obstacle_is_named(pretend_gpu, caplog, gpu, train, quantization, lora, obstacle):
     caplog.set_level(logging.INFO)
     pretend_gpu(**gpu)
     settings = changed(BFLOAT16, **train)
-    base = changed(QUANTIZATION, **quantization)
+    base, adapter = changed(QUANTIZATION, **quantization), changed(LORA, **lora)
 
-    assert refusal("fused", quantization=base, train=settings) == (
+    assert refusal("fused", quantization=base, train=settings, lora=adapter) == (
         f"train.kernels: 'fused' cannot run here: {obstacle}; choose 'auto' or 'reference'"
     )
-    assert choose_kernels(changed(settings, kernels="auto"), base, LORA) == "reference"
-    assert choose_kernels(changed(settings, kernels="reference"), base, LORA) == "reference"
+    assert choose_kernels(changed(settings, kernels="auto"), base, adapter) == "reference"
+    assert choose_kernels(changed(settings, kernels="reference"), base, adapter) == "reference"
 
     assert caplog.messages == [
         f"kernels: auto asked for, reference runs ({obstacle})",

@@ -171,7 +171,7 @@ def test_fused_is_as_exact_as_bfloat16_allows(one_layer, deterministic, targets,
     assert all(value.dtype == torch.float32 and value.any() for value in found.values())
 
 
-@pytest.mark.parametrize("r", [3, 20, 64])
+@pytest.mark.parametrize("r", [3, 20, 64, 100, 256])
 def test_any_rank_is_filled_up_to_what_a_tensor_core_takes(one_layer, r):
     lora = changed(NO_DROPOUT, r=r)
     model = adapted(one_layer, lora)

@@ -405,10 +405,10 @@ SHAPES = pytest.mark.parametrize(("tokens", "features"), [(150, 100), (5, 48)]) 
 
 
 @SHAPES
-@pytest.mark.parametrize("projections", [1, 2, 3])
+@pytest.mark.parametrize(("projections", "rank"), [(1, 16), (2, 16), (3, 16), (1, 32), (3, 64), (2, 256)])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_lora_down_and_its_gradients_are_those_of_the_explicit_mask(tokens, features, projections, p):
-    rank, seed, dropout = 16, 11, lora.Dropout(p)
+def test_lora_down_and_its_gradients_are_those_of_the_explicit_mask(tokens, features, projections, rank, p):
+    seed, dropout = 11, lora.Dropout(p)
     x, a = random(tokens, features), random(projections * rank, features, seed=1)
     grad_low_rank, grad_x = random(tokens, projections * rank, seed=2), random(tokens, features, seed=3)
     expected_low_rank, expected_a, expected_x = [], [], grad_x.clone()
@@ -546,6 +546,7 @@ def hidden_and_gradients(forward, ids, *, seed=0):
         (["v_proj", "down_proj"], 8, 2, 7),
         (["q_proj", "v_proj", "up_proj"], 20, 1, 16),
         (["k_proj", "gate_proj"], 1, 3, 5),
+        (ATTENTION, 100, 1, 5),  # more than unrotate multiplies by
     ],
 )
 def test_fused_layers_are_those_of_transformers_and_peft(base, targets, r, batch, seq_length):

@@ -17,10 +17,7 @@ from torch import Tensor
 
 DRAWS = tl.constexpr(8)  # of 16 bits, from one call of Philox; and the bits of a byte of the mask
 RESOLUTION = 1 << 16
-# Tiles, measured on one H100 at 32,768 tokens and 3,072 features. Few warps, which need not wait for each other.
-DOWN = {"BLOCK_TOKENS": 16, "BLOCK": 128, "num_warps": 2}
-BACKWARD = {"BLOCK_TOKENS": 16, "BLOCK": 32, "STAGES": 3, "num_warps": 1}
-BACKWARD_OF_ONE = {"BLOCK_TOKENS": 32, "BLOCK": 64, "STAGES": 1, "num_warps": 2}  # projection
+LARGEST_RANK = 256  # of which a tile is in registers and in 99 KiB of shared memory, what consumer GPUs have
 TOKENS_OF_A_SPLIT = 2048  # whose share of A's gradient one program sums, in order: the result does not vary
 
 
@@ -147,6 +144,24 @@ def _backward(
         tl.store(row + 2 * R * num_features, third * scale, mask=within)
 
 
+def _down_tile(rank: int) -> dict[str, int]:
+    """For small ranks measured on one H100 at 32,768 tokens and 3,072 features; for large ones what fits."""
+    if rank > 64:
+        return {"BLOCK_TOKENS": 16, "BLOCK": 64, "num_warps": 4}
+    return {"BLOCK_TOKENS": 16, "BLOCK": 128, "num_warps": 2}
+
+
+def _backward_tile(rank: int, projections: int) -> dict[str, int]:
+    """Likewise. Few warps are fastest, since they need not wait for each other; but a rank must fit into registers."""
+    if rank > 64:
+        return {"BLOCK_TOKENS": 16, "BLOCK": 32, "STAGES": 1, "num_warps": 8}
+    if rank > 16:
+        return {"BLOCK_TOKENS": 64, "BLOCK": 32, "STAGES": 2, "num_warps": 4}
+    if projections == 1:
+        return {"BLOCK_TOKENS": 32, "BLOCK": 64, "STAGES": 1, "num_warps": 2}
+    return {"BLOCK_TOKENS": 16, "BLOCK": 32, "STAGES": 3, "num_warps": 1}
+
+
 @dataclass(frozen=True)
 class Dropout:
     """Dropout of a LoRA's input; p is met to 1 / 65536, and the scale is that of the p which is met."""
@@ -176,7 +191,7 @@ class LowRank(NamedTuple):
 def down(x: Tensor, a: Tensor, rank: int, dropout: Dropout, seed: int) -> LowRank:
     """dropout(x) A^T for all projections; projection i draws from seed + i.
 
-    x: (tokens, features); a: (projections * rank, features); rank: a power of two, 16 or more.
+    x: (tokens, features); a: (projections * rank, features); rank: a power of two, 16 to LARGEST_RANK.
     """
     tokens, features = x.shape
     projections = a.shape[0] // rank
@@ -185,9 +200,10 @@ def down(x: Tensor, a: Tensor, rank: int, dropout: Dropout, seed: int) -> LowRan
     if dropout.threshold > 0:
         num_bytes = triton.cdiv(features, DRAWS.value)
         mask = torch.empty(projections, tokens, num_bytes, dtype=torch.uint8, device=x.device)
-    _down[(projections, triton.cdiv(tokens, DOWN["BLOCK_TOKENS"]))](
+    tile = _down_tile(rank)
+    _down[(projections, triton.cdiv(tokens, tile["BLOCK_TOKENS"]))](
         x, a, low_rank, mask, seed, tokens, features, dropout.threshold, dropout.scale,
-        R=rank, DROPOUT=mask is not None, **DOWN,
+        R=rank, DROPOUT=mask is not None, **tile,
     )  # fmt: skip
     return LowRank(low_rank, mask)
 
@@ -204,7 +220,7 @@ def backward_(
     projections = a.shape[0] // rank
     splits = triton.cdiv(tokens, TOKENS_OF_A_SPLIT)
     partial = torch.empty(splits, a.shape[0], features, dtype=torch.float32, device=x.device)
-    tile = BACKWARD_OF_ONE if projections == 1 else BACKWARD
+    tile = _backward_tile(rank, projections)
     _backward[(triton.cdiv(features, tile["BLOCK"]), splits)](
         x, grad_x, a, grad_low_rank, partial, mask, tokens, features, scale,
         PROJECTIONS=projections, R=rank, DROPOUT=mask is not None, GRAD_X=grad_x is not None,

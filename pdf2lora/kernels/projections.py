@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pdf2lora.kernels import lora
+from pdf2lora.kernels import lora, rotary
 from pdf2lora.kernels.frozen import Frozen
 from pdf2lora.kernels.lora import LowRank
-from pdf2lora.kernels.rotary import Up
 from pdf2lora.kernels.rows import Rows
 
 NO_DROPOUT = lora.Dropout(0.0)
@@ -70,13 +69,13 @@ class Projections:
         return self.has_lora or not fp8
 
     @property
-    def up(self) -> Up | None:
-        """What rotary.unrotate multiplies by, where these are the projections of q, k and v."""
-        if not self.has_lora:
+    def up(self) -> rotary.Up | None:
+        """What rotary.unrotate multiplies by, where these are the projections of q, k and v; None: nothing."""
+        if not self.has_lora or self.rank > rotary.LARGEST_RANK:
             return None
         first_ranks = {id(adapter.module): adapter.rank.start for adapter in self.adapters}
         q, k, v = (first_ranks.get(id(module), -1) for module in self.modules)
-        return Up(self.b, (q, k, v), self.rank)
+        return rotary.Up(self.b, (q, k, v), self.rank)
 
     def forward(self, x: Rows, seed: int | None) -> tuple[Tensor, LowRank | None]:
         """(y, what backward needs); x: (tokens, features in). Without a seed there is no dropout."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from pdf2lora.kernels.attention import Heads
 
 BLOCK_TOKENS = 64
+LARGEST_RANK = 64  # that unrotate multiplies by: more does not fit into the shared memory of consumer GPUs
 
 
 class Angles(NamedTuple):
