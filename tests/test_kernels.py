@@ -1,11 +1,16 @@
 """The GPU's kernels in Triton's interpreter, in float32, against plain PyTorch; whole layers against PEFT's.
 
+And compiled, for GPUs that are not here (compile_kernels.py).
+
 conftest.py turns the interpreter on where there is no CUDA driver; with one, `TRITON_INTERPRET=1 python -m pytest
 tests/test_kernels.py` does. Attention is PyTorch's own in the kernels and is taken from its CPU side here.
 """
 
 import os
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import bitsandbytes as bnb
 import numpy as np
@@ -13,6 +18,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from conftest import REPOSITORY
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_llama import LORA, QUANTIZATION, TRAIN, VOCABULARY_SIZE, changed, quiet, write_tiny_llama
 from torch import nn
@@ -706,3 +712,27 @@ def test_nothing_is_kept_beyond_the_backward_pass(base, monkeypatch):
 
     assert len(made) == 2 * 2  # forward, and again in the backward pass
     assert not [reference for reference in made if reference() is not None]
+
+
+# as compiled, without a GPU
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 120])  # A100, RTX 4090, H100, RTX 5090
+def test_kernels_compile_for_gpus_and_fit_into_their_shared_memory(tmp_path, capability):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    compiled = subprocess.run(
+        [sys.executable, "compile_kernels.py", str(capability)],
+        cwd=Path(__file__).parent,
+        env=environment | {"PYTHONPATH": str(REPOSITORY), "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+
+    assert compiled.returncode == 0, compiled.stderr
+    kernels = [(name, *map(int, numbers)) for name, *numbers in map(str.split, compiled.stdout.splitlines())]
+    assert {name for name, *_ in kernels} - {"_quantize"} == {
+        "_add_rmsnorm", "_rmsnorm_backward", "_swiglu", "_swiglu_backward", "_cross_entropy", "_dequantize",
+        "_down", "_backward", "_rotate", "_unrotate",
+    }  # fmt: skip
+    assert max(shared for _, _, shared, _ in kernels) <= 99 * 1024
+    assert not [kernel for kernel in kernels if kernel[1] <= 16 and kernel[3] > 0]  # the usual ranks spill nothing

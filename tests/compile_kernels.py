@@ -1,0 +1,91 @@
+"""Compiles the GPU's kernels for one compute capability, on any machine: python compile_kernels.py <capability> [...]
+
+Prints a line for each kernel: its name, the rank of its LoRA or 0, bytes of shared memory, bytes of registers spilled.
+The kernels are called by the project's own functions, on tensors of the CPU, and are compiled where they would be
+launched. Not in pytest's process, where Triton interprets.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from types import SimpleNamespace
+
+import bitsandbytes as bnb
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from pdf2lora.kernels import frozen, lora
+from pdf2lora.kernels.attention import Heads
+from pdf2lora.kernels.cross_entropy import cross_entropy_
+from pdf2lora.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, swiglu, swiglu_backward_
+from pdf2lora.kernels.rotary import LARGEST_RANK, Angles, Up, rotate_, unrotate
+from pdf2lora.kernels.rows import quantize
+
+FEATURES, INTERMEDIATE, VOCABULARY = 3072, 8192, 128_256  # of Llama-3.2-3B
+TOKENS = 64
+RANKS = (16, 64, lora.LARGEST_RANK)
+
+
+def compile_for(capability: int) -> None:
+    target = GPUTarget("cuda", capability, 32)
+    triton.runtime.driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: capability,  # a cache for each
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: target,
+        )
+    )
+    JITFunction.__getitem__ = lambda kernel, grid: (
+        lambda *args, **options: report(kernel.run(*args, grid=grid, warmup=True, **options), options)
+    )
+    elementwise(fp8=False)
+    if capability >= 89:
+        elementwise(fp8=True)
+        quantize(torch.zeros(TOKENS, FEATURES, dtype=torch.bfloat16))
+    for rank in RANKS:
+        adapter(rank)
+
+
+def report(kernel, options) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+    print(kernel.metadata.name, options.get("R", 0), kernel.metadata.shared, re.search(r"STACK:(\d+)", usage)[1])
+
+
+def elementwise(*, fp8: bool) -> None:
+    x, weight = torch.zeros(TOKENS, FEATURES, dtype=torch.bfloat16), torch.zeros(FEATURES, dtype=torch.bfloat16)
+    total, _, rstd = add_rmsnorm(x, x, weight, 1e-5, fp8=fp8)
+    rmsnorm_backward_(x, total, rstd, weight, x, fp8=fp8)
+    gate_up = torch.zeros(TOKENS, 2 * INTERMEDIATE, dtype=torch.bfloat16)
+    swiglu(gate_up, fp8=fp8)
+    swiglu_backward_(torch.zeros(TOKENS, INTERMEDIATE, dtype=torch.bfloat16), gate_up, fp8=fp8)
+    if not fp8:
+        logits = torch.zeros(TOKENS, VOCABULARY, dtype=torch.bfloat16)
+        cross_entropy_(logits, torch.zeros(TOKENS, dtype=torch.int64), gradient=True)
+        linear = bnb.nn.Linear4bit(128, 128, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
+        frozen.dequantize(linear.weight, torch.zeros(128, 128, dtype=torch.bfloat16))
+
+
+def adapter(rank: int) -> None:
+    for projections in (1, 3):
+        x, a = (torch.zeros(rows, FEATURES, dtype=torch.bfloat16) for rows in (TOKENS, projections * rank))
+        low_rank, mask = lora.down(x, a, rank, lora.Dropout(0.1), 0)
+        lora.backward_(x, x.clone(), a, low_rank, rank, mask, 1.1)
+    heads = Heads(num_queries=24, num_keys=8, head_dim=128, seq_length=TOKENS)
+    rows = torch.zeros(TOKENS, heads.width, dtype=torch.bfloat16)
+    angles = Angles(torch.zeros(TOKENS, 64), torch.zeros(TOKENS, 64))
+    rotate_(rows, angles, heads)
+    b = torch.zeros(heads.width, 3 * rank, dtype=torch.bfloat16)
+    up = Up(b, (0, rank, 2 * rank), rank) if rank <= LARGEST_RANK else None
+    unrotate(heads.split(rows), angles, heads, up)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        compile_for(int(argument))
