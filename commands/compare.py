@@ -92,7 +92,9 @@ def perplexity(row: Row) -> str:
 
 
 def value(found: Any) -> str:
-    """As short as can be read: [q v] for a list of projections."""
+    """As params.yaml has it, as short as can be read: [q v] for a list of projections."""
+    if isinstance(found, bool):
+        return str(found).lower()
     return (
         f"{found:g}" if isinstance(found, float) else str(found).replace("'", "").replace("_proj", "").replace(",", "")
     )

@@ -246,6 +246,19 @@ class TestPage:
         shown = re.findall(r"test-(\d+)\.pdf", tables)
         assert shown == ["0", "1", "2", "3", "4", "29", "28", "27", "26", "25"]
 
+    def test_of_few_documents_one_table_holds_all(self, words_of):
+        html = words_of(num_test=4)
+
+        assert "By perplexity, adapted" in html
+        assert "Lowest perplexity, adapted" not in html
+
+    def test_settings_stand_as_in_params(self, words_of):
+        html = words_of()
+
+        assert "<dt>use_dora</dt><dd>false</dd>" in html
+        assert "<dt>timeout_s</dt><dd>30</dd>" in html
+        assert "<dt>target_modules</dt><dd>q_proj, k_proj, v_proj, o_proj</dd>" in html
+
     def test_needs_no_validation(self, run):
         html = run(num_validation=0)
 
@@ -378,9 +391,17 @@ class TestFigures:
         assert figure.axes[0].get_ylim()[1] < 10
         assert {text.get_text() for text in figure.legends[0].get_texts()} == {"still open", "fits", "does not fit"}
 
-    def test_a_document_keeps_the_end_of_its_name(self):
-        assert figures.shortened("a/b.pdf") == "a/b"
-        assert figures.shortened("x" * 50 + "/end.pdf", length=10) == "…xxxxx/end"
+    @pytest.mark.parametrize(
+        ("name", "shown"),
+        [
+            ("a/b.pdf", "a/b"),
+            ("folder/sub/end.pdf", "sub/end"),
+            ("folder/0123456789.pdf", "0123456789"),
+            ("folder/01234567890.pdf", "0123…67890"),
+        ],
+    )
+    def test_a_document_s_name_loses_folders_then_its_middle(self, name, shown):
+        assert figures.shortened(name, length=10) == shown
 
 
 class TestArtifacts:
@@ -390,6 +411,20 @@ class TestArtifacts:
         assert [artifact.path for artifact in found] == ["models/base", "data/pdfs/demo"]
         assert found[1].md5.endswith(".dir")
         assert found[1].num_files == 43
+
+    def test_are_not_those_of_the_run_before(self, tmp_path):
+        """While report runs, its own part of the lock is still the last run's."""
+        before = {"path": "models/adapter", "md5": "before.dir", "size": 1, "nfiles": 3}
+        stages = {
+            "train": {"outs": [before | {"md5": "now.dir", "nfiles": 2}]},
+            "evaluate": {"deps": [before | {"md5": "now.dir", "nfiles": 2}]},
+            "report": {"deps": [before], "outs": []},
+        }
+        YAML(typ="safe").dump({"stages": stages}, tmp_path / "dvc.lock")
+
+        (found,) = read_artifacts(tmp_path / "dvc.lock", ["models/adapter"])
+
+        assert (found.md5, found.num_files) == ("now.dir", 2)
 
     def test_without_a_lock_there_are_none(self, tmp_path):
         assert read_artifacts(tmp_path / "dvc.lock", ["models/base"]) == []

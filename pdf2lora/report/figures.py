@@ -45,7 +45,7 @@ def batch_memory(probes: Sequence[dict[str, Any]], modes: Mapping[str, dict[str,
             if "fixed_gib" in model and "gib_per_sequence" in model:
                 ends = [0, max(p["batch"] for p in probes if _mode(p) == mode)]
                 line = [model["fixed_gib"] + model["gib_per_sequence"] * batch for batch in ends]
-                area.plot(ends, line, color=colour, linestyle=":", label=" ".join((mode, "memory model")).strip())
+                area.plot(ends, line, color=colour, linestyle=":", label=f"memory model ({mode})" if mode else "memory model")
             elif mode:
                 area.scatter([], [], s=28, color=colour, label=mode)
         area.axhline(budget_gib, color=LIGHT["ink"], linewidth=1, linestyle="--", label="budget")
@@ -153,10 +153,13 @@ def over_time(title: str, y_label: str, curves: Mapping[str, Curve]) -> Figure:
         return figure
 
 
-def shortened(name: str, length: int = 38) -> str:
-    """The end of a document's path, which tells more than its beginning."""
+def shortened(name: str, length: int = 30) -> str:
+    """A document's path without the folders, then without the middle, that there is no room for."""
     name = name.removesuffix(".pdf")
-    return name if len(name) <= length else f"…{name[1 - length :]}"
+    while len(name) > length and "/" in name:
+        name = name.partition("/")[2]
+    half = length // 2
+    return name if len(name) <= length else f"{name[: length - half - 1]}…{name[-half:]}"
 
 
 def _mode(probe: Mapping[str, Any]) -> str:
