@@ -45,7 +45,8 @@ def batch_memory(probes: Sequence[dict[str, Any]], modes: Mapping[str, dict[str,
             if "fixed_gib" in model and "gib_per_sequence" in model:
                 ends = [0, max(p["batch"] for p in probes if _mode(p) == mode)]
                 line = [model["fixed_gib"] + model["gib_per_sequence"] * batch for batch in ends]
-                area.plot(ends, line, color=colour, linestyle=":", label=f"memory model ({mode})" if mode else "memory model")
+                label = f"memory model ({mode})" if mode else "memory model"
+                area.plot(ends, line, color=colour, linestyle=":", label=label)
             elif mode:
                 area.scatter([], [], s=28, color=colour, label=mode)
         area.axhline(budget_gib, color=LIGHT["ink"], linewidth=1, linestyle="--", label="budget")

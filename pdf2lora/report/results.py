@@ -82,7 +82,7 @@ def read_columns(file: Path) -> dict[str, list[float]]:
 def read_artifacts(lock: Path, paths: Iterable[str]) -> list[Artifact]:
     """These files and folders in dvc.lock; unknown ones are left out.
 
-    DVC brings the lock up to date after each stage, so while report runs, its own entry alone is that of the run before.
+    DVC brings the lock up to date after each stage: while report runs, its own entry alone is that of the run before.
     """
     if not lock.exists():
         return []
