@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from matplotlib.text import Text
 from ruamel.yaml import YAML
 from tiny_llama import make_document
 
@@ -378,7 +379,43 @@ class TestCard:
         assert find_licences(tmp_path) == [name]
 
 
+def of_four_modes(budget_gib):
+    """The memory figure of a search on a GPU; the last probe ran out of memory."""
+    modes = {"none": (2.0, 0.9, 64), "mlp": (2.0, 0.45, 42), "full": (2.0, 0.06, 64), "offload": (2.0, 0.05, 64)}
+    probes = [
+        {"gradient_checkpointing": mode, "batch": batch, "fits": fixed + slope * batch < budget_gib, "peak_gib": peak}
+        for mode, (fixed, slope, largest) in modes.items()
+        for batch in (1, 20, largest)
+        for peak in [fixed + slope * batch if fixed + slope * batch < 1.1 * budget_gib else None]
+    ]
+    lines = {mode: {"fixed_gib": fixed, "gib_per_sequence": slope} for mode, (fixed, slope, _) in modes.items()}
+    return figures.batch_memory(probes, lines, budget_gib)
+
+
+def of_many_documents():
+    return figures.documents(
+        [
+            {"id": f"folder/{n}-{'long-' * 9}.pdf", "base_perplexity": 9.0 + n, "adapted_perplexity": 8.0}
+            for n in range(40)
+        ]
+    )
+
+
 class TestFigures:
+    @pytest.mark.parametrize("draw", [lambda: of_four_modes(23.0), of_many_documents])
+    def test_no_word_is_cut(self, draw):
+        figure = draw()
+        figure.draw_without_rendering()
+
+        words = [text for text in figure.findobj(Text) if re.search("[a-z]", text.get_text())]  # no ticks out of sight
+        cut = [text.get_text() for text in words if not inside(text.get_window_extent(), figure.bbox)]
+        assert len(words) >= 8
+        assert not cut
+
+    def test_memory_is_drawn_as_far_as_the_budget(self):
+        """Where a line would lead to three times as much, the points would be squeezed at the bottom."""
+        assert of_four_modes(23.0).axes[0].get_ylim()[1] < 1.3 * 23.0
+
     def test_bounds_keep_to_one_way_of_checkpointing(self):
         probes = [
             {"gradient_checkpointing": "none", "batch": 30, "fits": True, "peak_gib": 1.0},
@@ -402,6 +439,10 @@ class TestFigures:
     )
     def test_a_document_s_name_loses_folders_then_its_middle(self, name, shown):
         assert figures.shortened(name, length=10) == shown
+
+
+def inside(box, frame):
+    return box.x0 >= frame.x0 and box.y0 >= frame.y0 and box.x1 <= frame.x1 and box.y1 <= frame.y1
 
 
 class TestArtifacts:
