@@ -21,6 +21,7 @@ from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.params import Params, read_params
 
 DOCUMENTS = "metrics/eval_documents.csv"
+NO_TERMINAL = (10_000, 24)  # nothing is cut on the way into a file
 FINISHED = (None, "Success")  # a State of exp_show: None is a commit, or an experiment that ran in the workspace
 
 Row = dict[str, Any]
@@ -44,7 +45,7 @@ def main() -> None:
         differs = ", ".join(f"{name}={value(row[name])}" for name in changed)
         lines.append((row["Experiment"] or row["rev"], perplexity(row), *interval, differs or "-"))
 
-    print(table(lines, shutil.get_terminal_size((100, 24)).columns))
+    print(table(lines, shutil.get_terminal_size(NO_TERMINAL).columns))
 
 
 def names_of(params: Params) -> list[str]:
