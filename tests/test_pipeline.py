@@ -149,6 +149,22 @@ def test_no_setting_has_a_default_in_code():
     assert all(field.is_required() for section in sections for field in fields(section))
 
 
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))])
+def test_settings_that_the_docs_name_exist(page):
+    """After -S, or as `section.key` or "section.key"."""
+    params = read_params(ROOT / "params.yaml").model_dump()
+    sections = "|".join(name for name, section in params.items() if isinstance(section, dict) and name != "models")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"-S '?([\w.]+)=", text) + re.findall(rf"[`\"]((?:{sections})\.[a-z]\w*)\b(?!\.)", text)
+
+    unknown = []
+    for name in named:
+        section, _, key = name.partition(".")
+        if section not in params or (key and key not in params[section]):
+            unknown.append(name)
+    assert not unknown
+
+
 class TestDemo:
     def test_corpus_is_small_and_shows_the_reasons(self, tmp_path, monkeypatch):
         monkeypatch.chdir(ROOT)
