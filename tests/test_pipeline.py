@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
 from pdf2lora.corpus import read_documents
@@ -138,6 +139,16 @@ def test_the_readme_tree_names_every_module():
 
     assert not [path.name for path in modules if path.name != "__init__.py" and path.name not in readme]
     assert re.search(r"\bkernels/", readme)
+
+
+def test_an_experiment_changes_no_other_line_of_params(tmp_path):
+    """DVC writes the whole file anew, in its own style: params.yaml is in it, so that git diff shows the experiment."""
+    before = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(before, encoding="utf-8")
+
+    apply_overrides(tmp_path / "params.yaml", ["lora.r=16"])
+
+    assert (tmp_path / "params.yaml").read_text(encoding="utf-8") == before.replace("  r: 8\n", "  r: 16\n") != before
 
 
 def test_no_setting_has_a_default_in_code():
