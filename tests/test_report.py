@@ -204,7 +204,7 @@ class TestPage:
 
         assert "test perplexity, base20.00[19.90, 20.10]" in text
         assert "8 sequences of 512 tokens fit in 11.50 GiB (NVIDIA T4)" in text
-        assert "Training takes 4 at a time and accumulates 2: 8 sequences" in text
+        assert "Training takes 4 at a time and accumulates 2 times: 8 sequences" in text
         assert "gradient checkpointing: full, kernels: fused" in text
         assert "out of memory" in text
         assert "over the budget" in text
