@@ -93,12 +93,12 @@ def perplexity(row: Row) -> str:
 
 
 def value(found: Any) -> str:
-    """As params.yaml has it, as short as can be read: [q v] for a list of projections."""
-    if isinstance(found, bool):
+    """What exp_show has of a setting, as short as can be read: 16 for 16.0, true for "True", [q v] for a list."""
+    if isinstance(found, float):
+        return f"{found:g}"
+    if found in ("True", "False"):
         return str(found).lower()
-    return (
-        f"{found:g}" if isinstance(found, float) else str(found).replace("'", "").replace("_proj", "").replace(",", "")
-    )
+    return str(found).replace("'", "").replace("_proj", "").replace(",", "")
 
 
 def table(lines: Sequence[Sequence[str]], width: int) -> str:
