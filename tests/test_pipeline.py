@@ -107,6 +107,8 @@ def test_small_results_are_in_git_and_not_in_the_cache(stage):
     for kind in ("metrics", "plots"):
         for entry in STAGES[stage].get(kind, []):
             assert entry[next(iter(entry))]["cache"] is False
+    plain = [entry for entry in STAGES[stage].get("outs", []) if isinstance(entry, dict)]
+    assert not [entry for entry in plain if "cache" in entry[next(iter(entry))]]  # or DVC would not find its runs again
 
 
 def test_what_one_machine_measured_is_no_output_of_a_stage():
