@@ -21,6 +21,7 @@ from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.params import Params, read_params
 
 DOCUMENTS = "metrics/eval_documents.csv"
+NO_TERMINAL = (10_000, 24)  # nothing is cut on the way into a file
 FINISHED = (None, "Success")  # a State of exp_show: None is a commit, or an experiment that ran in the workspace
 
 Row = dict[str, Any]
@@ -44,7 +45,7 @@ def main() -> None:
         differs = ", ".join(f"{name}={value(row[name])}" for name in changed)
         lines.append((row["Experiment"] or row["rev"], perplexity(row), *interval, differs or "-"))
 
-    print(table(lines, shutil.get_terminal_size((100, 24)).columns))
+    print(table(lines, shutil.get_terminal_size(NO_TERMINAL).columns))
 
 
 def names_of(params: Params) -> list[str]:
@@ -92,10 +93,12 @@ def perplexity(row: Row) -> str:
 
 
 def value(found: Any) -> str:
-    """As short as can be read: [q v] for a list of projections."""
-    return (
-        f"{found:g}" if isinstance(found, float) else str(found).replace("'", "").replace("_proj", "").replace(",", "")
-    )
+    """What exp_show has of a setting, as short as can be read: 16 for 16.0, true for "True", [q v] for a list."""
+    if isinstance(found, float):
+        return f"{found:g}"
+    if found in ("True", "False"):
+        return str(found).lower()
+    return str(found).replace("'", "").replace("_proj", "").replace(",", "")
 
 
 def table(lines: Sequence[Sequence[str]], width: int) -> str:

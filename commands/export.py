@@ -44,7 +44,7 @@ def main() -> None:
     licences = [checkpoint / name for name in results.licence_files]
 
     with whole_folder(RELEASE) as folder:
-        shutil.copytree(ADAPTER, folder, dirs_exist_ok=True)
+        copy_files(sorted(ADAPTER.iterdir()), folder)
         (folder / "README.md").write_text(render_card(results, params), encoding="utf-8")
         copy_files(licences, folder)
     with whole_folder(MERGED) as folder:
@@ -76,6 +76,7 @@ def require_current_adapter() -> None:
 
 
 def copy_files(files: list[Path], folder: Path) -> None:
+    """Without their modes: safetensors leaves its files to their owner alone, and these are to be handed on."""
     for file in files:
         shutil.copyfile(file, folder / file.name)
 

@@ -17,8 +17,12 @@ PAGE = """<!DOCTYPE html>
 <html>
 <head>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>pdf2lora: plots</title>
-<style>body {{ font-family: sans-serif; }} #plots {{ display: flex; flex-wrap: wrap; gap: 1rem; }}</style>
+<style>
+body {{ font-family: sans-serif; }} #plots {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
+#plots > div {{ max-width: 100%; overflow-x: auto; }}
+</style>
 <script>{vega}</script>
 </head>
 <body>

@@ -101,15 +101,22 @@ class Before:
     def read(self, stage: str, path: str) -> bool:
         return any(dep["path"] == path for dep in self.stages.get(stage, {}).get("deps", ()))
 
-    def had(self, stage: str, *sections: str) -> bool:
-        """Whether a stage last ran with these sections of params.yaml as they are now."""
+    def had(self, stage: str) -> bool:
+        """Whether a stage last ran with its part of params.yaml as it is now."""
         locked = self.stages.get(stage, {}).get("params", {}).get("params.yaml", {})
-        return all(section in locked and locked[section] == self.params[section] for section in sections)
+        return bool(locked) and all(self._now(key) == value for key, value in locked.items())
+
+    def _now(self, key: str) -> Any:
+        """The value that a key of dvc.lock, `lora` or `train.optim`, has in params.yaml."""
+        value: Any = self.params
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
 
     @property
     def text_is_current(self) -> bool:
         corpus = f"data/pdfs/{self.params['corpus']}"
-        return self.read("extract", corpus) and self.had("extract", "extract") and self.had("split", "split")
+        return self.read("extract", corpus) and self.had("extract") and self.had("split")
 
     @property
     def base_is_current(self) -> bool:
@@ -158,7 +165,7 @@ def memory_estimate(before: Before, params: Params, shape: Shape) -> Estimate:
     adapter_gib = shape.lora_parameters(params.lora) * (4 + 4 + 2) / GIB  # weights, gradients, 8-bit moments
     fixed = shape.base_gib(params.quantization) + adapter_gib
     batch = before.batch
-    if before.had("find_batch", "find_batch", "lora", "quantization", "train") and before.base_is_current and batch:
+    if before.had("find_batch") and before.base_is_current and batch:
         mode, chosen = batch.get("gradient_checkpointing"), batch["per_device_batch"]
         fitting = [p for p in batch["probes"] if p["fits"] and p.get("gradient_checkpointing") == mode]
         peak = min((p["peak_gib"] for p in fitting if p["batch"] >= chosen), default=None)

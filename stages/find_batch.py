@@ -21,6 +21,7 @@ from pdf2lora.tokens import Encoder
 BASE = Path("models/base")
 TRAIN = Path("data/split/train.jsonl")
 METRICS = Path("metrics/batch.json")
+PROGRESS = "{desc}: probe {n}, {elapsed}{postfix}"  # how many there will be is not known
 
 
 @report_input_errors
@@ -30,7 +31,7 @@ def main() -> None:
     with (
         Child("pdf2lora.probe") as child,  # first of all: it imports while this process goes on
         machine_metrics("find_batch") as machine,
-        tqdm(desc="find_batch", unit="probe", disable=None) as progress,
+        tqdm(desc="find_batch", disable=None, bar_format=PROGRESS) as progress,
     ):
         encoder = Encoder.of(BASE)
         encoder.require_context(params.train.seq_length)
@@ -44,8 +45,9 @@ def main() -> None:
         def measure(mode: str, batch: int) -> Measurement | None:
             measurement: Measurement | None = child.ask("training_step", mode, batch, budget_gib)
             measured[mode, batch] = measurement
+            gib = f"{measurement.peak_gib:.2f}" if measurement else "-"
+            progress.set_postfix(checkpointing=mode, batch=batch, gib=gib, refresh=False)
             progress.update()
-            progress.set_postfix(checkpointing=mode, batch=batch, gib=measurement and measurement.peak_gib)
             return measurement
 
         def tokens_per_s(mode: str, batch: int) -> float:
@@ -62,9 +64,10 @@ def main() -> None:
         ]
 
     write_json(METRICS, result(params, device, kernels, budget_gib, searched, choice))
+    num_probes = sum(len(mode.probes) for mode in searched)
     print(
         f"find_batch: {max(mode.largest for mode in searched)} sequences fit in {budget_gib:.2f} GiB "
-        f"({sum(len(mode.probes) for mode in searched)} probes); train uses {choice.per_device_batch} x "
+        f"({num_probes} probe{'s' if num_probes > 1 else ''}); train uses {choice.per_device_batch} x "
         f"{choice.gradient_accumulation_steps} accumulation steps, gradient checkpointing "
         f"{choice.gradient_checkpointing}, {kernels} kernels"
     )

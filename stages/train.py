@@ -109,7 +109,10 @@ def main() -> None:
             trainer.model.save_pretrained(folder)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in; report writes the card
         shutil.rmtree(checkpoints)  # the adapter is whole: a forced re-run trains again instead of loading its end
-    print(f"train: {trainer.state.global_step} steps, {machine['tokens_per_s']:,} tokens/s; log in {log_file}")
+    print(
+        f"train: {trainer.state.global_step} steps, {machine['tokens_per_s']:,} tokens/s; "
+        f"log in {log_file.relative_to(project_root())}"
+    )
 
 
 def out_of_memory(step: int, checkpoints: Path, error: torch.OutOfMemoryError) -> str:

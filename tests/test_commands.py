@@ -72,6 +72,7 @@ class TestExport:
         assert "More Information Needed" not in card
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             assert (released / name).read_bytes() == (project / "models/adapter" / name).read_bytes()
+        assert len({file.stat().st_mode for file in released.iterdir()}) == 1
 
     def test_the_licence_goes_with_the_model(self, project, current):
         export.main()

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,12 +80,21 @@ class TestTable:
     def test_lists_are_short(self):
         assert compare.value("['q_proj', 'v_proj']") == "[q v]"
         assert compare.value(0.0005) == "0.0005"
+        assert compare.value("True") == "true"
 
     def test_fits_the_terminal(self, shown):
         lines = shown(EXPERIMENT | {"lora.r": 16.0, "train.seed": 12345678901234567890.0}, width=80)
 
         assert max(map(len, lines)) <= 80
         assert lines[2].endswith("…")
+
+    def test_nothing_is_cut_where_there_is_no_terminal(self, shown, monkeypatch):
+        monkeypatch.setattr(sys, "__stdout__", None)
+        modules = "['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']" * 3
+
+        lines = shown(EXPERIMENT | {"lora.r": modules}, width="")
+
+        assert lines[2].endswith(compare.value(modules))
 
     @pytest.mark.parametrize("state", ["Queued", "Running", "Failed"])
     def test_an_experiment_without_results_says_so(self, shown, state):

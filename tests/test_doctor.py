@@ -54,9 +54,10 @@ def after_a_run(project, write_params):
         "extract": stage(["extract"], "data/pdfs/demo"),
         "split": stage(["split"]),
         "convert": stage(["convert"], "models/meta/demo"),
-        "find_batch": stage(["find_batch", "lora", "quantization", "train"]),
+        "find_batch": stage(["find_batch", "lora", "quantization"]),
         "train": stage(["train"]),
     }
+    lock["find_batch"]["params"]["params.yaml"]["train.seq_length"] = params["train"]["seq_length"]
     YAML(typ="safe").dump({"stages": lock}, project / "dvc.lock")
     (project / "metrics").mkdir()
     probes = [
@@ -122,6 +123,17 @@ class TestDoctor:
         output = printed(capsys)
         assert "1,500 characters in data/split/train.jsonl, 4 a token" in output
         assert "measured" not in output
+
+    @pytest.mark.parametrize(
+        ("before", "now", "known"),
+        [("learning_rate: 0.0005", "learning_rate: 0.002", True), ("seq_length: 64", "seq_length: 128", False)],
+    )
+    def test_memory_is_known_from_a_batch_search_of_the_same_settings(self, after_a_run, capsys, before, now, known):
+        text = (after_a_run / "params.yaml").read_text()
+        assert text.count(before) == 1
+        (after_a_run / "params.yaml").write_text(text.replace(before, now))
+
+        assert ("up to 0.20 GiB with 4 sequences at a time" in printed(capsys)) == known
 
     def test_another_gpu_is_not_judged_by_the_run_before(self, after_a_run, capsys, monkeypatch):
         monkeypatch.setattr(environment, "find_gpus", lambda: [H100])

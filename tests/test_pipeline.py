@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
 from pdf2lora.corpus import read_documents
@@ -106,6 +107,8 @@ def test_small_results_are_in_git_and_not_in_the_cache(stage):
     for kind in ("metrics", "plots"):
         for entry in STAGES[stage].get(kind, []):
             assert entry[next(iter(entry))]["cache"] is False
+    plain = [entry for entry in STAGES[stage].get("outs", []) if isinstance(entry, dict)]
+    assert not [entry for entry in plain if "cache" in entry[next(iter(entry))]]  # or DVC would not find its runs again
 
 
 def test_what_one_machine_measured_is_no_output_of_a_stage():
@@ -140,6 +143,16 @@ def test_the_readme_tree_names_every_module():
     assert re.search(r"\bkernels/", readme)
 
 
+def test_an_experiment_changes_no_other_line_of_params(tmp_path):
+    """DVC writes the whole file anew, in its own style: params.yaml is in it, so that git diff shows the experiment."""
+    before = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(before, encoding="utf-8")
+
+    apply_overrides(tmp_path / "params.yaml", ["lora.r=16"])
+
+    assert (tmp_path / "params.yaml").read_text(encoding="utf-8") == before.replace("  r: 8\n", "  r: 16\n") != before
+
+
 def test_no_setting_has_a_default_in_code():
     def fields(section: Any) -> list[Any]:
         return [field for field in section.model_fields.values()]
@@ -147,6 +160,22 @@ def test_no_setting_has_a_default_in_code():
     sections = [Params, *(f.annotation for f in fields(Params) if hasattr(f.annotation, "model_fields"))]
 
     assert all(field.is_required() for section in sections for field in fields(section))
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))])
+def test_settings_that_the_docs_name_exist(page):
+    """After -S, or as `section.key` or "section.key"."""
+    params = read_params(ROOT / "params.yaml").model_dump()
+    sections = "|".join(name for name, section in params.items() if isinstance(section, dict) and name != "models")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"-S '?([\w.]+)=", text) + re.findall(rf"[`\"]((?:{sections})\.[a-z]\w*)\b(?!\.)", text)
+
+    unknown = []
+    for name in named:
+        section, _, key = name.partition(".")
+        if section not in params or (key and key not in params[section]):
+            unknown.append(name)
+    assert not unknown
 
 
 class TestDemo:

@@ -3,6 +3,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
+from ruamel.yaml import YAML
 from tiny_llama import (
     LORA,
     QUANTIZATION,
@@ -19,6 +21,7 @@ from pdf2lora import probe
 from pdf2lora.errors import InputError
 from pdf2lora.machine import device_name
 from pdf2lora.memory import Measurement
+from pdf2lora.params import Train
 from pdf2lora.probe import PeakMemory, StepClock
 from pdf2lora.tokens import pack
 from pdf2lora.training import build_model, build_trainer
@@ -97,6 +100,37 @@ def test_probe_is_of_full_steps_even_of_a_short_corpus(monkeypatch):
     assert (model, arguments["train"], arguments["kernels"]) == ("the model", TRAIN, "reference")
     assert (arguments["per_device_batch"], arguments["max_steps"]) == (5, 3)
     assert (arguments["gradient_checkpointing"], arguments["gradient_accumulation_steps"]) == ("none", 1)
+
+
+# every setting of train that dvc.yaml does not list for find_batch, and another value of it than in TRAIN
+ASIDE = {
+    "num_train_epochs": 3,
+    "learning_rate": 0.5,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 2.0,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.01,
+    "logging_steps": 7,
+    "eval_steps": 7,
+    "save_steps": 7,
+    "seed": 5,
+    "report_to": "wandb",
+}
+
+
+@quiet
+def test_settings_that_do_not_run_find_batch_again_change_no_probe(on_cpu, base, own_logging):
+    stages = YAML(typ="safe", pure=True).load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    listed = {key.removeprefix("train.") for key in stages["find_batch"]["params"] if key.startswith("train")}
+
+    def peak_gib(params):
+        prepared = probe.prepare(base, params, TWO_ROWS, "reference")
+        with PeakMemory() as peak:  # a measurement's is rounded
+            probe.training_step(prepared, "full", 2, budget_gib=1.0)
+        return peak.gib
+
+    assert set(ASIDE) == set(Train.model_fields) - listed
+    assert peak_gib(params_of(**ASIDE)) == peak_gib(params_of()) != peak_gib(params_of(optim="adamw_torch"))
 
 
 def test_steps_to_warm_up_are_not_timed(on_cpu):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from matplotlib.text import Text
 from ruamel.yaml import YAML
 from tiny_llama import make_document
 
@@ -203,7 +204,7 @@ class TestPage:
 
         assert "test perplexity, base20.00[19.90, 20.10]" in text
         assert "8 sequences of 512 tokens fit in 11.50 GiB (NVIDIA T4)" in text
-        assert "Training takes 4 at a time and accumulates 2: 8 sequences" in text
+        assert "Training takes 4 at a time and accumulates 2 times: 8 sequences" in text
         assert "gradient checkpointing: full, kernels: fused" in text
         assert "out of memory" in text
         assert "over the budget" in text
@@ -245,6 +246,19 @@ class TestPage:
 
         shown = re.findall(r"test-(\d+)\.pdf", tables)
         assert shown == ["0", "1", "2", "3", "4", "29", "28", "27", "26", "25"]
+
+    def test_of_few_documents_one_table_holds_all(self, words_of):
+        html = words_of(num_test=4)
+
+        assert "By perplexity, adapted" in html
+        assert "Lowest perplexity, adapted" not in html
+
+    def test_settings_stand_as_in_params(self, words_of):
+        html = words_of()
+
+        assert "<dt>use_dora</dt><dd>false</dd>" in html
+        assert "<dt>timeout_s</dt><dd>30</dd>" in html
+        assert "<dt>target_modules</dt><dd>q_proj, k_proj, v_proj, o_proj</dd>" in html
 
     def test_needs_no_validation(self, run):
         html = run(num_validation=0)
@@ -365,7 +379,43 @@ class TestCard:
         assert find_licences(tmp_path) == [name]
 
 
+def of_four_modes(budget_gib):
+    """The memory figure of a search on a GPU; the last probe ran out of memory."""
+    modes = {"none": (2.0, 0.9, 64), "mlp": (2.0, 0.45, 42), "full": (2.0, 0.06, 64), "offload": (2.0, 0.05, 64)}
+    probes = [
+        {"gradient_checkpointing": mode, "batch": batch, "fits": fixed + slope * batch < budget_gib, "peak_gib": peak}
+        for mode, (fixed, slope, largest) in modes.items()
+        for batch in (1, 20, largest)
+        for peak in [fixed + slope * batch if fixed + slope * batch < 1.1 * budget_gib else None]
+    ]
+    lines = {mode: {"fixed_gib": fixed, "gib_per_sequence": slope} for mode, (fixed, slope, _) in modes.items()}
+    return figures.batch_memory(probes, lines, budget_gib)
+
+
+def of_many_documents():
+    return figures.documents(
+        [
+            {"id": f"folder/{n}-{'long-' * 9}.pdf", "base_perplexity": 9.0 + n, "adapted_perplexity": 8.0}
+            for n in range(40)
+        ]
+    )
+
+
 class TestFigures:
+    @pytest.mark.parametrize("draw", [lambda: of_four_modes(23.0), of_many_documents])
+    def test_no_word_is_cut(self, draw):
+        figure = draw()
+        figure.draw_without_rendering()
+
+        words = [text for text in figure.findobj(Text) if re.search("[a-z]", text.get_text())]  # no ticks out of sight
+        cut = [text.get_text() for text in words if not inside(text.get_window_extent(), figure.bbox)]
+        assert len(words) >= 8
+        assert not cut
+
+    def test_memory_is_drawn_as_far_as_the_budget(self):
+        """Where a line would lead to three times as much, the points would be squeezed at the bottom."""
+        assert of_four_modes(23.0).axes[0].get_ylim()[1] < 1.3 * 23.0
+
     def test_bounds_keep_to_one_way_of_checkpointing(self):
         probes = [
             {"gradient_checkpointing": "none", "batch": 30, "fits": True, "peak_gib": 1.0},
@@ -378,9 +428,21 @@ class TestFigures:
         assert figure.axes[0].get_ylim()[1] < 10
         assert {text.get_text() for text in figure.legends[0].get_texts()} == {"still open", "fits", "does not fit"}
 
-    def test_a_document_keeps_the_end_of_its_name(self):
-        assert figures.shortened("a/b.pdf") == "a/b"
-        assert figures.shortened("x" * 50 + "/end.pdf", length=10) == "…xxxxx/end"
+    @pytest.mark.parametrize(
+        ("name", "shown"),
+        [
+            ("a/b.pdf", "a/b"),
+            ("folder/sub/end.pdf", "sub/end"),
+            ("folder/0123456789.pdf", "0123456789"),
+            ("folder/01234567890.pdf", "0123…67890"),
+        ],
+    )
+    def test_a_document_s_name_loses_folders_then_its_middle(self, name, shown):
+        assert figures.shortened(name, length=10) == shown
+
+
+def inside(box, frame):
+    return box.x0 >= frame.x0 and box.y0 >= frame.y0 and box.x1 <= frame.x1 and box.y1 <= frame.y1
 
 
 class TestArtifacts:
@@ -390,6 +452,20 @@ class TestArtifacts:
         assert [artifact.path for artifact in found] == ["models/base", "data/pdfs/demo"]
         assert found[1].md5.endswith(".dir")
         assert found[1].num_files == 43
+
+    def test_are_not_those_of_the_run_before(self, tmp_path):
+        """While report runs, its own part of the lock is still the last run's."""
+        before = {"path": "models/adapter", "md5": "before.dir", "size": 1, "nfiles": 3}
+        stages = {
+            "train": {"outs": [before | {"md5": "now.dir", "nfiles": 2}]},
+            "evaluate": {"deps": [before | {"md5": "now.dir", "nfiles": 2}]},
+            "report": {"deps": [before], "outs": []},
+        }
+        YAML(typ="safe").dump({"stages": stages}, tmp_path / "dvc.lock")
+
+        (found,) = read_artifacts(tmp_path / "dvc.lock", ["models/adapter"])
+
+        assert (found.md5, found.num_files) == ("now.dir", 2)
 
     def test_without_a_lock_there_are_none(self, tmp_path):
         assert read_artifacts(tmp_path / "dvc.lock", ["models/base"]) == []

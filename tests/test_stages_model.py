@@ -4,9 +4,11 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
+from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,6 +150,13 @@ def train_on_a_gpu_that_counts_energy():
     joules = itertools.count(50_000.0, 1_000.0)
     machine.this_gpu = lambda: SimpleNamespace(joules=lambda: next(joules), read=dict)
     train.main()
+
+
+def train_in_a_copy_of_the_project(root, printed):
+    """As `dvc exp run --temp` does."""
+    os.environ["DVC_ROOT"] = root
+    with Path(printed).open("w") as file, redirect_stdout(file):
+        train.main()
 
 
 def train_with_environment(environment):
@@ -547,6 +556,17 @@ def test_train_keeps_to_the_memory_that_find_batch_was_given(with_batch, memory_
     assert run_in_child(train_and_write_limit, "limit") == 0
 
     assert (Path("limit").read_text() if Path("limit").exists() else None) == limit
+
+
+def test_train_says_where_its_log_is_in_the_project(with_batch, tmp_path_factory):
+    with_batch.configure({"train.num_train_epochs": 0.2})
+    root = tmp_path_factory.mktemp("root")
+
+    assert run_in_child(train_in_a_copy_of_the_project, str(root), "printed") == 0
+
+    log = re.fullmatch(r"train: 2 steps, [\d,]+ tokens/s; log in (.+)\n", Path("printed").read_text())
+    assert re.fullmatch(r"logs/training_\d{8}_\d{6}\.log", log[1])
+    assert (root / log[1]).exists()
 
 
 @pytest.mark.usefixtures("out_of_memory", "own_logging")

@@ -11,6 +11,7 @@ from pdf2lora.report.results import Curve
 from pdf2lora.report.style import LIGHT, axes
 
 NUM_DOCUMENTS = 12  # of the documents' figure, from either end
+LINE_ENDS = 1.15  # budgets: a memory model is drawn no further
 MODE_COLOURS = (LIGHT["adapted"], LIGHT["base"], LIGHT["validation"], LIGHT["train"], LIGHT["ink"])
 
 
@@ -43,9 +44,12 @@ def batch_memory(probes: Sequence[dict[str, Any]], modes: Mapping[str, dict[str,
             area.scatter(died, [budget_gib] * len(died), s=36, marker="x", color=LIGHT["bad"], zorder=3)
             model = modes.get(mode, {})
             if "fixed_gib" in model and "gib_per_sequence" in model:
-                ends = [0, max(p["batch"] for p in probes if _mode(p) == mode)]
-                line = [model["fixed_gib"] + model["gib_per_sequence"] * batch for batch in ends]
-                area.plot(ends, line, color=colour, linestyle=":", label=" ".join((mode, "memory model")).strip())
+                fixed, slope = model["fixed_gib"], model["gib_per_sequence"]
+                largest = max(p["batch"] for p in probes if _mode(p) == mode)
+                above = (LINE_ENDS * budget_gib - fixed) / slope if slope > 0 else largest
+                ends = [0, max(0.0, min(largest, above))]
+                line = [fixed + slope * batch for batch in ends]
+                area.plot(ends, line, color=colour, linestyle=":", label=mode or "memory model")
             elif mode:
                 area.scatter([], [], s=28, color=colour, label=mode)
         area.axhline(budget_gib, color=LIGHT["ink"], linewidth=1, linestyle="--", label="budget")
@@ -115,7 +119,8 @@ def documents(rows: Sequence[dict[str, Any]]) -> Figure:
     if len(rows) > 2 * NUM_DOCUMENTS:
         rows = [*rows[:NUM_DOCUMENTS], *rows[-NUM_DOCUMENTS:]]
         title = f"The {NUM_DOCUMENTS} best and the {NUM_DOCUMENTS} worst test documents"
-    with axes(title, "perplexity, base to adapted", "", height=1.2 + 0.3 * len(rows)) as (figure, area):
+    with axes("", "perplexity, base to adapted", "", height=1.4 + 0.3 * len(rows)) as (figure, area):
+        figure.suptitle(title, x=0.02, ha="left")  # over the names too, which leave the axes little width
         for line, row in enumerate(rows):
             ends = row["base_perplexity"], row["adapted_perplexity"]
             area.plot(ends, (line, line), color=LIGHT["grid"], linewidth=3, solid_capstyle="round", zorder=1)
@@ -123,9 +128,9 @@ def documents(rows: Sequence[dict[str, Any]]) -> Figure:
             values = [row[f"{name}_perplexity"] for row in rows]
             area.scatter(values, range(len(rows)), s=30, color=LIGHT[name], label=name, zorder=2)
         area.set_yticks(range(len(rows)), [shortened(row["id"]) for row in rows])
-        area.invert_yaxis()
+        area.set_ylim(len(rows) - 0.4, -0.6)
         area.grid(axis="y", visible=False)
-        figure.legend(loc="outside upper right", ncols=2)
+        figure.legend(loc="outside lower center", ncols=2)
         return figure
 
 
@@ -153,10 +158,13 @@ def over_time(title: str, y_label: str, curves: Mapping[str, Curve]) -> Figure:
         return figure
 
 
-def shortened(name: str, length: int = 38) -> str:
-    """The end of a document's path, which tells more than its beginning."""
+def shortened(name: str, length: int = 30) -> str:
+    """A document's path without the folders, then without the middle, that there is no room for."""
     name = name.removesuffix(".pdf")
-    return name if len(name) <= length else f"…{name[1 - length :]}"
+    while len(name) > length and "/" in name:
+        name = name.partition("/")[2]
+    half = length // 2
+    return name if len(name) <= length else f"{name[: length - half - 1]}…{name[-half:]}"
 
 
 def _mode(probe: Mapping[str, Any]) -> str:

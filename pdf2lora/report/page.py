@@ -50,6 +50,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters |= {"percent": lambda share, digits=1: f"{share:.{digits}%}", "number": number, "size": size}
+    made.filters["setting"] = setting
     return made
 
 
@@ -57,6 +58,13 @@ def number(value: float | int | None, digits: int = 2) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+
+
+def setting(value: Any) -> str:
+    """As params.yaml writes it: true, 30 for 30.0; a list without its brackets."""
+    if isinstance(value, list):
+        return ", ".join(map(setting, value))
+    return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
 
 
 def size(num_bytes: int) -> str:

@@ -80,11 +80,15 @@ def read_columns(file: Path) -> dict[str, list[float]]:
 
 
 def read_artifacts(lock: Path, paths: Iterable[str]) -> list[Artifact]:
-    """These files and folders in dvc.lock, which DVC brings up to date after each stage; unknown ones are left out."""
+    """These files and folders in dvc.lock; unknown ones are left out.
+
+    DVC brings the lock up to date after each stage: while report runs, its own entry alone is that of the run before.
+    """
     if not lock.exists():
         return []
-    stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8"))["stages"].values()
-    entries = {entry["path"]: entry for stage in stages for kind in ("deps", "outs") for entry in stage.get(kind, ())}
+    stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8"))["stages"]
+    current = [stage for name, stage in stages.items() if name != "report"]
+    entries = {entry["path"]: entry for stage in current for kind in ("deps", "outs") for entry in stage.get(kind, ())}
     return [
         Artifact(path, entry["md5"], entry["size"], entry.get("nfiles", 1))
         for path in paths

@@ -39,6 +39,8 @@ _SETTINGS: dict[Any, Any] = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlecolor": LIGHT["ink"],
+    "figure.titlesize": 10,
+    "figure.titleweight": "bold",
     "axes.labelcolor": LIGHT["muted"],
     "axes.edgecolor": LIGHT["grid"],
     "axes.spines.top": False,
