@@ -6,9 +6,9 @@ In a temporary clone of this checkout's HEAD with a few of the demo's PDFs and a
 clone as it was before one stage (the stages after it are in the cache and run again only if its outputs differ), starts
 `dvc repro`, ends one of its processes or all at a random moment, runs what `make repro` runs (tools.mend_dvc and
 `dvc repro`), and compares the hash of every output in dvc.lock. A round fails too if a process is left alive, if a
-half-written file is left beside an output, or if a training does not go on from the last whole checkpoint; half of the
-rounds of train wait for a checkpoint first. `exp` rounds do the same to `dvc exp run --temp`, `queue` rounds to
-`dvc queue start`.
+half-written file is left beside an output, if a training does not go on from the last whole checkpoint, or if SIGTERM
+or Ctrl-C ended it without one more; half of the rounds of train wait for a checkpoint first. `exp` rounds do the same
+to `dvc exp run --temp`, `queue` rounds to `dvc queue start`.
 """
 
 import argparse
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background, and what it starts, ignores it
     with TemporaryDirectory(prefix="torture-") as folder:
         project = Project(Path(folder), targets=STAGES[-1:])
         plan = [(stage, blow) for stage in arguments.stages for blow in BLOWS[stage]]
@@ -231,13 +232,23 @@ class Project:
                 victims = stage_now[:1]
             case _:
                 victims = above(stage_now) if dvc is None else [psutil.Process(dvc.pid)] * (dvc.poll() is None)
+        newest = max(whole_checkpoints(work), default=0)
         for victim in victims:
             with suppress(psutil.NoSuchProcess):
                 victim.send_signal(blow.number)
         if dvc:
             dvc.wait(TIMEOUT_S)
+        if stage_now and blow.after_checkpoint and blow.number != signal.SIGKILL:
+            psutil.wait_procs(stage_now, TIMEOUT_S)
+            self._require_newer(newest, whole_checkpoints(work))
         self.too_late += not victims
         return f"{delay:.1f} s after {awaited}" + ("" if victims else " (it had ended)")
+
+    def _require_newer(self, newest: int, saved: list[int]) -> None:
+        """Raises Failed where a signal on which train saves a checkpoint ended it with none newer than before."""
+        is_last = newest + SAVE_STEPS >= self.last_step  # that of the last step does not count
+        if not is_last and max(saved, default=0) <= newest:
+            raise Failed(f"no checkpoint after checkpoint-{newest}")
 
     def _moment(
         self, dvc: "subprocess.Popen[bytes] | None", stage: str, blow: Blow, rng: random.Random, work: Path
