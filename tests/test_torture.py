@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tools.clones import Failed
-from tools.torture import Blow, Project, first_step, whole_checkpoints
+from tools.torture import SAVE_STEPS, Blow, Project, first_step, require_newer, whole_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +45,10 @@ def test_checkpoints_of_the_last_step_and_without_a_manifest_are_not_waited_for(
             (checkpoint / "manifest.json").touch()
 
     assert whole_checkpoints(tmp_path) == [4]
+
+
+def test_a_signal_that_ended_train_without_a_checkpoint_is_found() -> None:
+    require_newer(4, [4, 5], last_step=29)
+    with pytest.raises(Failed, match="no checkpoint after checkpoint-4"):
+        require_newer(4, [4], last_step=29)
+    require_newer(28, [28], last_step=28 + SAVE_STEPS)  # the one of the last step would not be among them

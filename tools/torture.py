@@ -240,15 +240,9 @@ class Project:
             dvc.wait(TIMEOUT_S)
         if stage_now and blow.after_checkpoint and blow.number != signal.SIGKILL:
             psutil.wait_procs(stage_now, TIMEOUT_S)
-            self._require_newer(newest, whole_checkpoints(work))
+            require_newer(newest, whole_checkpoints(work), self.last_step)
         self.too_late += not victims
         return f"{delay:.1f} s after {awaited}" + ("" if victims else " (it had ended)")
-
-    def _require_newer(self, newest: int, saved: list[int]) -> None:
-        """Raises Failed where a signal on which train saves a checkpoint ended it with none newer than before."""
-        is_last = newest + SAVE_STEPS >= self.last_step  # that of the last step does not count
-        if not is_last and max(saved, default=0) <= newest:
-            raise Failed(f"no checkpoint after checkpoint-{newest}")
 
     def _moment(
         self, dvc: "subprocess.Popen[bytes] | None", stage: str, blow: Blow, rng: random.Random, work: Path
@@ -334,6 +328,13 @@ def whole_checkpoints(work: Path) -> list[int]:
             if state["global_step"] < state["max_steps"]:
                 steps.append(state["global_step"])
     return steps
+
+
+def require_newer(newest: int, saved: list[int], last_step: int) -> None:
+    """Raises Failed where a signal on which train saves a checkpoint ended it with none newer than before."""
+    is_last = newest + SAVE_STEPS >= last_step  # that of the last step does not count
+    if not is_last and max(saved, default=0) <= newest:
+        raise Failed(f"no checkpoint after checkpoint-{newest}")
 
 
 def first_step(new_logs: set[Path], last_saved: int) -> int:
