@@ -56,8 +56,10 @@ class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
     """Writes each checkpoint's manifest, and saves one more on SIGTERM, Ctrl-C or the end of the terminal.
 
     The manifest also holds the sum of the losses since the last log entry, which the Trainer keeps in memory alone: the
-    curve of a resumed run has the same points wherever the steps of `logging_steps` and the checkpoints fall. A second
-    signal ends the process at once.
+    curve of a resumed run has the same points wherever the steps of `logging_steps` and the checkpoints fall.
+
+    While it saves, a second Ctrl-C ends the process at once; SIGTERM and SIGHUP do not. They follow the first signal
+    where that went to all processes: the launcher ends by it, and so the watch of orphans.py sends another.
     """
 
     def __init__(self, trainer: Trainer, resumes_from: str | None):
@@ -77,7 +79,8 @@ class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
 
     def _stop(self, number: int, frame: object) -> None:
         self.received = signal.Signals(number)
-        self._restore_handlers()
+        for other, before in self.handlers.items():
+            signal.signal(other, before if other == signal.SIGINT else signal.SIG_IGN)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.received:

@@ -46,17 +46,18 @@ def train_on(base, folder, train=SETTINGS):
 
 
 class SignalAt(TrainerCallback):
-    def __init__(self, step, number):
-        self.step, self.number = step, number
+    def __init__(self, step, *numbers):
+        self.step, self.numbers = step, numbers
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step - 1:
-            os.kill(os.getpid(), self.number)
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
 
 
-def train_until(number, step, base, folder):
+def train_until(numbers, step, base, folder):
     trainer = build(base, folder)
-    trainer.add_callback(SignalAt(step, number))
+    trainer.add_callback(SignalAt(step, *numbers))
     keeper = CheckpointKeeper(trainer, None)
     trainer.train()
     try:
@@ -76,17 +77,29 @@ def losses(trainer):
     return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_a_checkpoint_and_training_goes_on_to_the_same_adapter_and_curve(
-    base, undisturbed, tmp_path, number
-):
-    child = multiprocessing.get_context("forkserver").Process(target=train_until, args=(number, 5, base, tmp_path))
+def exit_status_after(numbers, base, folder):
+    child = multiprocessing.get_context("forkserver").Process(target=train_until, args=(numbers, 5, base, folder))
     child.start()
     child.join()
+    return child.exitcode
 
-    assert child.exitcode == 1
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [signal.SIGTERM],
+        [signal.SIGINT],
+        [signal.SIGTERM, signal.SIGTERM],  # to all processes: the second one is from the watch of orphans.py
+        [signal.SIGINT, signal.SIGTERM],
+        [signal.SIGHUP, signal.SIGHUP],
+    ],
+)
+def test_a_signal_saves_a_checkpoint_and_training_goes_on_to_the_same_adapter_and_curve(
+    base, undisturbed, tmp_path, numbers
+):
+    assert exit_status_after(numbers, base, tmp_path) == 1
     assert (tmp_path / "said").read_text() == (
-        f"train: ended by {number.name} after step 5, checkpoint saved; dvc repro goes on from there"
+        f"train: ended by {numbers[0].name} after step 5, checkpoint saved; dvc repro goes on from there"
     )
     assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-5")
 
@@ -94,6 +107,12 @@ def test_a_signal_saves_a_checkpoint_and_training_goes_on_to_the_same_adapter_an
 
     assert losses(resumed) == losses(undisturbed[0])  # step 5 lies between the log entries of 3 and 6
     assert same(trainable(resumed.model), trainable(undisturbed[0].model))
+
+
+def test_a_second_ctrl_c_ends_at_once(base, tmp_path):
+    assert exit_status_after([signal.SIGINT, signal.SIGINT], base, tmp_path) == 1
+    assert not (tmp_path / "said").exists()
+    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 def test_a_signal_that_is_ignored_stays_ignored(base, tmp_path):

@@ -1,11 +1,13 @@
 """The short form of tools/torture.py: two rounds over the stages before find_batch. The long one: `make torture`."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
 from tools.clones import Failed
-from tools.torture import Blow, Project
+from tools.torture import SAVE_STEPS, Blow, Project, first_step, require_newer, whole_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -21,3 +23,32 @@ def test_after_kill_9_the_next_run_gives_the_same_hashes(project: Project, stage
 def test_other_hashes_are_found(project: Project) -> None:
     with pytest.raises(Failed, match="other hashes: data/split"):
         project._compare(project.expected | {"data/split": "0"}, "after 1 s")
+
+
+def test_a_training_that_began_before_the_last_checkpoint_is_found(tmp_path: Path) -> None:
+    log = tmp_path / "training.log"
+    log.write_text("INFO starts from .scratch/train/0f/checkpoint-8\n")
+    assert first_step({log}, 8) == 8
+    with pytest.raises(Failed, match=r"checkpoint-12 was there, training began at \[8\]"):
+        first_step({log}, 12)
+    log.write_text("INFO starts from the base model\n")
+    with pytest.raises(Failed, match="checkpoint-8 was there, training began at the base model"):
+        first_step({log}, 8)
+
+
+def test_checkpoints_of_the_last_step_and_without_a_manifest_are_not_waited_for(tmp_path: Path) -> None:
+    for step in (4, 8, 9):
+        checkpoint = tmp_path / f".scratch/train/0f/checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 9}))
+        if step != 8:
+            (checkpoint / "manifest.json").touch()
+
+    assert whole_checkpoints(tmp_path) == [4]
+
+
+def test_a_signal_that_ended_train_without_a_checkpoint_is_found() -> None:
+    require_newer(4, [4, 5], last_step=29)
+    with pytest.raises(Failed, match="no checkpoint after checkpoint-4"):
+        require_newer(4, [4], last_step=29)
+    require_newer(28, [28], last_step=28 + SAVE_STEPS)  # the one of the last step would not be among them

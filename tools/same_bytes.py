@@ -19,7 +19,7 @@ from tools.clones import Failed, make_clone, outs, run
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--stages", nargs="+", default=["evaluate"], help="up to which stages")
+    parser.add_argument("--stages", nargs="+", default=["report"], help="up to which stages")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     with TemporaryDirectory(prefix="same-bytes-") as folder:

@@ -6,8 +6,9 @@ In a temporary clone of this checkout's HEAD with a few of the demo's PDFs and a
 clone as it was before one stage (the stages after it are in the cache and run again only if its outputs differ), starts
 `dvc repro`, ends one of its processes or all at a random moment, runs what `make repro` runs (tools.mend_dvc and
 `dvc repro`), and compares the hash of every output in dvc.lock. A round fails too if a process is left alive, if a
-half-written file is left beside an output, or if a training does not go on from the last whole checkpoint. `exp` rounds
-do the same to `dvc exp run --temp`, `queue` rounds to `dvc queue start`.
+half-written file is left beside an output, if a training does not go on from the last whole checkpoint, or if SIGTERM
+or Ctrl-C ended it without one more; half of the rounds of train wait for a checkpoint first. `exp` rounds do the same
+to `dvc exp run --temp`, `queue` rounds to `dvc queue start`.
 """
 
 import argparse
@@ -19,42 +20,49 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
 from ruamel.yaml import YAML
 
-from tools.clones import TIMEOUT_S, Failed, make_clone, outs, run, start
+from tools.clones import SETTINGS, TIMEOUT_S, Failed, make_clone, outs, run, start
 
-STAGES = ("check", "extract", "split", "convert", "find_batch", "train", "evaluate")
+STAGES = ("check", "extract", "split", "convert", "find_batch", "train", "evaluate", "sample", "report")
+SAVE_STEPS = int(str(SETTINGS["train.save_steps"]))
 
 
 @dataclass(frozen=True)
 class Blow:
-    """What is done to which process: `stage` (its own), `worker` (a child of it), `launcher`, `dvc`, `all`."""
+    """What is done to which process: `stage` (its own), `worker` (a child of it), `launcher`, `dvc`, `all`.
+
+    after_checkpoint: not before the training has written one.
+    """
 
     target: str
     number: signal.Signals = signal.SIGKILL
+    after_checkpoint: bool = False
 
     def __str__(self) -> str:
         return f"{self.number.name} to {self.target}"
 
 
 KILLS = [Blow("stage"), Blow("dvc"), Blow("all")]
+TRAIN_BLOWS = [
+    *KILLS,
+    Blow("launcher"),
+    Blow("stage", signal.SIGTERM),
+    Blow("dvc", signal.SIGTERM),
+    Blow("all", signal.SIGTERM),
+    Blow("all", signal.SIGINT),  # Ctrl-C
+]
 BLOWS = {stage: KILLS for stage in STAGES} | {
     "extract": [*KILLS, Blow("worker")],
-    "train": [
-        *KILLS,
-        Blow("launcher"),
-        Blow("stage", signal.SIGTERM),
-        Blow("dvc", signal.SIGTERM),
-        Blow("all", signal.SIGTERM),
-        Blow("all", signal.SIGINT),  # Ctrl-C
-    ],
+    "train": [replace(blow, after_checkpoint=waits) for blow in TRAIN_BLOWS for waits in (False, True)],
 }
 
 
@@ -67,12 +75,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background, and what it starts, ignores it
     with TemporaryDirectory(prefix="torture-") as folder:
         project = Project(Path(folder), targets=STAGES[-1:])
         plan = [(stage, blow) for stage in arguments.stages for blow in BLOWS[stage]]
         rounds = [("repro", *plan[number % len(plan)]) for number in range(arguments.rounds)]
-        rounds += [("exp", "train", rng.choice(KILLS)) for _ in range(arguments.exp_rounds)]
-        rounds += [("queue", "train", rng.choice(KILLS)) for _ in range(arguments.queue_rounds)]
+        for how, number_of_them in (("exp", arguments.exp_rounds), ("queue", arguments.queue_rounds)):
+            kills = [replace(rng.choice(KILLS), after_checkpoint=number % 2 == 0) for number in range(number_of_them)]
+            rounds += [(how, "train", kill) for kill in kills]
         failed = 0
         for number, (how, stage, blow) in enumerate(rounds, start=1):
             try:
@@ -81,7 +91,11 @@ def main() -> None:
                 failed += 1
                 said = f"FAILED: {failure}"
             print(f"{number}/{len(rounds)} {how} {stage}, {blow}: {said}", flush=True)
-    print(f"torture: {len(rounds)} rounds, {failed} failed; dvc's own files were mended in {project.mended}")
+    by_stage = ", ".join(f"{stage} {number}" for stage, number in Counter(stage for _, stage, _ in rounds).items())
+    print(
+        f"torture: {len(rounds)} rounds ({by_stage}), {failed} failed; {project.resumed} trainings went on from a "
+        f"checkpoint, {project.too_late} blows came too late, dvc's own files were mended in {project.mended}"
+    )
     sys.exit(failed > 0)
 
 
@@ -92,7 +106,7 @@ class Project:
         """targets: the stages that `dvc repro` is asked for."""
         self.folder, self.targets = folder, targets
         self.seconds: dict[str, float] = {}
-        self.mended = 0
+        self.mended = self.resumed = self.too_late = 0
         clone = folder / "undisturbed"
         make_clone(clone)
         for stage in STAGES[: STAGES.index(targets[-1]) + 1]:
@@ -100,13 +114,19 @@ class Project:
             started = time.monotonic()
             run(["dvc", "repro", stage], clone)
             self.seconds[stage] = time.monotonic() - started
+        started = time.monotonic()
+        run(["dvc", "repro", next(iter(self.seconds))], clone)
+        self.dvc_seconds = time.monotonic() - started
+        if "train" in self.seconds:
+            self.last_step = json.loads((clone / "metrics/train/metrics.json").read_text())["step"]
         self.expected = outs(clone / "dvc.lock")
         for stage in self.seconds:
             snapshot_cache = folder / f"before-{stage}/.dvc/cache"
             shutil.rmtree(snapshot_cache, ignore_errors=True)
             shutil.copytree(clone / ".dvc/cache", snapshot_cache)
             forget(stage, clone / "dvc.lock", snapshot_cache)
-        print("undisturbed: " + ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items()), flush=True)
+        said = ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items())
+        print(f"undisturbed: {said}; {self.dvc_seconds:.1f} s of each are dvc's own", flush=True)
 
     def repro(self, stage: str, blow: Blow, rng: random.Random) -> str:
         """One round; gives what happened, in words.
@@ -117,16 +137,13 @@ class Project:
         work = self._copy_before(stage)
         command = ["dvc", "repro", *self.targets]
         when = self._strike(start(command, work), stage, blow, rng)
-        saved = whole_checkpoints(work)
-        known_logs = set((work / "logs").glob("*.log"))
-        when += self._again(command, work)
+        saved, known_logs = whole_checkpoints(work), logs(work)
+        when += self._again(command, work) + self._went_on(work, saved, known_logs)
         said = self._compare(outs(work / "dvc.lock"), when)
         if left := list(processes_in(work)):
             raise Failed(f"{when}; left running: {left}")
         if left_files := [path for path in work.rglob(".*partial") if ".dvc" not in path.parts]:
             raise Failed(f"{when}; left behind: {left_files}")
-        if stage == "train" and saved:
-            said += ", " + resumed(set((work / "logs").glob("*.log")) - known_logs, max(saved))
         shutil.rmtree(work)
         return said
 
@@ -137,10 +154,24 @@ class Project:
         run(command, work)
         return "".join(f", {line}" for line in mended.splitlines())
 
+    def _went_on(self, work: Path, saved: list[int], known_logs: set[Path]) -> str:
+        """Where the last training began, in words; nothing where no checkpoint was saved.
+
+        Raises:
+            Failed: before the last checkpoint.
+        """
+        if not saved:
+            return ""
+        step = first_step(logs(work) - known_logs, max(saved))
+        self.resumed += 1
+        return f", went on from step {step}"
+
     def exp(self, stage: str, blow: Blow, rng: random.Random) -> str:
         work = self._copy_before(stage)
         when = self._strike(start(["dvc", "exp", "run", "--temp"], work), stage, blow, rng)
+        saved, known_logs = whole_checkpoints(work), logs(work)
         when += self._again(["dvc", "exp", "run", "--temp", "--name", "again"], work)
+        when += self._went_on(work, saved, known_logs)
         said = self._compare_experiment(work, when)
         shutil.rmtree(work)
         return said
@@ -150,6 +181,7 @@ class Project:
         run(["dvc", "exp", "run", "--queue"], work)
         start(["dvc", "queue", "start"], work).wait(TIMEOUT_S)  # the queue would hold our pipes
         when = self._strike(None, stage, blow, rng, work)
+        saved, known_logs = whole_checkpoints(work), logs(work)
         when += self._again(["dvc", "exp", "run", "--queue", "--name", "again"], work)
         start(["dvc", "queue", "start"], work).wait(TIMEOUT_S)
         until = time.monotonic() + TIMEOUT_S
@@ -157,6 +189,7 @@ class Project:
             if time.monotonic() > until:
                 raise Failed(f"{when}; the queue did not end: {run(['dvc', 'queue', 'status'], work)}")
             time.sleep(1)
+        when += self._went_on(work, saved, known_logs)
         said = self._compare_experiment(work, when)
         run(["dvc", "queue", "stop", "--kill"], work)
         for process in processes_in(work):
@@ -178,14 +211,13 @@ class Project:
         rng: random.Random,
         work: Path | None = None,
     ) -> str:
-        """Sends the signal at a moment between the start of the target and its end; gives the moment in words."""
-        of_dvc = dvc is not None and blow.target in ("dvc", "all")
+        """Sends the signal at a random moment; gives the moment in words."""
         work = work or Path(self.folder / "work")
+        awaited, delay, has_come = self._moment(dvc, stage, blow, rng, work)
         until = time.monotonic() + TIMEOUT_S
-        delay = rng.uniform(0, self.seconds[stage] - (0 if of_dvc else 1)) * (0.5 if blow.target == "worker" else 1)
-        while not of_dvc and not stage_processes(work, stage):
+        while not has_come():
             if time.monotonic() > until or (dvc is not None and dvc.poll() is not None):
-                raise Failed(f"{stage} did not start")
+                raise Failed(f"no {awaited}")
             time.sleep(0.01)
         time.sleep(delay)
         stage_now = stage_processes(work, stage)
@@ -199,13 +231,35 @@ class Project:
             case "launcher":
                 victims = stage_now[:1]
             case _:
-                victims = [psutil.Process(dvc.pid)] if dvc else above(stage_now)
+                victims = above(stage_now) if dvc is None else [psutil.Process(dvc.pid)] * (dvc.poll() is None)
+        newest = max(whole_checkpoints(work), default=0)
         for victim in victims:
             with suppress(psutil.NoSuchProcess):
                 victim.send_signal(blow.number)
         if dvc:
             dvc.wait(TIMEOUT_S)
-        return f"after {delay:.1f} s" + ("" if victims else " (it had ended)")
+        if stage_now and blow.after_checkpoint and blow.number != signal.SIGKILL:
+            psutil.wait_procs(stage_now, TIMEOUT_S)
+            require_newer(newest, whole_checkpoints(work), self.last_step)
+        self.too_late += not victims
+        return f"{delay:.1f} s after {awaited}" + ("" if victims else " (it had ended)")
+
+    def _moment(
+        self, dvc: "subprocess.Popen[bytes] | None", stage: str, blow: Blow, rng: random.Random, work: Path
+    ) -> tuple[str, float, Callable[[], bool]]:
+        """What to wait for, in words, how many seconds more, and whether it has come.
+
+        A moment lies between the start of the target and its end, or within a second of a checkpoint, any but that of
+        the last step.
+        """
+        if blow.after_checkpoint:
+            step = rng.randrange(SAVE_STEPS, self.last_step, SAVE_STEPS)
+            return f"checkpoint-{step}", rng.uniform(0, 1), lambda: max(whole_checkpoints(work), default=0) >= step
+        if dvc is not None and blow.target in ("dvc", "all"):
+            return "start of dvc", rng.uniform(0, self.seconds[stage]), lambda: True
+        longest = max(0.0, self.seconds[stage] - self.dvc_seconds)
+        delay = rng.uniform(0, longest) * (0.5 if blow.target == "worker" else 1)
+        return f"start of {stage}", delay, lambda: bool(stage_processes(work, stage))
 
     def _compare(self, made: dict[str, str], when: str) -> str:
         different = [out for out in self.expected if made.get(out) != self.expected[out]]
@@ -261,19 +315,35 @@ def above(stage_now: list[psutil.Process]) -> list[psutil.Process]:
     return [next(parent for parent in parents if any("dvc" in word for word in parent.cmdline()))] if parents else []
 
 
+def logs(work: Path) -> set[Path]:
+    return set((work / "logs").glob("*.log"))
+
+
 def whole_checkpoints(work: Path) -> list[int]:
-    """Steps of the checkpoints that have a manifest."""
-    manifests = work.glob(".scratch/train/*/checkpoint-*/manifest.json")
-    return [int(manifest.parent.name.rpartition("-")[2]) for manifest in manifests]
+    """Steps of the checkpoints that a training can go on from: with a manifest, and not of the last step."""
+    steps = []
+    for manifest in work.glob(".scratch/train/*/checkpoint-*/manifest.json"):
+        with suppress(FileNotFoundError):  # only the newest two are kept
+            state = json.loads(manifest.with_name("trainer_state.json").read_text())
+            if state["global_step"] < state["max_steps"]:
+                steps.append(state["global_step"])
+    return steps
 
 
-def resumed(new_logs: set[Path], last_saved: int) -> str:
-    """Raises Failed where the training after the kill began before the last checkpoint."""
+def require_newer(newest: int, saved: list[int], last_step: int) -> None:
+    """Raises Failed where a signal on which train saves a checkpoint ended it with none newer than before."""
+    is_last = newest + SAVE_STEPS >= last_step  # that of the last step does not count
+    if not is_last and max(saved, default=0) <= newest:
+        raise Failed(f"no checkpoint after checkpoint-{newest}")
+
+
+def first_step(new_logs: set[Path], last_saved: int) -> int:
+    """Where the last of the trainings began; raises Failed where one of them began before the last checkpoint."""
     said = "".join(log.read_text() for log in sorted(new_logs))
     steps = [int(step) for step in re.findall(r"starts from \S*checkpoint-(\d+)", said)]
     if not steps or min(steps) < last_saved:
         raise Failed(f"checkpoint-{last_saved} was there, training began at {steps or 'the base model'}")
-    return f"went on from step {steps[-1]}"
+    return steps[-1]
 
 
 if __name__ == "__main__":
