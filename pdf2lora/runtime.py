@@ -121,9 +121,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def _partial(path: Path) -> Path:
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         pid = left.name.split(".")[-2]
-        if not pid.isdigit() or not psutil.pid_exists(int(pid)):
+        if not pid.isdigit() or not _is_at_work(int(pid)):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _is_at_work(pid: int) -> bool:
+    """A zombie is not: it has ended, and where an orphan's new parent is slow to ask, it exists for seconds more."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from subprocess import Popen
 
+import psutil
 import pytest
 
 from pdf2lora.errors import InputError
@@ -152,6 +154,23 @@ def test_nothing_is_left_where_nothing_was(tmp_path: Path) -> None:
     fail_in(whole_file(tmp_path / "file"), lambda partial: partial.write_text("half"))
     fail_in(whole_folder(tmp_path / "folder"), lambda partial: (partial / "half").touch())
     assert os.listdir(tmp_path) == []
+
+
+def test_what_ended_processes_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
+    with Popen(["sleep", "60"]) as at_work:
+        zombie = Popen(["true"])  # not waited for
+        while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        left = {owner: tmp_path / f".file.{owner}.partial" for owner in (at_work.pid, zombie.pid, 2**22 + 1, "no-pid")}
+        for path in left.values():
+            path.touch()
+
+        with whole_file(tmp_path / "file") as partial:
+            partial.write_text("whole")
+
+        at_work.kill()
+    assert [owner for owner, path in left.items() if path.exists()] == [at_work.pid]
+    zombie.wait()
 
 
 def test_whole_folder_starts_empty_after_a_killed_run(tmp_path: Path) -> None:
