@@ -260,6 +260,9 @@ class TestPage:
         assert "<dt>timeout_s</dt><dd>30</dd>" in html
         assert "<dt>target_modules</dt><dd>q_proj, k_proj, v_proj, o_proj</dd>" in html
 
+    def test_says_what_differs_on_another_machine(self, words_of):
+        assert "on another one the adapter, losses and perplexities differ in their last digits" in words_of()
+
     def test_needs_no_validation(self, run):
         html = run(num_validation=0)
 
