@@ -73,7 +73,7 @@ def test_the_documentation_s_images_exist_and_are_small():
         if "images/" in word
     }
     links = {
-        (page.parent / target.split(")")[0]).resolve()
+        (page.parent / target.split(")")[0].split("#")[0]).resolve()
         for page in pages
         for target in page.read_text(encoding="utf-8").split("](")[1:]
         if not target.startswith("http")
