@@ -42,8 +42,8 @@ def _load_angles(cos, sin, token, column, inside, seq_length, HALF: tl.constexpr
 
 @triton.jit
 def _load_b(b, row, column, rank, WIDTH: tl.constexpr, HALF: tl.constexpr):
-    """B^T of half a head: (ranks, columns)."""
-    return tl.load(b + (row + column)[None, :] * WIDTH + rank[:, None], mask=(column < HALF)[None, :], other=0.0)
+    """B of half a head: (columns, ranks)."""
+    return tl.load(b + (row + column)[:, None] * WIDTH + rank[None, :], mask=(column < HALF)[:, None], other=0.0)
 
 
 @triton.jit
@@ -102,10 +102,8 @@ def _unrotate(
         tl.store(target + head * 2 * HALF + HALF, y, mask=inside)
         if FIRST_RANK >= 0:
             row = (FIRST_HEAD + head) * 2 * HALF
-            total = tl.dot(x, tl.trans(_load_b(b, row, column, rank, WIDTH, HALF)), total, input_precision="ieee")
-            total = tl.dot(
-                y, tl.trans(_load_b(b, row + HALF, column, rank, WIDTH, HALF)), total, input_precision="ieee"
-            )
+            total = tl.dot(x, _load_b(b, row, column, rank, WIDTH, HALF), total, input_precision="ieee")
+            total = tl.dot(y, _load_b(b, row + HALF, column, rank, WIDTH, HALF), total, input_precision="ieee")
     if FIRST_RANK >= 0:
         at = grad_low_rank + token.to(tl.int64)[:, None] * WIDTH + rank[None, :]
         tl.store(at, total.to(grad_low_rank.dtype.element_ty), mask=(token < tokens)[:, None])
