@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from pdf2lora.runtime import sole_owner
+from pdf2lora.runtime import is_alive, sole_owner
 
 WATCH_S = 0.2
 PATIENCE_S = 60.0  # for an orphan to end its step and to save a checkpoint
@@ -40,15 +40,9 @@ def processes_above() -> list[psutil.Process]:
 
 
 def _watch(above: list[psutil.Process]) -> None:
-    while not _adopted(above[-1:]) and all(map(_is_alive, above)):
+    while not _adopted(above[-1:]) and all(map(is_alive, above)):
         time.sleep(WATCH_S)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def _adopted(top: list[psutil.Process]) -> bool:

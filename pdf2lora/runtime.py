@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -127,11 +127,16 @@ def _partial(path: Path) -> Path:
 
 
 def _is_at_work(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return is_alive(psutil.Process(pid))
+    return False
+
+
+def is_alive(process: psutil.Process) -> bool:
     """A zombie is not: it has ended, and where an orphan's new parent is slow to ask, it exists for seconds more."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+    with suppress(psutil.Error):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 @contextmanager
