@@ -5,6 +5,8 @@ size and time before it reads bytes, so it does not see a bit that flips on the 
 """
 
 import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ MANIFEST = "manifest.json"
 def write_manifest(folder: Path, **more: object) -> None:
     """more: further entries of the JSON object."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files}
-    write_json(folder / MANIFEST, more | {"files": hashes})
+    names = [str(path.relative_to(folder)) for path in files]
+    write_json(folder / MANIFEST, more | {"files": _hashes(folder, names)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -30,12 +32,20 @@ def fault(folder: Path) -> str | None:
     if not (folder / MANIFEST).exists():
         return "it was not written to its end"
     try:
-        for name, sha256 in read_manifest(folder)["files"].items():
-            if file_sha256(folder / name) != sha256:
+        written: dict[str, str] = read_manifest(folder)["files"]
+        for name, sha256 in _hashes(folder, written).items():
+            if sha256 != written[name]:
                 return f"its {name} is not what was written"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"it cannot be read ({type(error).__name__}: {error})"
     return None
+
+
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of each file, several at a time: hashlib lets other threads run, and one core reads 1 to 2 GB/s."""
+    names = list(names)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(lambda name: file_sha256(folder / name), names), strict=True))
 
 
 def require_whole(folder: Path, *, made_by: str) -> None:

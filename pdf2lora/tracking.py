@@ -55,6 +55,7 @@ class DvcliveCallback(TrainerCallback):  # type: ignore[misc]
         self.progress: Any = None
         self.last_log = (0, 0.0)  # step, seconds
         self.step_starts: list[float] = []
+        self.first_step_at = 0.0  # seconds since the epoch
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for entry in state.log_history:
@@ -70,6 +71,7 @@ class DvcliveCallback(TrainerCallback):  # type: ignore[misc]
         self._show_progress(state, logs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first_step_at = self.first_step_at or time.time()
         self.step_starts.append(time.monotonic())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -78,6 +80,10 @@ class DvcliveCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.close()
         self.live.end()
+
+    def start_up(self, began: float) -> dict[str, float]:
+        """seconds_to_first_step since `began`, of the epoch; nothing where no step was left to do."""
+        return {"seconds_to_first_step": round(self.first_step_at - began, 1)} if self.first_step_at else {}
 
     def throughput(self, config: LlamaConfig, seq_length: int) -> dict[str, float | None]:
         """Of the median training step, without the looks at the validation documents; and the GPU memory it took."""

@@ -45,7 +45,9 @@ log = logging.getLogger("train")
 @after_orphans
 def main() -> None:
     params = read_params()
-    take_all_cores()
+    launched_by = launcher()
+    began = (launched_by or psutil.Process()).create_time()
+    take_all_cores(launched_by)
     require_one_process()
     require_reporter(params.train.report_to)
     require_whole(BASE, made_by="convert")
@@ -101,6 +103,7 @@ def main() -> None:
             "steps": steps,
             "kernels": kernels,
             "attention": peft_model.config._attn_implementation if kernels == "reference" else "flash (PyTorch)",
+            **tracker.start_up(began),
             **meter.rates(steps * tokens_per_step),
             **tracker.throughput(peft_model.config, params.train.seq_length),
         }
@@ -134,12 +137,15 @@ def run_fingerprint(params: Params) -> str:
     return fingerprint(*ingredients, *code, *libraries)
 
 
-def take_all_cores() -> None:
+def launcher() -> psutil.Process | None:
+    """`accelerate launch`, if that started this process; to be asked before a Trainer sets the same variable."""
+    return psutil.Process().parent() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+
+
+def take_all_cores(launched_by: psutil.Process | None) -> None:
     """Undoes what `accelerate launch` does where OMP_NUM_THREADS is not set: it starts us with one thread."""
-    launcher = psutil.Process().parent()
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     with suppress(psutil.AccessDenied):
-        if launched and launcher is not None and "OMP_NUM_THREADS" not in launcher.environ():
+        if launched_by is not None and "OMP_NUM_THREADS" not in launched_by.environ():
             torch.set_num_threads(os.cpu_count() or 1)
 
 

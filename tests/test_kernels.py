@@ -463,6 +463,7 @@ def test_projections_stack_what_has_lora_and_leave_the_rest():
     x = random(9, 64)
 
     with torch.no_grad():
+        projections.refresh()
         y, low_rank = projections.forward(Rows(x), seed=None)
 
     assert (projections.rank, low_rank.values.shape, low_rank.mask) == (16, (9, 32), None)

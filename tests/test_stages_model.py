@@ -440,6 +440,7 @@ def test_train_writes_metrics_log_and_curves(trained):
     assert (machine["steps"], machine["attention"], machine["kernels"]) == (NUM_STEPS, "sdpa", "reference")
     assert machine["tokens_per_s"] > 0
     assert machine["step_tokens_per_s"] > 0
+    assert machine["seconds_to_first_step"] > 0
     assert ("peak_allocated_gib" in machine) == torch.cuda.is_available()
     log = log_of(trained.folder)
     for line in (
@@ -631,8 +632,8 @@ def test_more_than_one_process_is_refused(with_batch, monkeypatch):
 )
 def test_train_takes_all_cores_where_accelerate_left_it_one(monkeypatch, launched, set_by_the_user, takes_all):
     environment = {"OMP_NUM_THREADS": "1"} if set_by_the_user else {}
-    launcher = SimpleNamespace(environ=lambda: environment)
-    monkeypatch.setattr(train.psutil, "Process", lambda: SimpleNamespace(parent=lambda: launcher))
+    accelerate = SimpleNamespace(environ=lambda: environment)
+    monkeypatch.setattr(train.psutil, "Process", lambda: SimpleNamespace(parent=lambda: accelerate))
     monkeypatch.setattr(train.os, "cpu_count", lambda: 6)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     if not launched:
@@ -640,7 +641,7 @@ def test_train_takes_all_cores_where_accelerate_left_it_one(monkeypatch, launche
     taken = []
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
 
-    train.take_all_cores()
+    train.take_all_cores(train.launcher())
 
     assert taken == ([6] if takes_all else [])
 

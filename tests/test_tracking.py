@@ -4,6 +4,7 @@ import logging
 import math
 import re
 import shutil
+import time
 import warnings
 
 import numpy as np
@@ -148,10 +149,13 @@ def test_throughput_of_a_training_on_the_way(build, project):
     trainer = build("train")
     (tracker,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, DvcliveCallback)]
     assert "step_tokens_per_s" not in tracker.throughput(trainer.model.config, 32)
+    began = time.time() - 100
+    assert tracker.start_up(began) == {}
 
     trainer.train()
 
     assert len(tracker.step_starts) == 4
+    assert 100 <= tracker.start_up(began)["seconds_to_first_step"] <= time.time() - began + 0.1
     assert tracker.throughput(trainer.model.config, 32)["step_tokens_per_s"] > 0
 
 

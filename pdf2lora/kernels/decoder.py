@@ -158,6 +158,8 @@ class _Layer(torch.autograd.Function):
         ctx: Any, residual: Tensor, update: Tensor | None, layer: DecoderLayer, shared: Pass, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         made = Activations()
+        for projections in layer.projections:
+            projections.refresh()
         attended = layer.attend(residual, update, shared, made)
         training = any(ctx.needs_input_grad)
         if training:

@@ -93,11 +93,10 @@ class Projections:
         if not self.has_lora:
             return None
         assert x is not None
-        self.refresh()
         return lora.down(x, self.a, self.rank, NO_DROPOUT if seed is None else self.dropout, seed or 0)
 
     def refresh(self) -> None:
-        """Copies PEFT's float32 matrices, as the optimizer left them, to where the products read them."""
+        """Copies PEFT's float32 matrices, as the optimizer left them, to where the products of this pass read them."""
         for adapter in self.adapters:
             self.a[adapter.rank].copy_(adapter.a)
             torch.mul(adapter.b, adapter.scaling, out=self.b[adapter.rows, adapter.rank])

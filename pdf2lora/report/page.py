@@ -27,6 +27,7 @@ MIN_SAMPLES = 10  # of a curve over time: a stage of fewer seconds has none
 # key of an entry of machine.json, its title, digits after the point
 MACHINE_COLUMNS = (
     ("seconds", "seconds", 1),
+    ("seconds_to_first_step", "seconds to the first step", 1),
     ("tokens_per_s", "tokens/s", 0),
     ("peak_process_memory_gib", "peak GiB, process", 2),
     ("peak_gpu_memory_gib", "peak GiB, GPU", 2),
