@@ -2,8 +2,9 @@
 
     python -m benchmarks.quality <results.json> [<seed> ...]
 
-Trains on models/base and data/split as train does, with the settings of params.yaml except train.kernels, train.seed
-and a batch of BATCH. Every adapter is scored by the reference in bfloat16, on the same test windows.
+Trains on models/base and data/split as train does, with the settings of params.yaml except train.kernels and
+train.seed; train.effective_batch, a number, is one batch. Every adapter is scored by the reference in bfloat16, on the
+same test windows.
 """
 
 import json
@@ -25,7 +26,6 @@ from stages.evaluate import windows_of
 
 BASE, SIDES = Path("models/base"), Path("data/split")
 KERNELS = ("reference", "fused", "fp8")
-BATCH = 16
 
 
 def test_perplexity(model: Any, params: Params, encoder: Encoder) -> float:
@@ -45,7 +45,7 @@ def trained_perplexity(params: Params, kernels: str, seed: int, encoder: Encoder
         train=train,
         kernels=kernels,
         gradient_checkpointing="none",
-        per_device_batch=BATCH,
+        per_device_batch=int(train.effective_batch),
         gradient_accumulation_steps=1,
         checkpoints=Path(mkdtemp()),
     )
