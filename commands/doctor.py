@@ -1,7 +1,8 @@
 """doctor: params.yaml, the folders that it names, this machine -> what is wrong, and what the run will take
 
-Looks before any work is done, in two seconds: nothing is trained, quantized or converted, torch is not imported. Ends
-with status 1 if something would make the run fail.
+Looks before any work is done, in two seconds: nothing is trained or converted, and torch is imported only where this
+machine may give back other weights than it stored in 4 bits, which takes five seconds more. Ends with status 1 if
+something would make the run fail.
 """
 
 import json
@@ -14,7 +15,7 @@ from ruamel.yaml import YAML
 from pdf2lora import environment, forecast
 from pdf2lora.corpus import read_documents
 from pdf2lora.environment import Finding, Gpu
-from pdf2lora.errors import report_input_errors
+from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.forecast import Before, Estimate, Shape
 from pdf2lora.params import Params, read_params
 from pdf2lora.report.results import find_licences
@@ -23,6 +24,7 @@ from stages.check import CHECKPOINTS, CORPORA, require_folder
 REQUIREMENTS = Path("requirements.txt")
 TRAIN = Path("data/split/train.jsonl")
 TOKENIZER = Path("models/base/tokenizer.json")
+BLOCK = 64  # weights that share a scale in 4 bits
 LIBRARIES_GIB = 1.5  # torch, transformers and the rest, in memory
 
 
@@ -35,25 +37,26 @@ def main() -> None:
     pdfs = sorted(path for path in (CORPORA / params.corpus).rglob("*") if path.suffix.lower() == ".pdf")
     before = Before(params, lock=read_lock(), machine=read_json("machine"), batch=read_json("batch"))
 
-    findings = [corpus(params, pdfs), *checkpoint(CHECKPOINTS / params.model)]
-    estimates: list[Estimate] = []
-    if not any(finding.level == "problem" for finding in findings):
-        shape = forecast.read_shape(CHECKPOINTS / params.model)
-        estimates = predict(params, before, shape, gpus, pdfs)
-        findings += [
-            environment.memory(LIBRARIES_GIB + (0 if gpus else shape.base_gib(params.quantization))),
-            environment.disk(Path(), forecast.disk_gib(before, shape)),
-        ]
-    findings = [
-        Finding("ok", "params", "params.yaml is valid"),
+    machine = [
         environment.python_version(),
         environment.packages(REQUIREMENTS),
         environment.gpu(gpus),
         environment.torch_build(gpus),
         environment.bitsandbytes(params.quantization.bits, gpus),
         environment.flash_attention(params.train.attention, gpus),
-        *findings,
     ]
+    findings = [corpus(params, pdfs), *checkpoint(CHECKPOINTS / params.model)]
+    estimates: list[Estimate] = []
+    if not has_problem(findings):
+        shape = forecast.read_shape(CHECKPOINTS / params.model)
+        estimates = predict(params, before, shape, gpus, pdfs)
+        findings += [
+            environment.memory(LIBRARIES_GIB + (0 if gpus else shape.base_gib(params.quantization))),
+            environment.disk(Path(), forecast.disk_gib(before, shape)),
+        ]
+        if not has_problem(machine):
+            findings += weights_in_4_bits(params, shape, gpus)
+    findings = [Finding("ok", "params", "params.yaml is valid"), *machine, *findings]
 
     for finding in findings:
         print(f"{finding.level:<8} {finding.subject:<13} {finding.text}")
@@ -61,8 +64,12 @@ def main() -> None:
         print("\nthis run")
     for estimate in estimates:
         print(f"  {estimate.what:<10} {estimate.text}\n  {'':<10} {estimate.how}: {estimate.why}")
-    if any(finding.level == "problem" for finding in findings):
+    if has_problem(findings):
         sys.exit(1)
+
+
+def has_problem(findings: list[Finding]) -> bool:
+    return any(finding.level == "problem" for finding in findings)
 
 
 def read_lock() -> dict[str, Any]:
@@ -104,6 +111,20 @@ def checkpoint(folder: Path) -> list[Finding]:
         if licences
         else Finding("note", "licence", f"no file of that kind in {folder}: know the terms before you share a model"),
     ]
+
+
+def weights_in_4_bits(params: Params, shape: Shape, gpus: list[Gpu]) -> list[Finding]:
+    """Whether the stages would refuse the model's widths, by their own check; nothing where that cannot fail."""
+    widths = {inputs for inputs, _ in shape.layers.values()}
+    if gpus or params.quantization.bits != 4 or not any(width % BLOCK for width in widths):
+        return []
+    from pdf2lora.model import compute_dtype, require_same_weights  # imports torch
+
+    try:
+        require_same_weights(widths, params.quantization.bnb_4bit_quant_type, compute_dtype(params.train))
+    except InputError as error:
+        return [Finding("problem", "4-bit weights", str(error))]
+    return [Finding("ok", "4-bit weights", "are given back as they were stored")]
 
 
 def predict(params: Params, before: Before, shape: Shape, gpus: list[Gpu], pdfs: list[Path]) -> list[Estimate]:

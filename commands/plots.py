@@ -20,8 +20,10 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>pdf2lora: plots</title>
 <style>
-body {{ font-family: sans-serif; }} #plots {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
-#plots > div {{ max-width: 100%; overflow-x: auto; }}
+body {{ font: 0.9rem sans-serif; }}
+#plots {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 36rem), 1fr)); gap: 1rem; }}
+#plots > div {{ overflow-x: auto; }}
+#plots > div:has(svg.marks[width="0"]) {{ display: none; }} /* no data, such as one machine's in another commit */
 </style>
 <script>{vega}</script>
 </head>

@@ -18,6 +18,7 @@ PLOTS = Path("dvc_plots/index.html")
 IMAGES = Path("docs/images")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDTH, HEIGHT, PADDING = 1200, 2400, 24  # pixels
+PLOTS_WIDTH = 1260  # two plots side by side
 COLOURS = 128  # of a PNG: a third of the bytes, and nobody sees it
 
 # name of the image -> sections of the report that it shows, theme, width
@@ -46,7 +47,7 @@ def main() -> None:
             f"<style>header{hidden}, nav, section{hidden}, footer {{ display: none; }} section {{ margin: 0; }}</style>"
         )
         photograph(browser, REPORT, IMAGES / f"{name}.png", theme=theme, width=width, style=style)
-    photograph(browser, PLOTS, IMAGES / "plots.png", theme="light", width=900, height=620, style="")
+    photograph(browser, PLOTS, IMAGES / "plots.png", theme="light", width=PLOTS_WIDTH, style="")
     print(f"screenshots: {len(PARTS) + 1} in {IMAGES}")
 
 

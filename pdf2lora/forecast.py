@@ -45,20 +45,25 @@ class Shape:
 
     num_layers: int
     hidden_size: int
+    query_size: int
     kv_size: int
     intermediate_size: int
     vocab_size: int
     num_parameters: int
     num_bytes: int  # of the checkpoint's weights
 
-    def lora_parameters(self, lora: Lora) -> int:
-        """A and B of each target: r x (in + out); DoRA adds out magnitudes."""
-        hidden, kv, wide = self.hidden_size, self.kv_size, self.intermediate_size
-        sizes = {
-            "q_proj": (hidden, hidden), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (hidden, hidden),
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of a block: input features, output features."""
+        hidden, query, kv, wide = self.hidden_size, self.query_size, self.kv_size, self.intermediate_size
+        return {
+            "q_proj": (hidden, query), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (query, hidden),
             "gate_proj": (hidden, wide), "up_proj": (hidden, wide), "down_proj": (wide, hidden),
         }  # fmt: skip
-        targets = [sizes[name] for name in lora.target_modules]
+
+    def lora_parameters(self, lora: Lora) -> int:
+        """A and B of each target: r x (in + out); DoRA adds out magnitudes."""
+        targets = [self.layers[name] for name in lora.target_modules]
         return self.num_layers * sum(lora.r * (i + o) + (o if lora.use_dora else 0) for i, o in targets)
 
     def base_gib(self, quantization: Quantization) -> float:
@@ -86,7 +91,8 @@ def read_shape(checkpoint: Path) -> Shape:
         hidden, heads = given["hidden_size"], given["num_attention_heads"]
         kv_heads, wide = given.get("num_key_value_heads") or heads, given["intermediate_size"]
         layers, vocabulary = given["num_hidden_layers"], given["vocab_size"]
-    return Shape(layers, hidden, hidden // heads * kv_heads, wide, vocabulary, num_bytes // 2, num_bytes)
+    head = given.get("head_dim") or hidden // heads
+    return Shape(layers, hidden, head * heads, head * kv_heads, wide, vocabulary, num_bytes // 2, num_bytes)
 
 
 class Before:

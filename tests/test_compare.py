@@ -1,4 +1,4 @@
-"""compare's table and verdicts; plots' page without internet."""
+"""compare's table and verdicts."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import compare, plots
+from commands import compare
 
 BEFORE = {f"{n}.pdf": (1000.0, 50.0 + n) for n in range(30)}
 
@@ -120,25 +120,3 @@ def test_documents_are_read_from_an_experiment_s_commit(tmp_path, monkeypatch):
     assert compare.read_documents({"rev": "HEAD", "State": None}) == {"a.pdf": (7.0, 2.5)}
     assert compare.read_documents({"rev": "HEAD", "State": "Running"}) == {}
     assert compare.read_documents({"rev": "no-such-rev", "State": "Success"}) == {}
-
-
-def test_plots_page_loads_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    asked = []
-
-    def run(command, **settings):
-        asked.append(command[3:])
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(plots.subprocess, "run", run)
-
-    with pytest.raises(SystemExit) as stopped:
-        plots.main()
-
-    page = (tmp_path / ".dvc/tmp/plots.html").read_text(encoding="utf-8")
-    assert stopped.value.code == 0
-    assert asked == [["config", "--local", "plots.html_template", "tmp/plots.html"], ["plots", "show"]]
-    assert page.count("{plot_divs}") == 1
-    assert "window.vegaEmbed" in page
-    assert not re.search(r"<(script|link)[^>]+(src|href)=", page)
-    assert len(page) > 5e5

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bitsandbytes as bnb
 import pytest
+import torch
 from conftest import REPOSITORY, prose, write_pdf
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
@@ -15,14 +17,14 @@ from tiny_adapter import write_tiny_adapter
 from tiny_llama import LORA, QUANTIZATION, changed, quiet, write_texts, write_tiny_llama
 
 from commands import doctor
-from pdf2lora import environment, forecast
+from pdf2lora import environment, forecast, model
 from pdf2lora.environment import Finding, Gpu
 from pdf2lora.forecast import Before, Shape, count_pages, count_tokens, read_shape, steps
 from pdf2lora.params import read_params
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", "570.10", 79.6, 9.0)
 T4 = Gpu("Tesla T4", "570.10", 15.0, 7.5)
-LLAMA_3B = Shape(28, 3072, 1024, 8192, 128256, 3_212_749_824, 6_425_499_648)
+LLAMA_3B = Shape(28, 3072, 3072, 1024, 8192, 128256, 3_212_749_824, 6_425_499_648)
 
 
 @pytest.fixture
@@ -198,6 +200,53 @@ class TestDoctor:
         assert "unknown: train.effective_batch is auto: find_batch will tell" in printed(capsys)
 
 
+class TestWeightsIn4Bits:
+    """What train would refuse is foreseen, and torch stays out where that cannot be."""
+
+    @pytest.fixture
+    def of_width(self, project):
+        def of_width(width):
+            shutil.rmtree("models/meta/demo")
+            write_tiny_llama(project / "models/meta/demo", hidden_size=width)
+
+        return of_width
+
+    def test_weights_that_come_back_wrong_are_a_problem(self, of_width, capsys, monkeypatch):
+        of_width(96)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        zeros = lambda packed, state: torch.zeros(state.shape, dtype=state.dtype)  # noqa: E731
+        monkeypatch.setattr(bnb.functional, "dequantize_4bit", zeros)
+
+        assert (
+            "problem  4-bit weights quantization.bits: 4 is not possible here for the model's layers of 96 input "
+            f"features: bitsandbytes {bnb.__version__} on this CPU must give back the weights that it stored, and is "
+            "off by 100% of the largest; choose 8 or 16, or run on a GPU\n"
+        ) in printed(capsys, status=1)
+
+    def test_weights_that_come_back_right_are_not(self, of_width, capsys, monkeypatch):
+        of_width(96)
+        asked = []
+        monkeypatch.setattr(model, "require_same_weights", lambda *arguments: asked.append(arguments))
+
+        assert "ok       4-bit weights are given back as they were stored\n" in printed(capsys)
+        assert asked == [({96, 128}, "nf4", torch.float32)]
+
+    @pytest.mark.parametrize(
+        ("width", "bits", "gpus"), [(64, 4, []), (96, 8, []), (96, 16, []), (96, 4, [H100])], ids=str
+    )
+    def test_who_is_not_concerned_is_not_kept_waiting(
+        self, of_width, capsys, monkeypatch, write_params, width, bits, gpus
+    ):
+        of_width(width)
+        write_params({"quantization.bits": bits})
+        monkeypatch.setattr(environment, "find_gpus", lambda: gpus)
+        for look in ("torch_build", "bitsandbytes"):  # a CPU build has no part for a GPU
+            monkeypatch.setattr(environment, look, lambda *_: Finding("ok", "library", "is there"))
+        monkeypatch.setitem(sys.modules, "pdf2lora.model", None)  # an import would fail
+
+        assert "4-bit weights" not in printed(capsys)
+
+
 class TestEnvironment:
     def test_packages_at_other_versions_are_named(self, tmp_path):
         file = tmp_path / "requirements.txt"
@@ -284,6 +333,13 @@ class TestForecast:
         assert shape.intermediate_size == metrics["intermediate_size"]
         assert shape.kv_size == metrics["hidden_size"] // 2
         assert shape.num_parameters == pytest.approx(metrics["num_parameters"], rel=0.01)
+
+    def test_heads_may_be_wider_than_the_hidden_size_says(self, tmp_path):
+        base = write_tiny_llama(tmp_path / "base", head_dim=32)
+
+        assert read_shape(base).layers["q_proj"] == (64, 128)
+        assert read_shape(base).layers["k_proj"] == (64, 64)
+        assert read_shape(base).layers["o_proj"] == (128, 64)
 
     def test_a_3b_base_in_4_bits(self):
         assert 2.0 < LLAMA_3B.base_gib(QUANTIZATION) < 2.2

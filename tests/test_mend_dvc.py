@@ -1,7 +1,10 @@
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,12 @@ def half_run() -> None:
     run.unlink()
 
 
+def half_experiment() -> None:
+    file = Path(mend_dvc.EXPERIMENTS) / "0a1b2c/0a1b2c.run"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"git_url": "file:')
+
+
 @pytest.mark.parametrize(
     ("damage", "mended"),
     [
@@ -62,6 +71,7 @@ def half_run() -> None:
         (empty_lock, "dvc.lock"),
         (empty_run, ".dvc/cache/runs/"),
         (half_run, ".dvc/cache/runs/"),
+        (half_experiment, ".dvc/tmp/exps/standalone/run/0a1b2c "),
     ],
 )
 def test_dvc_repro_runs_again(
@@ -125,6 +135,70 @@ def test_nothing_is_removed_while_a_dvc_is_at_work(
     assert refused.value.code == (
         f"error: dvc.lock: cannot be read, and process {process.pid} is at work; wait for it or end it"
     )
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["subprocess.Popen[bytes]"]:
+    """`dvc exp run --temp`, whose stage has begun."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL"):
+        monkeypatch.setenv(name, "somebody")
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    assert dvc("init", "--quiet").returncode == 0
+    begun = tmp_path / "begun"
+    Path("dvc.yaml").write_text(f"stages: {{wait: {{cmd: touch {begun} && sleep 60, outs: [copy]}}}}")
+    subprocess.run(["git", "add", "."], check=True)
+    subprocess.run(["git", "commit", "--quiet", "--message", "pipeline"], check=True)
+    command = [*DVC, "exp", "run", "--temp", "--name", "slow"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as run:
+        try:
+            while not begun.exists():
+                assert run.poll() is None
+                time.sleep(0.1)
+            yield run
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+
+
+def test_an_experiment_that_was_killed_counts_as_running_no_more(
+    experiment: "subprocess.Popen[bytes]", capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.killpg(experiment.pid, signal.SIGKILL)
+    experiment.wait()
+    assert "Running" in dvc("exp", "show", "--no-pager", "--csv").stdout  # the reason for mending
+
+    mend_dvc.main()
+
+    (copy,) = Path(".dvc/tmp/exps/standalone").resolve().glob("tmp*")
+    assert capsys.readouterr().out == (
+        f"mend_dvc: experiment slow was killed and counts as running no more; its copy can be deleted: rm -r {copy}\n"
+    )
+    shown = dvc("exp", "show", "--no-pager", "--csv")
+    assert shown.returncode == 0
+    assert "Running" not in shown.stdout
+    mend_dvc.main()
+    assert capsys.readouterr().out == ""
+
+
+def test_an_experiment_that_runs_is_left_alone(
+    experiment: "subprocess.Popen[bytes]", capsys: pytest.CaptureFixture[str]
+) -> None:
+    mend_dvc.main()
+
+    assert capsys.readouterr().out == ""
+    assert "Running" in dvc("exp", "show", "--no-pager", "--csv").stdout
+
+
+def test_an_experiment_whose_dvc_was_killed_runs_until_its_stage_has_ended(
+    experiment: "subprocess.Popen[bytes]", capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment.kill()
+    experiment.wait()
+
+    mend_dvc.main()
+
+    assert capsys.readouterr().out == ""
 
 
 def test_a_folder_without_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from stages import extract
 ROOT = Path(__file__).parent.parent
 PIPELINE: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
 STAGES: dict[str, dict[str, Any]] = PIPELINE["stages"]
+PLOTS: dict[str, dict[str, Any]] = {name: plot for entry in PIPELINE["plots"] for name, plot in entry.items()}
 DATA_STAGES = ("check", "extract", "split")
 
 
@@ -113,6 +114,20 @@ def test_small_results_are_in_git_and_not_in_the_cache(stage):
 
 def test_what_one_machine_measured_is_no_output_of_a_stage():
     assert not [stage for stage in STAGES.values() if "machine" in str(stage.get("metrics")) + str(stage.get("plots"))]
+
+
+def test_dvc_draws_each_curve_once():
+    """A file inside a plot of its stage would be drawn again, by itself."""
+    drawn = [file for plot in PLOTS.values() for file in plot["y"]]
+    by_stages = [path for stage in STAGES.values() for plot in stage.get("plots", []) for path in plot]
+
+    assert len(drawn) == len(set(drawn))
+    assert not [file for file in drawn if any(Path(file).is_relative_to(path) for path in by_stages)]
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_a_plot_has_a_title_and_axes(name):
+    assert {"title", "x", "x_label", "y_label"} <= PLOTS[name].keys()
 
 
 def test_converted_weights_are_not_pushed():

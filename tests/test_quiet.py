@@ -1,5 +1,7 @@
 """What bitsandbytes says of a kernel that is not used; the tests of the stages have the real import."""
 
+import pytest
+
 
 def test_bitsandbytes_may_miss_a_kernel_that_is_not_used_and_says_all_else(start_python):
     said = start_python(
@@ -9,6 +11,14 @@ def test_bitsandbytes_may_miss_a_kernel_that_is_not_used_and_says_all_else(start
     )
 
     assert said.communicate()[1] == "Failed to load something else\n"
+
+
+@pytest.mark.parametrize("package", ["benchmarks", "commands", "stages", "tools"])
+def test_all_that_is_run_imports_it_first(start_python, package):
+    names = start_python(f"import sys, {package}; print(*sys.modules)").communicate()[0].split()
+
+    assert "pdf2lora.quiet" in names
+    assert not {"torch", "bitsandbytes"} & set(names)
 
 
 def test_it_imports_nothing_heavy(start_python):

@@ -6,10 +6,13 @@ import re
 import shutil
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
+from ruamel.yaml import YAML
 from tiny_llama import BOS, LORA, QUANTIZATION, TRAIN, changed, quiet, random_sequences, write_tiny_llama
 from transformers import LlamaConfig
 
@@ -88,6 +91,15 @@ def test_curves_hold_what_the_trainer_logged(build, project):
     for side in ("train", "validation"):
         for (_, loss), (_, perplexity) in zip(found[f"{side}/loss"], found[f"{side}/perplexity"], strict=True):
             assert perplexity == pytest.approx(math.exp(loss), rel=1e-9)
+
+
+def test_dvc_yaml_draws_every_curve_that_each_machine_has():
+    pipeline = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))
+    drawn = [Path(file) for entry in pipeline["plots"] for plot in entry.values() for file in plot["y"]]
+    folder = Path("metrics/train/plots/metrics")
+
+    of_train = [file.relative_to(folder) for file in drawn if file.is_relative_to(folder)]
+    assert {str(file.with_suffix("")) for file in of_train} == CURVES
 
 
 def test_summary_holds_the_last_values(build, project):
