@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from dvc.repo import Repo
 from dvc.utils.hydra import apply_overrides
+from packaging.specifiers import SpecifierSet
 from ruamel.yaml import YAML
 from scmrepo.git import Git
 
@@ -185,6 +187,16 @@ def test_requirements_are_pinned(name):
     lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
 
     assert all(re.fullmatch(r"-r \S+|[A-Za-z0-9._-]+==[0-9][\w.]*", line) for line in lines if line)
+
+
+def test_conda_takes_the_same_python_and_packages():
+    environment = YAML(typ="safe").load((ROOT / "environment.yaml").read_text(encoding="utf-8"))
+    *packages, pip = environment["dependencies"]
+    (python,) = (package.removeprefix("python=") for package in packages if package.startswith("python="))
+    allowed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"]
+
+    assert pip == {"pip": ["-r requirements.txt"]}
+    assert f"{python}.0" in SpecifierSet(allowed)
 
 
 def test_the_readme_tree_names_every_module():
