@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import wandb
 from conftest import prose
 from safetensors.torch import load_file
 from tiny_llama import LORA, QUANTIZATION, TRAIN, quiet, same, write_texts, write_tiny_llama
@@ -595,6 +594,8 @@ def test_training_without_validation_documents(with_batch):
 
 
 def train_with_wandb(environment):
+    import wandb  # here, so that the other tests do without it
+
     train_with_environment(environment)
     wandb.finish()  # which the end of a Python that is no child of multiprocessing does by itself
 
@@ -616,6 +617,8 @@ def test_wandb_offline_writes_a_run(with_batch, tmp_path):
 
 def test_wandb_names_a_run_like_its_experiment(project, monkeypatch):
     """In the main checkout, which DVC_ROOT is, and not in the copy that an experiment may run in."""
+    import wandb
+
     for name, value in {"DVC_EXP_NAME": "gyral-taco", "DVC_ROOT": "checkout", "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_MODE", "offline")
