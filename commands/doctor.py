@@ -97,9 +97,10 @@ def checkpoint(folder: Path) -> list[Finding]:
     }
     found = next((name for name, files in layouts.items() if (folder / files[0]).exists()), None)
     if found is None:
-        return [
-            Finding("problem", "checkpoint", f"{folder} has neither params.json nor config.json; fetch all its files")
-        ]
+        has, remedy = "has neither params.json nor config.json", "fetch all its files"
+        if (folder / "original" / layouts["Meta's"][0]).exists():  # where the Hugging Face hub keeps Meta's files
+            has, remedy = "has Meta's files in original", f"mv {folder / 'original'}/* {folder}"
+        return [Finding("problem", "checkpoint", f"{folder} {has}; {remedy}")]
     missing = [pattern for pattern in layouts[found] if not list(folder.glob(pattern))]
     if missing:
         return [Finding("problem", "checkpoint", f"{folder} has no {', no '.join(missing)}; fetch all its files")]

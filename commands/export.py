@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pdf2lora.corpus import read_documents
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.forward import build_forward
+from pdf2lora.manifest import write_manifest
 from pdf2lora.merge import merge, read_adapter
 from pdf2lora.model import load_base
 from pdf2lora.params import Params, Quantization, read_params
@@ -54,6 +55,7 @@ def main() -> None:
         perplexity = measure(folder, params)
         write_json(folder / "perplexity.json", {"merged": perplexity, "adapted": results.evaluation["adapted"]})
         (folder / "README.md").write_text(render_card(results, params, merged=perplexity), encoding="utf-8")
+        write_manifest(folder)
 
     adapted, bits = results.evaluation["adapted"]["perplexity"], params.quantization.bits
     print(f"export: {RELEASE}: the adapter and its model card")

@@ -171,6 +171,11 @@ def convert(
         return _copy_hugging_face(source, target, progress)
     if (source / "params.json").is_file() or any(source.glob("consolidated.*.pth")):
         return _convert_meta(source, target, llama_version, max_shard_gib, progress)
+    if (source / "original" / "params.json").is_file():
+        raise InputError(
+            f"{source}: Meta's files are in {source / 'original'}, as the Hugging Face hub keeps them; move them up: "
+            f"mv {source / 'original'}/* {source}"
+        )
     raise InputError(
         f"{source}: no checkpoint; looked for params.json, consolidated.00.pth and tokenizer.model (Meta's layout) and "
         "for config.json, *.safetensors and tokenizer.json (Hugging Face's); put one of the two there"
@@ -473,7 +478,8 @@ def _copy_hugging_face(source: Path, target: Path, progress: Progress) -> dict[s
         )
     _require_shapes(path, config, shapes)
 
-    names = ["config.json", "generation_config.json", "special_tokens_map.json", "model.safetensors.index.json"]
+    names = ["config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja"]
+    names += ["model.safetensors.index.json"]
     copied = [path for name in names if (path := source / name).is_file()]
     copied += [path for path in sorted(source.glob("tokenizer*")) if path.is_file()] + weight_files
     total = sum(path.stat().st_size for path in copied)

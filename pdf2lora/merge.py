@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pdf2lora.errors import InputError
+from pdf2lora.manifest import MANIFEST
 
 Progress = Callable[[int], object]  # weights merged since the last call
 PREFIX = "base_model.model."  # of PEFT's names
@@ -30,6 +31,8 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  #
 def merge(base: Path, adapter: Path, target: Path, progress: Progress = lambda num_weights: None) -> int:
     """Fills the empty folder `target` with the base, the adapter merged into its weights; returns how many it changed.
 
+    The base's manifest stays behind: its hashes are not those of what is written here.
+
     base: a Hugging Face folder of safetensors, unquantized; adapter: a PEFT folder of LoRA, rsLoRA or DoRA.
 
     Raises:
@@ -37,7 +40,7 @@ def merge(base: Path, adapter: Path, target: Path, progress: Progress = lambda n
     """
     settings = LoraConfig.from_pretrained(str(adapter))
     layers = read_adapter(adapter)
-    files = sorted(path for path in base.iterdir() if path.is_file())
+    files = sorted(path for path in base.iterdir() if path.is_file() and path.name != MANIFEST)
     require_room(target, sum(path.stat().st_size for path in files))
 
     merged = set()

@@ -1,4 +1,4 @@
-"""What is written down while a model trains: dvclive's metrics and the log file.
+"""What is written down while a model trains: dvclive's metrics, the log file and, if wanted, a run at Weights & Biases.
 
 metrics/train holds what a repeated run gives again: losses, learning rates, the peak of allocated GPU memory; it is an
 output of the pipeline, in git and in dvc.lock. What no two runs share is machine.py's.
@@ -6,6 +6,7 @@ output of the pipeline, in git and in dvc.lock. What no two runs share is machin
 
 import logging
 import math
+import os
 import time
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +18,10 @@ from dvclive import Live
 from tqdm import tqdm
 from transformers import LlamaConfig, TrainerCallback
 
+from pdf2lora.errors import InputError
 from pdf2lora.machine import device_name
+from pdf2lora.params import Params
+from pdf2lora.runtime import project_root
 from pdf2lora.throughput import model_flops_utilization
 
 # The Trainer's names for what it logs -> ours, which are also the names of the plots' files.
@@ -38,6 +42,33 @@ def log_to_file(folder: Path) -> Path:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.captureWarnings(True)
     return file
+
+
+def start_wandb(params: Params) -> None:
+    """Starts a run at Weights & Biases, with all of params.yaml; transformers' callback then logs to it.
+
+    Left to itself that callback would name the project huggingface and the run nothing, and would know its own settings
+    alone. The run is called like the DVC experiment, outside of one like corpus and model. Its files are in the main
+    checkout, since a temporary copy (`dvc exp run --temp`) is removed.
+
+    Raises:
+        InputError: nobody is logged in, or Weights & Biases cannot be reached.
+    """
+    import wandb
+
+    name = os.environ.get("DVC_EXP_NAME", f"{params.corpus} on {params.model}")
+    try:
+        wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "pdf2lora"),
+            name=os.environ.get("WANDB_NAME", name),
+            dir=os.environ.get("WANDB_DIR", project_root()),
+            config=params.model_dump(mode="json"),
+        )
+    except wandb.Error as error:
+        raise InputError(
+            f"train.report_to: 'wandb' cannot start a run ({error}); run wandb login, set WANDB_MODE=offline, or "
+            "choose 'none'"
+        ) from error
 
 
 class DvcliveCallback(TrainerCallback):  # type: ignore[misc]

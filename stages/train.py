@@ -28,7 +28,7 @@ from pdf2lora.orphans import PATIENCE_S, after_orphans
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime import fingerprint, project_root, scratch_folder, sole_owner, whole_folder
 from pdf2lora.tokens import Encoder
-from pdf2lora.tracking import DvcliveCallback, log_to_file
+from pdf2lora.tracking import DvcliveCallback, log_to_file, start_wandb
 from pdf2lora.training import build_model, build_trainer
 
 BASE = Path("models/base")
@@ -64,6 +64,8 @@ def main() -> None:
     tracker = DvcliveCallback(METRICS, tokens_per_step=tokens_per_step)
     checkpoints = scratch_folder("train", run_fingerprint(params))
     with sole_owner(checkpoints, patience_s=PATIENCE_S), machine_metrics("train") as machine:
+        if params.train.report_to == "wandb":
+            start_wandb(params)
         if batch["device"] != device_name():
             print(
                 f"train: {BATCH} was measured on {batch['device']}, this is {device_name()}; "

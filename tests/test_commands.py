@@ -13,6 +13,7 @@ from tiny_llama import quiet, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import export, generate
+from pdf2lora.manifest import MANIFEST, fault, read_manifest
 
 pytestmark = quiet
 SETTINGS = {
@@ -73,6 +74,13 @@ class TestExport:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             assert (released / name).read_bytes() == (project / "models/adapter" / name).read_bytes()
         assert len({file.stat().st_mode for file in released.iterdir()}) == 1
+
+    def test_the_merged_model_s_manifest_is_its_own(self, project, current):
+        export.main()
+
+        merged = project / "models/merged"
+        assert fault(merged) is None
+        assert set(read_manifest(merged)["files"]) == {file.name for file in merged.iterdir()} - {MANIFEST}
 
     def test_the_licence_goes_with_the_model(self, project, current):
         export.main()

@@ -166,6 +166,15 @@ class TestDoctor:
         assert f"problem  checkpoint    models/meta/demo {words}" in output
         assert "this run" not in output
 
+    def test_meta_s_files_where_the_hub_keeps_them_are_to_be_moved(self, project, capsys):
+        checkpoint = project / "models/meta/demo"
+        checkpoint.rename(project / "original")
+        checkpoint.mkdir()
+        (project / "original").rename(checkpoint / "original")
+
+        words = "models/meta/demo has Meta's files in original; mv models/meta/demo/original/* models/meta/demo\n"
+        assert f"problem  checkpoint    {words}" in printed(capsys, status=1)
+
     def test_a_corpus_without_pdfs_is_a_problem(self, project, capsys):
         shutil.rmtree("data/pdfs/demo")
         Path("data/pdfs/demo").mkdir()

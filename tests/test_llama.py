@@ -546,6 +546,13 @@ class TestBrokenCheckpoints:
         with pytest.raises(InputError, match=r'models.tiny.llama_version: "4" is not.*use one of 1, 2, 3, 3.1, 3.2'):
             convert_default(source, target, "4")
 
+    def test_meta_s_files_where_the_hub_keeps_them(self, tmp_path: Path, target: Path) -> None:
+        (tmp_path / "original").mkdir()
+        (tmp_path / "original/params.json").touch()
+        words = f"{tmp_path}: Meta's files are in {tmp_path}/original, .* mv {tmp_path}/original/\\* {tmp_path}$"
+        with pytest.raises(InputError, match=words):
+            convert_default(tmp_path, target)
+
     def test_no_checkpoint(self, tmp_path: Path, target: Path) -> None:
         with pytest.raises(InputError, match=r"no checkpoint; looked for params.json.*config.json.*put one"):
             convert_default(tmp_path, target)
@@ -579,6 +586,7 @@ class TestHuggingFaceLayout:
         for name in ("README.md", "pytorch_model.bin", "model.gguf", "handler.py"):
             (folder / name).write_text("?")
         (folder / "special_tokens_map.json").write_text("{}")
+        (folder / "chat_template.jinja").write_text("{{ messages }}")  # where transformers 5 writes an Instruct model's
         (folder / "original").mkdir()
         return folder
 
@@ -587,7 +595,7 @@ class TestHuggingFaceLayout:
         summary = convert(
             source, target, llama_version="3.2", max_shard_gib=2, progress=lambda *call: calls.append(call)
         )
-        expected = {path.name for path in source.glob("*.json")} | {p.name for p in source.glob("*.safetensors")}
+        expected = {path.name for kind in ("*.json", "*.safetensors", "*.jinja") for path in source.glob(kind)}
         assert {path.name for path in target.iterdir()} == expected
         assert all((target / name).read_bytes() == (source / name).read_bytes() for name in expected)
         assert calls[-1][0] == calls[-1][1] == sum((target / name).stat().st_size for name in expected)

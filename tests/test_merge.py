@@ -62,6 +62,7 @@ def test_only_adapted_weights_change_and_the_base_does_not(folders):
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert changed == {f"{layer}.weight" for layer in read_adapter(folders.adapter)}
     assert (folders.base / "model.safetensors").read_bytes() == before
+    assert not (folders.merged / "manifest.json").exists()
     assert (folders.merged / "tokenizer.json").read_bytes() == (folders.base / "tokenizer.json").read_bytes()
 
 

@@ -3,12 +3,19 @@
 import ast
 import json
 import re
+import shutil
+import subprocess
+import tomllib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dvc.repo import Repo
 from dvc.utils.hydra import apply_overrides
+from packaging.specifiers import SpecifierSet
 from ruamel.yaml import YAML
+from scmrepo.git import Git
 
 from pdf2lora.corpus import read_documents
 from pdf2lora.params import Params, read_params
@@ -130,6 +137,53 @@ def test_a_plot_has_a_title_and_axes(name):
     assert {"title", "x", "x_label", "y_label"} <= PLOTS[name].keys()
 
 
+@pytest.mark.parametrize(
+    ("path", "ignored"),
+    [
+        ("data/pdfs/mine/paper.pdf", True),
+        ("data/pdfs/mine/sub/paper.pdf", True),
+        ("models/meta/llama_3b/model.safetensors", True),
+        ("models/meta/llama_3b/original/consolidated.00.pth", True),
+        ("data/pdfs/mine.dvc", False),
+        ("data/pdfs/.gitignore", False),
+        ("data/pdfs/mine/paper.pdf.dvc", False),
+        ("data/pdfs/mine/.gitignore", False),
+        ("models/meta/llama_3b.dvc", False),
+        ("data/pdfs/demo/science/paper.pdf", False),
+        ("models/meta/demo/params.json", False),
+    ],
+)
+def test_git_has_no_documents_and_weights_but_the_demo_s(tmp_path, path, ignored):
+    """`dvc exp run` commits what a stage depends on, gated weights too, unless DVC has it or git ignores it."""
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    Git.init(str(tmp_path)).close()
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).touch()
+
+    status = subprocess.run(["git", "status", "--short", "--untracked-files=all"], cwd=tmp_path, capture_output=True)
+    with closing(Git(str(tmp_path))) as git:
+        assert git.is_ignored(str(tmp_path / path)) == ignored
+    assert (path not in status.stdout.decode()) == ignored
+
+
+def test_a_checkpoint_hashes_alike_whenever_it_was_downloaded(tmp_path, monkeypatch):
+    """`hf download` leaves a folder of its own, with times in it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / ".dvcignore", tmp_path)
+    notes = tmp_path / "models/meta/llama_3b/.cache/huggingface/download/config.json.metadata"
+    notes.parent.mkdir(parents=True)
+    (tmp_path / "models/meta/llama_3b/config.json").touch()
+    hashes = []
+    with closing(Repo.init(no_scm=True)) as repo:
+        for time in ("1795721921.5", "1795721922.5"):
+            notes.write_text(time)
+            (stage,) = repo.add("models/meta/llama_3b")
+            hashes.append((stage.outs[0].hash_info.value, stage.outs[0].meta.nfiles))
+
+    assert hashes[0] == hashes[1]
+    assert hashes[0][1] == 1
+
+
 def test_converted_weights_are_not_pushed():
     assert STAGES["convert"]["outs"] == [{"models/base": {"push": False}}]
 
@@ -148,6 +202,16 @@ def test_requirements_are_pinned(name):
     lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
 
     assert all(re.fullmatch(r"-r \S+|[A-Za-z0-9._-]+==[0-9][\w.]*", line) for line in lines if line)
+
+
+def test_conda_takes_the_same_python_and_packages():
+    environment = YAML(typ="safe").load((ROOT / "environment.yaml").read_text(encoding="utf-8"))
+    *packages, pip = environment["dependencies"]
+    (python,) = (package.removeprefix("python=") for package in packages if package.startswith("python="))
+    allowed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"]
+
+    assert pip == {"pip": ["-r requirements.txt"]}
+    assert f"{python}.0" in SpecifierSet(allowed)
 
 
 def test_the_readme_tree_names_every_module():

@@ -29,6 +29,7 @@ from pdf2lora.manifest import write_manifest
 from pdf2lora.memory import Measurement
 from pdf2lora.model import load_adapter, load_base
 from pdf2lora.params import read_params
+from pdf2lora.tracking import start_wandb
 from pdf2lora.training import PerplexityTrainer
 from stages import evaluate, find_batch, train
 
@@ -593,16 +594,58 @@ def test_training_without_validation_documents(with_batch):
     assert "validation" not in read("metrics/train/metrics.json")
 
 
+def train_with_wandb(environment):
+    import wandb  # here, so that the other tests do without it
+
+    train_with_environment(environment)
+    wandb.finish()  # which the end of a Python that is no child of multiprocessing does by itself
+
+
 def test_wandb_offline_writes_a_run(with_batch, tmp_path):
     with_batch.configure({"train.report_to": "wandb", "train.num_train_epochs": 0.2})
     folders = {name: str(tmp_path / "wandb-files") for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR")}
     (tmp_path / "wandb-files").mkdir()
 
-    assert run_in_child(train_with_environment, folders | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}) == 0
+    assert run_in_child(train_with_wandb, folders | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}) == 0
 
     (run,) = tmp_path.glob("wandb-files/wandb/offline-run-*")
-    assert list(run.glob("run-*.wandb"))
+    (records,) = (file.read_bytes() for file in run.glob("run-*.wandb"))
+    for words in (b"pdf2lora", b"demo on demo", b'"effective_batch":', b"train/loss"):
+        assert words in records
+    assert not Path("wandb").exists()
     assert Path("models/adapter/adapter_model.safetensors").exists()
+
+
+def test_wandb_names_a_run_like_its_experiment(project, monkeypatch):
+    """In the main checkout, which DVC_ROOT is, and not in the copy that an experiment may run in."""
+    import wandb
+
+    for name, value in {"DVC_EXP_NAME": "gyral-taco", "DVC_ROOT": "checkout", "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    Path("checkout").mkdir()
+
+    start_wandb(read_params())
+
+    assert (wandb.run.project, wandb.run.name) == ("pdf2lora", "gyral-taco")
+    assert wandb.run.config["lora"]["r"] == read_params().lora.r
+    wandb.finish()
+    assert list(Path("checkout/wandb").glob("offline-run-*"))
+
+
+def test_wandb_without_a_login(with_batch, monkeypatch, start_python):
+    with_batch.configure({"train.report_to": "wandb"})
+    monkeypatch.setenv("NETRC", "no-such-file")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+
+    ended = start_python("from stages.train import main; main()")
+
+    assert ended.communicate()[1].splitlines()[-1] == (
+        "error: train.report_to: 'wandb' cannot start a run (No API key configured. Use `wandb login` to log in.); run "
+        "wandb login, set WANDB_MODE=offline, or choose 'none'"
+    )
+    assert ended.returncode == 1
 
 
 def test_wandb_that_is_not_installed(with_batch, monkeypatch):
