@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from pdf2lora.errors import InputError
 
 AS_FAST = 0.98  # of the best throughput: such settings count as equally fast, and the smallest is taken
-LEFT_BEHIND = 64 * 2**20  # bytes that a failed probe may leave reserved
+LEFT_BEHIND = 64 * 2**20  # bytes that a failed probe may leave reserved beyond what one that ended well left
 
 
 class Measurement(NamedTuple):
@@ -290,8 +290,9 @@ def _answer(pipe: Connection, module_name: str) -> None:
             if preparation is not None:
                 prepared = ()
                 prepared = (module.prepare(*preparation),)
-                reserved = _reserved_bytes()
-            pipe.send(getattr(module, function)(*prepared, *arguments))
+            answer = getattr(module, function)(*prepared, *arguments)
+            reserved = _reserved_bytes()  # with the workspaces that cuBLAS takes in its first product and keeps
+            pipe.send(answer)
             continue
         except (torch.OutOfMemoryError, MemoryError):
             pass

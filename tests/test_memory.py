@@ -492,8 +492,10 @@ def test_other_errors_of_a_child_keep_their_text(child):
 @pytest.mark.parametrize(("left_behind", "replaced"), [(2**20, False), (2**27, True)])
 def test_child_on_a_gpu_stays_where_a_failed_probe_gave_its_memory_back(monkeypatch, left_behind, replaced):
     """The child's loop itself, with the answers of a GPU's allocator."""
-    reserved = iter([2**30, 2**30 + left_behind])
-    questions, answers = [((), "run_out_of", ("GPU",)), (None, "process_id", ())], []
+    after_a_probe = 2**30 + 2**27  # more than the model alone: workspaces
+    reserved = iter([2**30, after_a_probe, after_a_probe + left_behind, after_a_probe])
+    questions = [((), "process_id", ()), (None, "product", (5,)), (None, "run_out_of", ("GPU",)), (None, "count", ())]
+    answers = []
 
     def recv():
         if not questions:
@@ -505,4 +507,4 @@ def test_child_on_a_gpu_stays_where_a_failed_probe_gave_its_memory_back(monkeypa
 
     memory._answer(SimpleNamespace(recv=recv, send=answers.append), "asked")
 
-    assert answers == [memory.OutOfMemory(takes_more=not replaced)] + ([] if replaced else [os.getpid()])
+    assert answers == [os.getpid(), 5, memory.OutOfMemory(takes_more=not replaced)] + ([] if replaced else [2])
