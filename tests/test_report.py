@@ -314,8 +314,7 @@ class TestMachine:
         assert script.startswith(f'showMachine("{key}", ')
         _, part = json.loads("[" + script.removeprefix("showMachine(").removesuffix(");\n") + "]")
         assert "34,567" in part
-        assert "<th>J a million tokens</th>" in part
-        assert "<td>15,043</td>" in part
+        assert "<tr><td>joules a million tokens</td><td>15,043</td><td>–</td></tr>" in part
         assert "There was no GPU" not in part
         assert part.count("<svg") == 3
 
@@ -331,12 +330,13 @@ class TestMachine:
         assert "utilization, %" not in without_gpu
         assert "Nothing was measured here" in page.render_machine({}, {}, "0")
 
-    def test_energy_is_power_over_time(self):
+    def test_energy_is_what_the_gpu_counted_else_power_over_time(self):
         curves = {"train": {"seconds": [0.0, 10.0, 30.0], "gpu_power_w": [100.0, 300.0, 300.0]}}
 
         entry = page.with_energy({"train": {"seconds": 30.0}}, curves)["train"]
 
         assert entry["energy_wh"] == pytest.approx((200 * 10 + 300 * 20) / 3600)
+        assert page.with_energy({"train": {"joules": 7200}}, curves)["train"]["energy_wh"] == 2
 
     def test_a_stage_of_a_few_seconds_has_no_curve(self):
         seconds = {"seconds": [0.0, 1.0], "process_memory_gib": [1.0, 1.0]}

@@ -104,8 +104,9 @@ def test_perplexity(metrics: Mapping[str, Any]) -> Figure:
                 markersize=7,
             )
             area.annotate(
-                f"{value:.2f}", (value, row), xytext=(0, 8), textcoords="offset points", ha="center", color=LIGHT[name]
+                f"{value:,.2f}", (value, row), xytext=(0, 8), textcoords="offset points", ha="center", color=LIGHT[name]
             )
+        area.xaxis.set_major_formatter("{x:,g}")
         area.set_yticks([0, 1], ["adapted", "base"])
         area.set_ylim(-0.5, 1.6)
         area.grid(axis="y", visible=False)
@@ -127,6 +128,7 @@ def documents(rows: Sequence[dict[str, Any]]) -> Figure:
         for name in ("base", "adapted"):
             values = [row[f"{name}_perplexity"] for row in rows]
             area.scatter(values, range(len(rows)), s=30, color=LIGHT[name], label=name, zorder=2)
+        area.xaxis.set_major_formatter("{x:,g}")
         area.set_yticks(range(len(rows)), [shortened(row["id"]) for row in rows])
         area.set_ylim(len(rows) - 0.4, -0.6)
         area.grid(axis="y", visible=False)

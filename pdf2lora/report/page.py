@@ -25,17 +25,18 @@ NUM_EXTREMES = 5  # documents at either end of the tables
 MIN_SAMPLES = 10  # of a curve over time: a stage of fewer seconds has none
 
 # key of an entry of machine.json, its title, digits after the point
-MACHINE_COLUMNS = (
-    ("seconds", "seconds", 1),
-    ("seconds_to_first_step", "seconds to the first step", 1),
+MEASURED = (  # name in metrics/machine.json, title, digits after the point
+    ("seconds", "seconds, without imports", 1),
+    ("seconds_to_first_step", "seconds from the start, imports too, to the first step", 1),
     ("tokens_per_s", "tokens/s", 0),
-    ("peak_process_memory_gib", "peak GiB, process", 2),
-    ("peak_gpu_memory_gib", "peak GiB, GPU", 2),
-    ("peak_allocated_gib", "peak GiB, tensors", 2),
-    ("mean_gpu_utilization_percent", "mean GPU utilization, %", 0),
+    ("step_tokens_per_s", "tokens/s of the median step", 0),
     ("model_flops_utilization", "share of the GPU's FLOP/s", 2),
+    ("peak_process_memory_gib", "peak GiB of the process", 2),
+    ("peak_gpu_memory_gib", "peak GiB of the GPU", 2),
+    ("peak_allocated_gib", "peak GiB of tensors", 2),
+    ("mean_gpu_utilization_percent", "mean GPU utilization, %", 0),
     ("energy_wh", "energy, Wh", 2),
-    ("joules_per_million_tokens", "J a million tokens", 0),
+    ("joules_per_million_tokens", "joules a million tokens", 0),
 )
 
 Figures = dict[str, Figure]
@@ -166,13 +167,18 @@ def read_machine(metrics: Path, folder: Path) -> tuple[dict[str, Any], dict[str,
 
 
 def with_energy(machine: Mapping[str, Any], curves: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
-    """The entries of machine.json, with energy_wh and mean_gpu_utilization_percent where a GPU was sampled."""
+    """The entries of machine.json, with energy_wh and mean_gpu_utilization_percent where a GPU was sampled.
+
+    The energy is what the GPU counted; where it counts none, the integral of its power.
+    """
     completed = dict(machine)
     for stage, columns in curves.items():
         seconds, watts = columns["seconds"], columns.get("gpu_power_w", [])
-        if len(watts) > 1:  # trapezoids between the samples
+        joules = completed[stage].get("joules")
+        if joules is None and len(watts) > 1:  # trapezoids between the samples
             spans = zip(seconds[1:], seconds, watts[1:], watts, strict=False)
             joules = math.fsum((end - begin) * (high + low) / 2 for end, begin, high, low in spans)
+        if joules is not None:
             completed[stage] = completed[stage] | {"energy_wh": joules / 3600}
         utilization = columns.get("gpu_utilization_percent", [])
         if utilization:
@@ -190,7 +196,7 @@ def render_machine(machine: Mapping[str, Any], svgs: Mapping[str, str], run: str
         .render(
             machine=machine.get("machine", {}),
             stages=stages,
-            columns=[c for c in MACHINE_COLUMNS if any(entry.get(c[0]) is not None for entry in stages.values())],
+            measured=[row for row in MEASURED if any(entry.get(row[0]) is not None for entry in stages.values())],
             figures={name: Markup(svg) for name, svg in svgs.items()},
         )
     )
