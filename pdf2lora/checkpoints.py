@@ -59,7 +59,7 @@ class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
     curve of a resumed run has the same points wherever the steps of `logging_steps` and the checkpoints fall.
 
     While it saves, a second Ctrl-C ends the process at once; SIGTERM and SIGHUP do not. They follow the first signal
-    where that went to all processes: the launcher ends by it, and so the watch of orphans.py sends another.
+    where that went to all processes: dvc ends by it, and so the watch of orphans.py sends another.
     """
 
     def __init__(self, trainer: Trainer, resumes_from: str | None):

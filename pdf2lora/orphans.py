@@ -1,8 +1,8 @@
 """A stage ends with the dvc that started it, and starts once one that was left behind has ended.
 
-kill -9 on dvc (or on the launcher of train) ends that process alone. What it had started would go on, an orphan, and
-write its outputs beside the stage that the next `dvc repro` starts. So every stage watches the processes above it and
-ends by SIGTERM, on which train saves a checkpoint first; and no stage begins before its orphan is gone.
+kill -9 on dvc, or on a shell between it and the stage, ends that process alone. What it had started would go on, an
+orphan, and write its outputs beside the stage that the next `dvc repro` starts. So every stage watches the processes
+above it and ends by SIGTERM, on which train saves a checkpoint first; and no stage begins before its orphan is gone.
 """
 
 import functools

@@ -102,7 +102,7 @@ def build_trainer(
     """
     is_probe = max_steps is not None
     in_bfloat16 = compute_dtype(train) == torch.bfloat16
-    # `accelerate launch` hands on the precision of accelerate_config.yaml, which on a CPU would be emulated.
+    # accelerate asks the environment, where its launcher, or the user, may have left another precision
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if in_bfloat16 else "no"
     torch.use_deterministic_algorithms(train.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a check for bugs that writes all memory once more

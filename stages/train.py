@@ -6,9 +6,7 @@ its last checkpoint, and a run with other settings or data never finds it.
 
 import json
 import logging
-import os
 import shutil
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,9 +43,6 @@ log = logging.getLogger("train")
 @after_orphans
 def main() -> None:
     params = read_params()
-    launched_by = launcher()
-    began = (launched_by or psutil.Process()).create_time()
-    take_all_cores(launched_by)
     require_one_process()
     require_reporter(params.train.report_to)
     require_whole(BASE, made_by="convert")
@@ -105,7 +100,7 @@ def main() -> None:
             "steps": steps,
             "kernels": kernels,
             "attention": peft_model.config._attn_implementation if kernels == "reference" else "flash (PyTorch)",
-            **tracker.start_up(began),
+            **tracker.start_up(psutil.Process().create_time()),
             **meter.rates(steps * tokens_per_step),
             **tracker.throughput(peft_model.config, params.train.seq_length),
         }
@@ -139,24 +134,12 @@ def run_fingerprint(params: Params) -> str:
     return fingerprint(*ingredients, *code, *libraries)
 
 
-def launcher() -> psutil.Process | None:
-    """`accelerate launch`, if that started this process; to be asked before a Trainer sets the same variable."""
-    return psutil.Process().parent() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
-
-
-def take_all_cores(launched_by: psutil.Process | None) -> None:
-    """Undoes what `accelerate launch` does where OMP_NUM_THREADS is not set: it starts us with one thread."""
-    with suppress(psutil.AccessDenied):
-        if launched_by is not None and "OMP_NUM_THREADS" not in launched_by.environ():
-            torch.set_num_threads(os.cpu_count() or 1)
-
-
 def require_one_process() -> None:
     processes = PartialState().num_processes
     if processes != 1:
         raise InputError(
-            f"num_processes: accelerate launched {processes} processes, one is supported; set num_processes to 1 in "
-            "accelerate_config.yaml"
+            f"train: a launcher (accelerate launch, torchrun) started {processes} processes, one is supported; run "
+            "dvc repro, or python -m stages.train"
         )
 
 

@@ -530,7 +530,7 @@ def project(tmp_path, four_layers, write_params):
 
 
 def run_stage(folder, stage):
-    """As dvc does, but for `accelerate launch`."""
+    """As dvc does."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     environment.pop("ACCELERATE_MIXED_PRECISION", None)
     return subprocess.run(

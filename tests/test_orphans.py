@@ -13,7 +13,7 @@ from pdf2lora.errors import InputError
 from pdf2lora.orphans import after_orphans
 from pdf2lora.runtime import sole_owner
 
-# Stands in for dvc: starts the launcher with DVC_STAGE set, which starts the stage, as accelerate does.
+# Stands in for dvc: starts the launcher with DVC_STAGE set, which starts the stage, as a shell does.
 DVC = """
 import os, subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], env=os.environ | {"DVC_STAGE": "train"})

@@ -665,28 +665,9 @@ def test_more_than_one_process_is_refused(with_batch, monkeypatch):
     monkeypatch.setattr(train, "PartialState", lambda: SimpleNamespace(num_processes=2))
 
     assert error_of(train.main) == (
-        "error: num_processes: accelerate launched 2 processes, one is supported; set num_processes to 1 in "
-        "accelerate_config.yaml"
+        "error: train: a launcher (accelerate launch, torchrun) started 2 processes, one is supported; run dvc repro, "
+        "or python -m stages.train"
     )
-
-
-@pytest.mark.parametrize(
-    ("launched", "set_by_the_user", "takes_all"), [(True, False, True), (True, True, False), (False, False, False)]
-)
-def test_train_takes_all_cores_where_accelerate_left_it_one(monkeypatch, launched, set_by_the_user, takes_all):
-    environment = {"OMP_NUM_THREADS": "1"} if set_by_the_user else {}
-    accelerate = SimpleNamespace(environ=lambda: environment)
-    monkeypatch.setattr(train.psutil, "Process", lambda: SimpleNamespace(parent=lambda: accelerate))
-    monkeypatch.setattr(train.os, "cpu_count", lambda: 6)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    if not launched:
-        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    taken = []
-    monkeypatch.setattr(torch, "set_num_threads", taken.append)
-
-    train.take_all_cores(train.launcher())
-
-    assert taken == ([6] if takes_all else [])
 
 
 # evaluate

@@ -41,7 +41,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def restore_precision_of_accelerate(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` hands it on
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as a launcher hands it on
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ SAVE_STEPS = int(str(SETTINGS["train.save_steps"]))
 
 @dataclass(frozen=True)
 class Blow:
-    """What is done to which process: `stage` (its own), `worker` (a child of it), `launcher`, `dvc`, `all`.
+    """What is done to which process: `stage` (its own), `worker` (a child of it), `dvc`, `all`.
 
     after_checkpoint: not before the training has written one.
     """
@@ -54,7 +54,6 @@ class Blow:
 KILLS = [Blow("stage"), Blow("dvc"), Blow("all")]
 TRAIN_BLOWS = [
     *KILLS,
-    Blow("launcher"),
     Blow("stage", signal.SIGTERM),
     Blow("dvc", signal.SIGTERM),
     Blow("all", signal.SIGTERM),
@@ -225,11 +224,9 @@ class Project:
             case "all":
                 victims = list(processes_in(work))
             case "stage":
-                victims = stage_now[-1:]
-            case "worker":
-                victims = stage_now[-1].children() if stage_now else []
-            case "launcher":
                 victims = stage_now[:1]
+            case "worker":
+                victims = stage_now[0].children() if stage_now else []
             case _:
                 victims = above(stage_now) if dvc is None else [psutil.Process(dvc.pid)] * (dvc.poll() is None)
         newest = max(whole_checkpoints(work), default=0)
@@ -299,7 +296,7 @@ def processes_in(work: Path) -> Iterator[psutil.Process]:
 
 
 def stage_processes(work: Path, stage: str) -> list[psutil.Process]:
-    """The launcher, where the stage has one, and the stage itself."""
+    """The stage, and what it has forked."""
     found = []
     for process in processes_in(work):
         with suppress(psutil.Error):
