@@ -9,10 +9,12 @@ import logging
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 
 from pdf2lora import forward, loss, model, optimizer, tokens, training
 from pdf2lora.checkpoints import CheckpointKeeper, newest_whole, step_of
@@ -25,7 +27,7 @@ from pdf2lora.model import limit_gpu_memory
 from pdf2lora.orphans import PATIENCE_S, after_orphans
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime import fingerprint, project_root, scratch_folder, sole_owner, whole_folder
-from pdf2lora.tokens import Encoder
+from pdf2lora.tokens import Encoder, Sequences, Window
 from pdf2lora.tracking import DvcliveCallback, log_to_file, start_wandb
 from pdf2lora.training import build_model, build_trainer
 
@@ -48,12 +50,7 @@ def main() -> None:
     require_whole(BASE, made_by="convert")
     log_file = log_to_file(project_root() / "logs")
     batch = json.loads(BATCH.read_text(encoding="utf-8"))
-    encoder = Encoder.of(BASE)
-    encoder.require_context(params.train.seq_length)
-    texts = {side: [d.text for d in read_documents(SIDES / f"{side}.jsonl")] for side in ("train", "validation")}
-    seq_length = params.train.seq_length
-    sequences = encoder.sequences(texts["train"], seq_length=seq_length)
-    looks = encoder.windows(encoder.encode(texts["validation"]), seq_length=seq_length, stride=seq_length)
+    sequences, looks = data(params.train.seq_length)
 
     tokens_per_step = batch["effective_batch"] * params.train.seq_length
     tracker = DvcliveCallback(METRICS, tokens_per_step=tokens_per_step)
@@ -85,10 +82,7 @@ def main() -> None:
         last_checkpoint = newest_whole(checkpoints)
         keeper = CheckpointKeeper(trainer, last_checkpoint)
         trainer.args.eval_on_start &= last_checkpoint is None  # the look at its step is in the checkpoint's history
-        log.info("settings: %s", params.model_dump_json())
-        log.info("batch: %s", batch)
-        log.info("trainable parameters: %s", trainer.model.get_nb_trainable_parameters())
-        log.info("starts from %s", last_checkpoint or "the base model")
+        log_start(params, batch, trainer.model, last_checkpoint)
         first_step, meter = step_of(last_checkpoint), Meter()
         try:
             trainer.train(resume_from_checkpoint=last_checkpoint)
@@ -113,6 +107,22 @@ def main() -> None:
         f"train: {trainer.state.global_step} steps, {machine['tokens_per_s']:,} tokens/s; "
         f"log in {log_file.relative_to(project_root())}"
     )
+
+
+def data(seq_length: int) -> tuple[Sequences, list[Window]]:
+    """What is trained on, and the windows of the validation documents."""
+    encoder = Encoder.of(BASE)
+    encoder.require_context(seq_length)
+    texts = {side: [d.text for d in read_documents(SIDES / f"{side}.jsonl")] for side in ("train", "validation")}
+    looks = encoder.windows(encoder.encode(texts["validation"]), seq_length=seq_length, stride=seq_length)
+    return encoder.sequences(texts["train"], seq_length=seq_length), looks
+
+
+def log_start(params: Params, batch: dict[str, Any], peft_model: PeftModel, last_checkpoint: str | None) -> None:
+    log.info("settings: %s", params.model_dump_json())
+    log.info("batch: %s", batch)
+    log.info("trainable parameters: %s", peft_model.get_nb_trainable_parameters())
+    log.info("starts from %s", last_checkpoint or "the base model")
 
 
 def out_of_memory(step: int, checkpoints: Path, error: torch.OutOfMemoryError) -> str:
