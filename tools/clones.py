@@ -45,6 +45,7 @@ def make_clone(clone: Path, *, short: bool = True, settings: dict[str, Any] | No
         corpus.mkdir()
         for pdf in demo[:NUM_PDFS]:
             shutil.copy(pdf, corpus)
+        run(["dvc", "add", "--quiet", str(corpus)], clone)  # git ignores it, and an experiment's copy would not have it
     yaml = YAML()
     params = yaml.load(clone / "params.yaml")
     for key, value in ((SETTINGS if short else {}) | (settings or {})).items():
