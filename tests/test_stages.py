@@ -1,5 +1,9 @@
 """What holds for every stage before its work (stages/__init__.py): what it imports, what it says first."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 HEAVY = {"torch", "transformers", "accelerate", "bitsandbytes", "numpy", "scipy", "pandas", "matplotlib", "datasketch"}
@@ -39,3 +43,25 @@ def test_a_stage_keeps_quiet_about_what_concerns_nobody(start_python):
     out, err = stage.communicate()
     assert out == "True\n"
     assert "gemm_4bit_forward" not in err
+
+
+# The gradient of a LoRA matrix in the demo's shape, which MKL adds up by threads where it may.
+PRODUCT = """
+import stages, torch
+torch.manual_seed(0)
+a, b = torch.randn(256, 2048), torch.randn(8, 2048)
+print(hash(torch.nn.functional.linear(a, b).numpy().tobytes()))
+"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="on one core there is one thread")
+def test_a_product_is_the_same_with_one_thread_and_with_two():
+    printed = set()
+    for num_threads in ("1", "2"):
+        environment = os.environ | {"OMP_NUM_THREADS": num_threads, "PYTHONHASHSEED": "0"}
+        environment.pop("MKL_CBWR", None)
+        done = subprocess.run([sys.executable, "-c", PRODUCT], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        printed.add(done.stdout)
+
+    assert len(printed) == 1
