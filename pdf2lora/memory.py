@@ -312,8 +312,8 @@ def _reserved_bytes() -> int:
     """What the GPU's allocator holds once all that is free has been given back."""
     import torch
 
-    gc.collect()
     if not torch.cuda.is_available():
         return 0
+    gc.collect()
     torch.cuda.empty_cache()
     return int(torch.cuda.memory_reserved())

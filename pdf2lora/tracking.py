@@ -1,7 +1,7 @@
 """What is written down while a model trains: dvclive's metrics, the log file and, if wanted, a run at Weights & Biases.
 
 metrics/train holds what a repeated run gives again: losses, learning rates, the peak of allocated GPU memory; it is an
-output of the pipeline, in git and in dvc.lock. What no two runs share is machine.py's.
+output of the pipeline, the last values in git and the curves in DVC's cache. What no two runs share is machine.py's.
 """
 
 import logging
