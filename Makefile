@@ -24,17 +24,17 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: repro test lint same-bytes fuzz torture doctor compare plots screenshots generate export setup setup-dev clean
 
 repro: setup
-	@$(BIN)/python -m tools.mend_dvc
+	@$(BIN)/python -m commands.mend_dvc
 	dvc repro
 
 torture: setup
-	$(BIN)/python -m tools.torture
+	$(BIN)/python -m tests.long.torture
 
 same-bytes: setup
-	$(BIN)/python -m tools.same_bytes
+	$(BIN)/python -m tests.long.same_bytes
 
 fuzz: setup
-	$(BIN)/python -m tools.fuzz
+	$(BIN)/python -m tests.long.fuzz
 
 test: setup-dev
 	OMP_NUM_THREADS=1 pytest

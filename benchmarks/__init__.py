@@ -1,3 +1,5 @@
-"""Speed, memory and quality beside other libraries: none of it is part of the pipeline."""
+"""Speed, memory and quality of the training step beside other libraries."""
 
-import pdf2lora.quiet  # noqa: F401, before bitsandbytes is imported
+from pdf2lora.runtime.startup import prepare_process
+
+prepare_process()  # before any benchmark imports torch

@@ -8,25 +8,27 @@ Random tokens, every one of them scored, on models/base with new LoRA matrices.
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
-from pdf2lora.forward import build_forward
+from pdf2lora.evaluation.scoring import nats_per_document
+from pdf2lora.model.forward import build_forward
 from pdf2lora.params import read_params
-from pdf2lora.perplexity import nats_per_document
 from pdf2lora.tokens import Window
-from pdf2lora.training import build_model
-from stages.evaluate import BASE
+from pdf2lora.training.trainer import build_model
+
+BASE = Path("models/base")
 
 
 def main() -> None:
     num_windows, batch, *kernels = sys.argv[1:]
     params = read_params()
     vocabulary = json.loads((BASE / "config.json").read_text())["vocab_size"]
-    rows = np.random.default_rng(0).integers(0, vocabulary, size=(int(num_windows), params.train.seq_length))
+    rows = np.random.default_rng(0).integers(0, vocabulary, size=(int(num_windows), params.compute.seq_length))
     looks = [Window(0, row, np.roll(row, -1)) for row in rows]
     started = time.perf_counter()
-    model = build_model(BASE, params.quantization, params.lora, params.train)
+    model = build_model(BASE, params.quantization, params.lora, params.compute, seed=params.train.seed)
     print(f"load: {time.perf_counter() - started:.1f} s")
     for name in kernels or ["fused"]:
         forward = build_forward(model, name)

@@ -1,8 +1,8 @@
-"""Test perplexity after fine-tuning with each of train.kernels, over several seeds: what an approximation costs.
+"""Test perplexity after fine-tuning with each of compute.kernels, over several seeds: what an approximation costs.
 
     python -m benchmarks.quality <results.json> [<seed> ...]
 
-Trains on models/base and data/split as train does, with the settings of params.yaml except train.kernels and
+Trains on models/base and data/split as train does, with the settings of params.yaml except compute.kernels and
 train.seed; train.effective_batch, a number, is one batch. Every adapter is scored by the reference in bfloat16, on the
 same test windows.
 """
@@ -16,20 +16,21 @@ from typing import Any
 import numpy as np
 
 from benchmarks.table import machine
-from pdf2lora.corpus import read_documents
-from pdf2lora.forward import build_forward
+from pdf2lora.documents.records import read_documents
+from pdf2lora.evaluation.intervals import summary
+from pdf2lora.evaluation.scoring import nats_per_document
+from pdf2lora.evaluation.windows import document_windows
+from pdf2lora.model.forward import build_forward
 from pdf2lora.params import Params, read_params
-from pdf2lora.perplexity import nats_per_document, summary
 from pdf2lora.tokens import Encoder
-from pdf2lora.training import build_model, build_trainer
-from stages.evaluate import windows_of
+from pdf2lora.training.trainer import build_model, build_trainer
 
 BASE, SIDES = Path("models/base"), Path("data/split")
 KERNELS = ("reference", "fused", "fp8")
 
 
 def test_perplexity(model: Any, params: Params, encoder: Encoder) -> float:
-    sizes, looks = windows_of(read_documents(SIDES / "test.jsonl"), encoder, params)
+    sizes, looks = document_windows(read_documents(SIDES / "test.jsonl"), encoder, params)
     forward = build_forward(model, "reference")
     nats = nats_per_document(forward, looks, num_documents=len(sizes), per_device_batch=32)
     return summary(nats, sizes)["perplexity"]
@@ -38,10 +39,10 @@ def test_perplexity(model: Any, params: Params, encoder: Encoder) -> float:
 def trained_perplexity(params: Params, kernels: str, seed: int, encoder: Encoder) -> float:
     train = params.train.model_copy(update={"seed": seed})
     texts = [document.text for document in read_documents(SIDES / "train.jsonl")]
-    model = build_model(BASE, params.quantization, params.lora, train)
+    model = build_model(BASE, params.quantization, params.lora, params.compute, seed=train.seed)
     trainer = build_trainer(
         model,
-        encoder.sequences(texts, seq_length=train.seq_length),
+        encoder.sequences(texts, seq_length=params.compute.seq_length),
         train=train,
         kernels=kernels,
         gradient_checkpointing="none",
@@ -56,7 +57,7 @@ def trained_perplexity(params: Params, kernels: str, seed: int, encoder: Encoder
 def main() -> None:
     file, *seeds = sys.argv[1:]
     params, encoder = read_params(), Encoder.of(BASE)
-    model = build_model(BASE, params.quantization, params.lora, params.train)
+    model = build_model(BASE, params.quantization, params.lora, params.compute, seed=params.train.seed)
     parameters = json.loads(Path("metrics/convert.json").read_text())["num_parameters"]
     results: dict[str, Any] = {
         "machine": machine(),

@@ -6,7 +6,7 @@ system            what it is
 report            the source report's own configuration: PEFT's k-bit preparation, fp16 compute, sdpa, full logits
 liger             transformers and PEFT with Liger's kernels, bfloat16, no k-bit preparation
 unsloth           Unsloth's FastLanguageModel; `full` is its checkpointing with offload
-reference, fused, fp8   this project's train.kernels
+reference, fused, fp8   this project's compute.kernels
 
 All train LoRA (params.yaml: r, alpha, dropout, targets) on NF4 weights by transformers' Trainer with paged 8-bit AdamW
 on random tokens; the first STEPS_TO_WARM_UP steps are not timed. One line of JSON for each batch. The peers
@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainingArguments
 
-from pdf2lora.machine import device_name
 from pdf2lora.params import read_params
-from pdf2lora.probe import StepClock
-from pdf2lora.throughput import model_flops_utilization
+from pdf2lora.runtime.monitor import device_name
 from pdf2lora.tokens import Sequences
+from pdf2lora.training.probe import StepClock
+from pdf2lora.training.throughput import model_flops_utilization
 
 BASE = Path(os.environ.get("BASE", "models/base"))
 STEPS, STEPS_TO_WARM_UP = 10, 4
@@ -54,7 +54,7 @@ def peer_model(params: Any, checkpointed: bool) -> Any:
     if SYSTEM == "unsloth":
         model, _ = FastLanguageModel.from_pretrained(
             str(BASE),
-            max_seq_length=params.train.seq_length,
+            max_seq_length=params.compute.seq_length,
             load_in_4bit=True,
             dtype=torch.bfloat16,
             local_files_only=True,
@@ -113,7 +113,7 @@ def peer_trainer(model: Any, sequences: Sequences, batch: int, clock: StepClock,
 
 
 def collate_all(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    from pdf2lora.training import collate
+    from pdf2lora.training.trainer import collate
 
     batch = collate(rows)
     return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
@@ -127,13 +127,13 @@ def trainers(params: Any) -> Iterator[tuple[str, int, Trainer, StepClock]]:
         assert all(case.startswith("none") != checkpointed for case in CASES)
         model = peer_model(params, checkpointed)
     else:
-        from pdf2lora.training import build_model, build_trainer
+        from pdf2lora.training.trainer import build_model, build_trainer
 
-        model = build_model(BASE, params.quantization, params.lora, params.train)
+        model = build_model(BASE, params.quantization, params.lora, params.compute, seed=params.train.seed)
     for checkpointing, batch in ((name, int(number)) for name, number in (case.split(":") for case in CASES)):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        sequences = random_sequences(batch * STEPS, params.train.seq_length, vocabulary)
+        sequences = random_sequences(batch * STEPS, params.compute.seq_length, vocabulary)
         clock = StepClock(STEPS_TO_WARM_UP)
         if SYSTEM in ("report", "liger", "unsloth"):
             yield checkpointing, batch, peer_trainer(model, sequences, batch, clock, checkpointed), clock
@@ -142,6 +142,7 @@ def trainers(params: Any) -> Iterator[tuple[str, int, Trainer, StepClock]]:
                 model,
                 sequences,
                 train=params.train,
+                compute=params.compute,
                 kernels=SYSTEM,
                 gradient_checkpointing=checkpointing,
                 per_device_batch=batch,
@@ -162,9 +163,9 @@ def main() -> None:
         except torch.OutOfMemoryError:
             print(json.dumps(row | {"tokens_per_s": None}), flush=True)
             return
-        tokens_per_s = batch * params.train.seq_length / clock.seconds_of_a_step
+        tokens_per_s = batch * params.compute.seq_length / clock.seconds_of_a_step
         utilization = model_flops_utilization(
-            tokens_per_s, trainer.model.config, params.train.seq_length, device_name()
+            tokens_per_s, trainer.model.config, params.compute.seq_length, device_name()
         )
         row |= {
             "tokens_per_s": round(tokens_per_s),

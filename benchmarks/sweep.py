@@ -14,19 +14,20 @@ from pathlib import Path
 import torch
 
 from benchmarks.table import machine
-from pdf2lora.corpus import read_documents
-from pdf2lora.forward import CHECKPOINTING
+from pdf2lora.documents.records import read_documents
+from pdf2lora.model.capabilities import CHECKPOINTING
 from pdf2lora.params import read_params
-from pdf2lora.probe import prepare, training_step
 from pdf2lora.tokens import Encoder
-from stages.find_batch import BASE, METRICS, TRAIN
+from pdf2lora.training.probe import prepare, training_step
+
+BASE, TRAIN, METRICS = Path("models/base"), Path("data/split/train.jsonl"), Path("metrics/batch.json")
 
 
 def main() -> None:
     params, chosen = read_params(), json.loads(METRICS.read_text())
     encoder = Encoder.of(BASE)
     texts = [document.text for document in read_documents(TRAIN)]
-    sequences = encoder.sequences(texts, seq_length=params.train.seq_length)
+    sequences = encoder.sequences(texts, seq_length=params.compute.seq_length)
     prepared = prepare(BASE, params, sequences, chosen["kernels"])
     effective = chosen["effective_batch"]
     rows = []

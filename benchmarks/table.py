@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pdf2lora.environment import installed
+from pdf2lora.preflight.environment import installed
 
 RUNS = [
     "report full:19",

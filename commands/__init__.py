@@ -1,3 +1,5 @@
-"""What a person runs by hand, outside the pipeline: none of it is a stage, none of it changes dvc.lock."""
+"""What a user runs by hand. No command is a stage, and none changes dvc.lock."""
 
-import stages  # noqa: F401, what holds for all processes that import torch is set there
+from pdf2lora.runtime.startup import prepare_process
+
+prepare_process()  # before any command imports torch

@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def names_of(params: Params) -> list[str]:
-    """Every setting as DVC names it: lora.r, train.seq_length, ..."""
+    """Every setting as DVC names it: lora.r, compute.seq_length, ..."""
     sections = params.model_dump(exclude={"models"}).items()
     nested = [
         [f"{section}.{key}" for key in keys] if isinstance(keys, dict) else [section] for section, keys in sections
@@ -76,7 +76,10 @@ def change(
         return "", "", ""
     if {name: tokens for name, (tokens, _) in before.items()} != {name: tokens for name, (tokens, _) in after.items()}:
         return "", "", "other test text"
-    from pdf2lora.perplexity import TextSize, bootstrap  # imports torch
+    from pdf2lora.evaluation.intervals import (
+        TextSize,  # imports torch
+        bootstrap,  # imports torch
+    )
 
     sizes = [TextSize(tokens=int(tokens), bytes=1, words=1) for tokens, _ in before.values()]
     old, new = (np.array([n * math.log(p) for n, p in (side[name] for name in before)]) for side in (before, after))

@@ -12,14 +12,14 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pdf2lora import environment, forecast
-from pdf2lora.corpus import read_documents
-from pdf2lora.environment import Finding, Gpu
+from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
-from pdf2lora.forecast import Before, Estimate, Shape
 from pdf2lora.params import Params, read_params
+from pdf2lora.preflight import environment, forecast
+from pdf2lora.preflight.environment import Finding, Gpu
+from pdf2lora.preflight.folders import CORPORA, SOURCES, require_folder
+from pdf2lora.preflight.forecast import Before, Estimate, Shape
 from pdf2lora.report.results import find_licences
-from stages.check import CHECKPOINTS, CORPORA, require_folder
 
 REQUIREMENTS = Path("requirements.txt")
 TRAIN = Path("data/split/train.jsonl")
@@ -32,7 +32,7 @@ LIBRARIES_GIB = 1.5  # torch, transformers and the rest, in memory
 def main() -> None:
     params = read_params()
     require_folder("corpus", CORPORA / params.corpus, "put your PDFs there")
-    require_folder("model", CHECKPOINTS / params.model, "put the checkpoint there")
+    require_folder("model", SOURCES / params.model, "put the checkpoint there")
     gpus = environment.find_gpus()
     pdfs = sorted(path for path in (CORPORA / params.corpus).rglob("*") if path.suffix.lower() == ".pdf")
     before = Before(params, lock=read_lock(), machine=read_json("machine"), batch=read_json("batch"))
@@ -43,12 +43,12 @@ def main() -> None:
         environment.gpu(gpus),
         environment.torch_build(gpus),
         environment.bitsandbytes(params.quantization.bits, gpus),
-        environment.flash_attention(params.train.attention, gpus),
+        environment.flash_attention(params.compute.attention, gpus),
     ]
-    findings = [corpus(params, pdfs), *checkpoint(CHECKPOINTS / params.model)]
+    findings = [corpus(params, pdfs), *checkpoint(SOURCES / params.model)]
     estimates: list[Estimate] = []
     if not has_problem(findings):
-        shape = forecast.read_shape(CHECKPOINTS / params.model)
+        shape = forecast.read_shape(SOURCES / params.model)
         estimates = predict(params, before, shape, gpus, pdfs)
         findings += [
             environment.memory(LIBRARIES_GIB + (0 if gpus else shape.base_gib(params.quantization))),
@@ -119,10 +119,13 @@ def weights_in_4_bits(params: Params, shape: Shape, gpus: list[Gpu]) -> list[Fin
     widths = {inputs for inputs, _ in shape.layers.values()}
     if gpus or params.quantization.bits != 4 or not any(width % BLOCK for width in widths):
         return []
-    from pdf2lora.model import compute_dtype, require_same_weights  # imports torch
+    from pdf2lora.model.capabilities import (
+        check_4bit_round_trip,  # imports torch
+        compute_dtype,  # imports torch
+    )
 
     try:
-        require_same_weights(widths, params.quantization.bnb_4bit_quant_type, compute_dtype(params.train))
+        check_4bit_round_trip(widths, params.quantization.bnb_4bit_quant_type, compute_dtype(params.compute))
     except InputError as error:
         return [Finding("problem", "4-bit weights", str(error))]
     return [Finding("ok", "4-bit weights", "are given back as they were stored")]
@@ -130,12 +133,12 @@ def weights_in_4_bits(params: Params, shape: Shape, gpus: list[Gpu]) -> list[Fin
 
 def predict(params: Params, before: Before, shape: Shape, gpus: list[Gpu], pdfs: list[Path]) -> list[Estimate]:
     tokens, how, why = training_tokens(params, before, pdfs)
-    num_sequences = -(-tokens // params.train.seq_length)
+    num_sequences = -(-tokens // params.compute.seq_length)
     effective = params.train.effective_batch
     if effective == "auto":
         effective = before.batch.get("effective_batch", "auto")
     made = [
-        Estimate("sequences", f"{num_sequences:,} of {params.train.seq_length} tokens to train on", how, why),
+        Estimate("sequences", f"{num_sequences:,} of {params.compute.seq_length} tokens to train on", how, why),
     ]
     if isinstance(effective, int):
         num_steps = forecast.steps(num_sequences, effective, params.train.num_train_epochs)
@@ -150,7 +153,7 @@ def predict(params: Params, before: Before, shape: Shape, gpus: list[Gpu], pdfs:
     return [
         *made,
         forecast.memory_estimate(before, params, shape),
-        forecast.time_estimate(before, params, shape, gpus, num_sequences * params.train.seq_length),
+        forecast.time_estimate(before, params, shape, gpus, num_sequences * params.compute.seq_length),
         Estimate("disk", f"{needed:.2f} GiB more", "computed", rule),
     ]
 

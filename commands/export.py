@@ -13,19 +13,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pdf2lora.corpus import read_documents
+from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
-from pdf2lora.forward import build_forward
-from pdf2lora.manifest import write_manifest
-from pdf2lora.merge import merge, read_adapter
-from pdf2lora.model import load_base
+from pdf2lora.evaluation.intervals import Nats, result
+from pdf2lora.evaluation.scoring import nats_per_document
+from pdf2lora.evaluation.windows import TextSize, document_windows
+from pdf2lora.model.forward import build_forward
+from pdf2lora.model.loading import load_base
 from pdf2lora.params import Params, Quantization, read_params
-from pdf2lora.perplexity import Nats, TextSize, nats_per_document
 from pdf2lora.report.card import render_card
 from pdf2lora.report.results import read_results
-from pdf2lora.runtime import whole_folder, write_json
+from pdf2lora.runtime.files import atomic_directory, write_json
+from pdf2lora.runtime.manifest import write_manifest
 from pdf2lora.tokens import Encoder
-from stages.evaluate import result, windows_of
+from pdf2lora.weights.merge import merge, read_adapter
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
@@ -38,17 +39,17 @@ RELEASE = Path("models/adapter_release")
 def main() -> None:
     params = read_params()
     require_current_adapter()
-    checkpoint = Path("models/meta") / params.model
+    checkpoint = Path("models/source") / params.model
     results = read_results(
         checkpoint, [f"data/pdfs/{params.corpus}", str(checkpoint), "data/split", str(BASE), str(ADAPTER)]
     )
     licences = [checkpoint / name for name in results.licence_files]
 
-    with whole_folder(RELEASE) as folder:
+    with atomic_directory(RELEASE) as folder:
         copy_files(sorted(ADAPTER.iterdir()), folder)
         (folder / "README.md").write_text(render_card(results, params), encoding="utf-8")
         copy_files(licences, folder)
-    with whole_folder(MERGED) as folder:
+    with atomic_directory(MERGED) as folder:
         with tqdm(total=len(read_adapter(ADAPTER)), desc="export", unit="weight", disable=None) as progress:
             num_weights = merge(BASE, ADAPTER, folder, progress.update)
         copy_files(licences, folder)
@@ -87,11 +88,11 @@ def measure(model: Path, params: Params) -> dict[str, float]:
     """Test perplexity of an unquantized model, as evaluate measures it, with its 95% interval."""
     encoder = Encoder.of(model)
     documents = read_documents(TEST)
-    sizes, looks = windows_of(documents, encoder, params)
+    sizes, looks = document_windows(documents, encoder, params)
     unquantized = Quantization(**(params.quantization.model_dump() | {"bits": 16}))
     with tqdm(total=len(looks), desc="perplexity", unit="window", disable=None) as progress:
         nats = nats_per_document(
-            build_forward(load_base(model, unquantized, params.train), "reference"),
+            build_forward(load_base(model, unquantized, params.compute), "reference"),
             looks,
             num_documents=len(documents),
             per_device_batch=params.evaluate.per_device_batch,

@@ -25,14 +25,14 @@ def main() -> None:
     for folder in (BASE, ADAPTER):
         if not folder.is_dir():
             raise InputError(f"{folder}: is not there; run dvc repro first")
-    from pdf2lora.generation import continuation  # torch only after what can be wrong without it
-    from pdf2lora.model import load_adapter, load_base
+    from pdf2lora.evaluation.generation import continuation  # torch only after what can be wrong without it
+    from pdf2lora.model.loading import load_adapter, load_base
     from pdf2lora.tokens import Encoder
 
     encoder = Encoder.of(BASE)
     tokens = encoder.encode([prompt])[0]
     encoder.require_context(len(tokens) + params.sample.max_new_tokens, key="sample.max_new_tokens")
-    model = load_adapter(load_base(BASE, params.quantization, params.train), ADAPTER)
+    model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)
 
     for name in ("base", "adapted"):
         print(f"--- {name} ---\n{prompt}", end="", flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import vl_convert
 
-from pdf2lora.runtime import whole_file
+from pdf2lora.runtime.files import atomic_write
 
 TEMPLATE = Path(".dvc/tmp/plots.html")
 PAGE = """<!DOCTYPE html>
@@ -39,7 +39,7 @@ body {{ font: 0.9rem sans-serif; }}
 def main() -> None:
     page = PAGE.format(vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
-    with whole_file(TEMPLATE) as partial:
+    with atomic_write(TEMPLATE) as partial:
         partial.write_text(page, encoding="utf-8")
     dvc = [sys.executable, "-m", "dvc"]
     subprocess.run([*dvc, "config", "--local", "plots.html_template", str(TEMPLATE.relative_to(".dvc"))], check=True)

@@ -71,6 +71,14 @@ class Lora(Section):
     use_rslora: bool
 
 
+class Compute(Section):
+    seq_length: Annotated[int, Field(ge=8)]
+    kernels: Literal["auto", "reference", "fused", "fp8"]
+    compute_dtype: Literal["auto", "bfloat16", "float32"]
+    attention: Literal["auto", "flash_attention_2", "sdpa"]
+    deterministic: bool
+
+
 class FindBatch(Section):
     min: Positive
     max: Positive
@@ -81,7 +89,6 @@ class FindBatch(Section):
 
 
 class Train(Section):
-    seq_length: Annotated[int, Field(ge=8)]
     effective_batch: Positive | Literal["auto"]
     num_train_epochs: Annotated[float, Field(gt=0)]
     learning_rate: Annotated[float, Field(gt=0, lt=1)]
@@ -90,11 +97,7 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
     optim: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused"]
-    kernels: Literal["auto", "reference", "fused", "fp8"]
-    compute_dtype: Literal["auto", "bfloat16", "float32"]
-    attention: Literal["auto", "flash_attention_2", "sdpa"]
     gradient_checkpointing: Literal["auto", "none", "mlp", "full", "offload"]
-    deterministic: bool
     logging_steps: Positive
     eval_steps: Positive
     save_steps: Positive
@@ -127,6 +130,7 @@ class Params(Section):
     convert: Convert
     quantization: Quantization
     lora: Lora
+    compute: Compute
     find_batch: FindBatch
     train: Train
     evaluate: Evaluate
@@ -152,10 +156,10 @@ class Params(Section):
             broken.append(
                 f"find_batch.min: {self.find_batch.min} must not be greater than find_batch.max ({self.find_batch.max})"
             )
-        if self.evaluate.stride > self.train.seq_length:
+        if self.evaluate.stride > self.compute.seq_length:
             broken.append(
-                f"evaluate.stride: {self.evaluate.stride} must not be greater than train.seq_length "
-                f"({self.train.seq_length}), or tokens would be left out"
+                f"evaluate.stride: {self.evaluate.stride} must not be greater than compute.seq_length "
+                f"({self.compute.seq_length}), or tokens would be left out"
             )
         if broken:
             raise ValueError("\n".join(broken))

@@ -58,7 +58,7 @@ class Encoder:
             for window in windows(number, tokens, bos=self.bos, seq_length=seq_length, stride=stride)
         ]
 
-    def require_context(self, num_tokens: int, key: str = "train.seq_length") -> None:
+    def require_context(self, num_tokens: int, key: str = "compute.seq_length") -> None:
         if num_tokens > self.context_length:
             raise InputError(
                 f"{key}: {num_tokens} must not be greater than the context of the base model "

@@ -1,4 +1,4 @@
-"""convert: models/meta/<model>/ -> models/base/, metrics/convert.json
+"""convert: models/source/<model>/ -> models/base/, metrics/convert.json
 
 models/base is in Hugging Face's layout whichever of the two the checkpoint came in, with a manifest of its files.
 """
@@ -8,25 +8,25 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pdf2lora.errors import report_input_errors
-from pdf2lora.llama import convert
-from pdf2lora.manifest import write_manifest
-from pdf2lora.orphans import after_orphans
 from pdf2lora.params import read_params
-from pdf2lora.runtime import whole_folder, write_json
+from pdf2lora.runtime.files import atomic_directory, write_json
+from pdf2lora.runtime.manifest import write_manifest
+from pdf2lora.runtime.processes import single_instance
+from pdf2lora.weights.conversion import convert
 
-CHECKPOINTS = Path("models/meta")
+CHECKPOINTS = Path("models/source")
 BASE = Path("models/base")
 METRICS = Path("metrics/convert.json")
 
 
 @report_input_errors
-@after_orphans
+@single_instance
 def main() -> None:
     params = read_params()
     source = CHECKPOINTS / params.model
 
     with (
-        whole_folder(BASE) as folder,
+        atomic_directory(BASE) as folder,
         tqdm(desc="convert", unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar,
     ):
 

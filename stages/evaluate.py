@@ -6,44 +6,47 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from pdf2lora.comparison import Comparison, commit_of, compare, documents_at, in_words
-from pdf2lora.corpus import Document, read_documents
+from pdf2lora.documents.records import Document, read_documents
 from pdf2lora.errors import report_input_errors
-from pdf2lora.forward import build_forward, choose_kernels
-from pdf2lora.machine import machine_metrics
-from pdf2lora.manifest import require_whole
-from pdf2lora.model import load_adapter, load_base
-from pdf2lora.orphans import after_orphans
-from pdf2lora.params import Params, read_params
-from pdf2lora.perplexity import Nats, TextSize, bootstrap, nats_per_document, summary
-from pdf2lora.runtime import project_root, whole_file, write_json
-from pdf2lora.tokens import Encoder, Window
+from pdf2lora.evaluation.comparison import Comparison, commit_of, compare, documents_at, in_words
+from pdf2lora.evaluation.intervals import DIGITS, Nats, result
+from pdf2lora.evaluation.scoring import nats_per_document
+from pdf2lora.evaluation.windows import TextSize, document_windows
+from pdf2lora.model.capabilities import choose_kernels
+from pdf2lora.model.forward import build_forward
+from pdf2lora.model.loading import load_adapter, load_base
+from pdf2lora.params import read_params
+from pdf2lora.runtime.files import atomic_write, write_json
+from pdf2lora.runtime.manifest import require_intact
+from pdf2lora.runtime.monitor import machine_metrics
+from pdf2lora.runtime.processes import single_instance
+from pdf2lora.runtime.scratch import project_root
+from pdf2lora.tokens import Encoder
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
 TEST = Path("data/split/test.jsonl")
 METRICS = Path("metrics/eval.json")
 DOCUMENTS = Path("metrics/eval_documents.csv")
-DIGITS = 6  # after the point: more would be noise of the processor's arithmetic
 
 
 @report_input_errors
-@after_orphans
+@single_instance
 def main() -> None:
     params = read_params()
-    require_whole(BASE, made_by="convert")
+    require_intact(BASE, made_by="convert")
     earlier = earlier_documents(params.evaluate.compare_to)
     encoder = Encoder.of(BASE)
-    encoder.require_context(params.train.seq_length)
+    encoder.require_context(params.compute.seq_length)
     documents = read_documents(TEST)
-    sizes, looks = windows_of(documents, encoder, params)
+    sizes, looks = document_windows(documents, encoder, params)
 
     with (
         machine_metrics("evaluate"),
         tqdm(total=2 * len(looks), desc="evaluate", unit="window", disable=None) as progress,
     ):
-        kernels = choose_kernels(params.train, params.quantization, params.lora)
-        model = load_adapter(load_base(BASE, params.quantization, params.train), ADAPTER)
+        kernels = choose_kernels(params.compute, params.quantization, params.lora)
+        model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)
         forward = build_forward(model, "fused" if kernels == "fp8" else kernels)  # a test in fp8 would be approximate
 
         def score() -> Nats:
@@ -70,7 +73,7 @@ def main() -> None:
         line += f"\nevaluate: against {in_words(params.evaluate.compare_to, commit, comparison)}"
 
     write_json(METRICS, metrics)
-    with whole_file(DOCUMENTS) as partial:
+    with atomic_write(DOCUMENTS) as partial:
         table.to_csv(partial, index=False, lineterminator="\n")
     print(line)
 
@@ -96,38 +99,6 @@ def comparison_metrics(compare_to: str, commit: str, comparison: Comparison) -> 
         "low_95": round(comparison.low, DIGITS),
         "high_95": round(comparison.high, DIGITS),
         "differs": comparison.differs,
-    }
-
-
-def windows_of(documents: list[Document], encoder: Encoder, params: Params) -> tuple[list[TextSize], list[Window]]:
-    """What the nats of each document are divided by, and the windows that score all of its tokens."""
-    encoded = encoder.encode([document.text for document in documents])
-    sizes = [
-        TextSize(tokens=len(tokens), bytes=len(document.text.encode()), words=len(document.text.split()))
-        for document, tokens in zip(documents, encoded, strict=True)
-    ]
-    looks = encoder.windows(encoded, seq_length=params.train.seq_length, stride=params.evaluate.stride)
-    return sizes, looks
-
-
-def result(base: Nats, adapted: Nats, sizes: list[TextSize], *, num_samples: int, seed: int) -> dict[str, object]:
-    """The tree of metrics/eval.json: base, adapted, improvement, what was counted."""
-    intervals = bootstrap(base, adapted, sizes, num_samples=num_samples, seed=seed)
-    models = {"base": summary(base, sizes), "adapted": summary(adapted, sizes)}
-
-    def low_and_high(name: str) -> dict[str, float]:
-        low, high = intervals[name]
-        return {"low_95": round(low, DIGITS), "high_95": round(high, DIGITS)}
-
-    tree: dict[str, object] = {
-        name: {key: round(value, DIGITS) for key, value in numbers.items()} | low_and_high(name)
-        for name, numbers in models.items()
-    }
-    improvement = 1 - models["adapted"]["perplexity"] / models["base"]["perplexity"]
-    return tree | {
-        "improvement": {"share": round(improvement, DIGITS), **low_and_high("improvement")},
-        "documents": len(sizes),
-        "tokens": sum(size.tokens for size in sizes),
     }
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pdf2lora.corpus import read_documents
+from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
-from pdf2lora.machine import machine_metrics
-from pdf2lora.memory import Child, Choice, Measurement, Mode, choose, memory_model, search_modes
-from pdf2lora.orphans import after_orphans
 from pdf2lora.params import Params, read_params
-from pdf2lora.runtime import write_json
+from pdf2lora.runtime.files import write_json
+from pdf2lora.runtime.monitor import machine_metrics
+from pdf2lora.runtime.processes import single_instance
 from pdf2lora.tokens import Encoder
+from pdf2lora.training.batch_search import Choice, Measurement, Mode, choose, memory_model, search_modes
+from pdf2lora.training.probe_process import Child
 
 BASE = Path("models/base")
 TRAIN = Path("data/split/train.jsonl")
@@ -25,18 +26,18 @@ PROGRESS = "{desc}: probe {n}, {elapsed}{postfix}"  # how many there will be is 
 
 
 @report_input_errors
-@after_orphans
+@single_instance
 def main() -> None:
     params = read_params()
     with (
-        Child("pdf2lora.probe") as child,  # first of all: it imports while this process goes on
+        Child("pdf2lora.training.probe") as child,  # first of all: it imports while this process goes on
         machine_metrics("find_batch") as machine,
         tqdm(desc="find_batch", disable=None, bar_format=PROGRESS) as progress,
     ):
         encoder = Encoder.of(BASE)
-        encoder.require_context(params.train.seq_length)
+        encoder.require_context(params.compute.seq_length)
         texts = [document.text for document in read_documents(TRAIN)]
-        sequences = encoder.sequences(texts, seq_length=params.train.seq_length)
+        sequences = encoder.sequences(texts, seq_length=params.compute.seq_length)
         device, kernels, modes = possibilities(params, child)
         child.prepare(BASE, params, sequences, kernels)
         budget_gib = memory_budget_gib(params, device, child)

@@ -9,20 +9,14 @@ metrics/machine.json is not, and dvc.lock stays as it is when a run is repeated.
 from pathlib import Path
 
 from pdf2lora.errors import report_input_errors
-from pdf2lora.orphans import after_orphans
 from pdf2lora.params import read_params
 from pdf2lora.report.card import render_card
-from pdf2lora.report.page import (
-    machine_figures,
-    read_machine,
-    render_machine,
-    render_page,
-    result_figures,
-    with_energy,
-)
+from pdf2lora.report.page import machine_figures, read_machine, render_machine, render_page, result_figures, with_energy
 from pdf2lora.report.results import read_results
 from pdf2lora.report.style import save
-from pdf2lora.runtime import fingerprint, whole_file, whole_folder
+from pdf2lora.runtime.files import atomic_directory, atomic_write
+from pdf2lora.runtime.processes import single_instance
+from pdf2lora.runtime.scratch import fingerprint
 
 REPORTS = Path("reports")
 MACHINE = Path("metrics/machine.json")
@@ -30,11 +24,11 @@ MACHINE_CURVES = Path("metrics/machine")
 
 
 @report_input_errors
-@after_orphans
+@single_instance
 def main() -> None:
     params = read_params()
     hashed = ["data/documents.jsonl", "data/split", "models/base", "models/adapter", "metrics/eval.json"]
-    checkpoint = Path("models/meta") / params.model
+    checkpoint = Path("models/source") / params.model
     results = read_results(checkpoint, [f"data/pdfs/{params.corpus}", str(checkpoint), *hashed])
     machine, curves = read_machine(MACHINE, MACHINE_CURVES)
 
@@ -42,9 +36,9 @@ def main() -> None:
     drawn, drawn_of_machine = result_figures(results), machine_figures(curves)
 
     REPORTS.mkdir(exist_ok=True)
-    with whole_folder(REPORTS / "figures") as folder:
+    with atomic_directory(REPORTS / "figures") as folder:
         svgs = {name: save(figure, folder, name) for name, figure in drawn.items()}
-    with whole_folder(REPORTS / "machine") as folder:
+    with atomic_directory(REPORTS / "machine") as folder:
         svgs_of_machine = {name: save(figure, folder, name) for name, figure in drawn_of_machine.items()}
     texts = {
         "index.html": render_page(results, params, svgs, run),
@@ -52,7 +46,7 @@ def main() -> None:
         "machine.js": render_machine(with_energy(machine, curves), svgs_of_machine, run),
     }
     for name, text in texts.items():
-        with whole_file(REPORTS / name) as partial:
+        with atomic_write(REPORTS / name) as partial:
             partial.write_text(text, encoding="utf-8")
     print(f"report: {REPORTS / 'index.html'}, {len(drawn)} figures in {REPORTS / 'figures'}")
 

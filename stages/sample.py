@@ -11,15 +11,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pdf2lora.corpus import Document, read_documents
+from pdf2lora.documents.records import Document, read_documents
 from pdf2lora.errors import report_input_errors
-from pdf2lora.generation import continuation, nats_per_token
-from pdf2lora.machine import machine_metrics
-from pdf2lora.manifest import require_whole
-from pdf2lora.model import load_adapter, load_base
-from pdf2lora.orphans import after_orphans
+from pdf2lora.evaluation.generation import continuation, nats_per_token
+from pdf2lora.model.loading import load_adapter, load_base
 from pdf2lora.params import Sample, read_params
-from pdf2lora.runtime import write_json
+from pdf2lora.runtime.files import write_json
+from pdf2lora.runtime.manifest import require_intact
+from pdf2lora.runtime.monitor import machine_metrics
+from pdf2lora.runtime.processes import single_instance
 from pdf2lora.tokens import Encoder
 
 BASE = Path("models/base")
@@ -30,16 +30,16 @@ DIGITS = 3  # of nats, after the point
 
 
 @report_input_errors
-@after_orphans
+@single_instance
 def main() -> None:
     params = read_params()
-    require_whole(BASE, made_by="convert")
+    require_intact(BASE, made_by="convert")
     encoder = Encoder.of(BASE)
     encoder.require_context(params.sample.prompt_tokens + params.sample.max_new_tokens, key="sample.max_new_tokens")
     documents = read_documents(TEST)[: params.sample.num_documents]
 
     with machine_metrics("sample"):
-        model = load_adapter(load_base(BASE, params.quantization, params.train), ADAPTER)
+        model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)
         samples = [
             sample(model, encoder, document, params.sample)
             for document in tqdm(documents, desc="sample", unit="document", disable=None)

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
-from pdf2lora.corpus import Document, leakage, read_documents, split, words, write_documents
+from pdf2lora.documents.leakage import leakage
+from pdf2lora.documents.records import Document, read_documents, write_documents
+from pdf2lora.documents.splitting import split
+from pdf2lora.documents.text import words
 from pdf2lora.errors import InputError, report_input_errors
-from pdf2lora.orphans import after_orphans
 from pdf2lora.params import read_params
-from pdf2lora.runtime import whole_folder, write_json
+from pdf2lora.runtime.files import atomic_directory, write_json
+from pdf2lora.runtime.processes import single_instance
 
 DOCUMENTS = Path("data/documents.jsonl")
 SIDES = Path("data/split")
@@ -14,7 +17,7 @@ METRICS = Path("metrics/split.json")
 
 
 @report_input_errors
-@after_orphans
+@single_instance
 def main() -> None:
     params = read_params().split
     kept = [document for document in read_documents(DOCUMENTS) if document.reason is None]
@@ -35,7 +38,7 @@ def main() -> None:
     metrics: dict[str, object] = {side: counts(documents) for side, documents in sides.items()}
     metrics["test_13grams_in_train"] = leakage(*[[d.text for d in sides[side]] for side in ("train", "test")])
 
-    with whole_folder(SIDES) as folder:
+    with atomic_directory(SIDES) as folder:
         for side, documents in sides.items():
             write_documents(folder / f"{side}.jsonl", documents)
     write_json(METRICS, metrics)

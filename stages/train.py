@@ -16,46 +16,45 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 
-from pdf2lora import forward, loss, model, optimizer, tokens, training
-from pdf2lora.checkpoints import CheckpointKeeper, newest_whole, step_of
-from pdf2lora.corpus import read_documents
+from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
-from pdf2lora.forward import choose_kernels
-from pdf2lora.machine import Meter, device_name, machine_metrics
-from pdf2lora.manifest import MANIFEST, require_whole
-from pdf2lora.model import limit_gpu_memory
-from pdf2lora.orphans import PATIENCE_S, after_orphans
+from pdf2lora.model.capabilities import choose_kernels, limit_gpu_memory
 from pdf2lora.params import Params, read_params
-from pdf2lora.runtime import fingerprint, project_root, scratch_folder, sole_owner, whole_folder
+from pdf2lora.runtime.files import atomic_directory
+from pdf2lora.runtime.locks import exclusive_lock
+from pdf2lora.runtime.manifest import MANIFEST, require_intact
+from pdf2lora.runtime.monitor import Meter, device_name, machine_metrics
+from pdf2lora.runtime.processes import LOCK_TIMEOUT_S, single_instance
+from pdf2lora.runtime.scratch import fingerprint, project_root, scratch_folder, stage_code
 from pdf2lora.tokens import Encoder, Sequences, Window
-from pdf2lora.tracking import DvcliveCallback, log_to_file, start_wandb
-from pdf2lora.training import build_model, build_trainer
+from pdf2lora.training.checkpoints import CheckpointKeeper, latest_valid, step_of
+from pdf2lora.training.tracking import DvcliveCallback, log_to_file, start_wandb
+from pdf2lora.training.trainer import build_model, build_trainer
 
 BASE = Path("models/base")
 SIDES = Path("data/split")
 BATCH = Path("metrics/batch.json")
 ADAPTER = Path("models/adapter")
 METRICS = Path("metrics/train")
-KERNELS = Path(forward.__file__ or "").parent / "kernels"
 
 log = logging.getLogger("train")
 
 
 @report_input_errors
-@after_orphans
+@single_instance
 def main() -> None:
     params = read_params()
     require_one_process()
     require_reporter(params.train.report_to)
-    require_whole(BASE, made_by="convert")
+    require_intact(BASE, made_by="convert")
     log_file = log_to_file(project_root() / "logs")
     batch = json.loads(BATCH.read_text(encoding="utf-8"))
-    sequences, looks = data(params.train.seq_length)
+    sequences, looks = data(params.compute.seq_length)
 
-    tokens_per_step = batch["effective_batch"] * params.train.seq_length
+    tokens_per_step = batch["effective_batch"] * params.compute.seq_length
     tracker = DvcliveCallback(METRICS, tokens_per_step=tokens_per_step)
     checkpoints = scratch_folder("train", run_fingerprint(params))
-    with sole_owner(checkpoints, patience_s=PATIENCE_S), machine_metrics("train") as machine:
+    with exclusive_lock(checkpoints, timeout_s=LOCK_TIMEOUT_S), machine_metrics("train") as machine:
         if params.train.report_to == "wandb":
             start_wandb(params)
         if batch["device"] != device_name():
@@ -63,14 +62,15 @@ def main() -> None:
                 f"train: {BATCH} was measured on {batch['device']}, this is {device_name()}; "
                 "`dvc repro -f -s find_batch` finds the fastest batch here"
             )
-        kernels = choose_kernels(params.train, params.quantization, params.lora)
+        kernels = choose_kernels(params.compute, params.quantization, params.lora)
         if batch["memory_gib"] != "auto":
             limit_gpu_memory(batch["memory_gib"])
-        peft_model = build_model(BASE, params.quantization, params.lora, params.train)
+        peft_model = build_model(BASE, params.quantization, params.lora, params.compute, seed=params.train.seed)
         trainer = build_trainer(
             peft_model,
             sequences,
             train=params.train,
+            compute=params.compute,
             kernels=kernels,
             gradient_checkpointing=batch["gradient_checkpointing"],
             per_device_batch=batch["per_device_batch"],
@@ -79,7 +79,7 @@ def main() -> None:
             validation_windows=looks,
             callbacks=[tracker],
         )
-        last_checkpoint = newest_whole(checkpoints)
+        last_checkpoint = latest_valid(checkpoints)
         keeper = CheckpointKeeper(trainer, last_checkpoint)
         trainer.args.eval_on_start &= last_checkpoint is None  # the look at its step is in the checkpoint's history
         log_start(params, batch, trainer.model, last_checkpoint)
@@ -88,7 +88,7 @@ def main() -> None:
             trainer.train(resume_from_checkpoint=last_checkpoint)
         except torch.OutOfMemoryError as error:
             raise InputError(out_of_memory(trainer.state.global_step, checkpoints, error)) from error
-        keeper.end_if_told()
+        keeper.exit_if_interrupted()
         steps = trainer.state.global_step - first_step
         machine |= {
             "steps": steps,
@@ -96,10 +96,10 @@ def main() -> None:
             "attention": peft_model.config._attn_implementation if kernels == "reference" else "flash (PyTorch)",
             **tracker.start_up(psutil.Process().create_time()),
             **meter.rates(steps * tokens_per_step),
-            **tracker.throughput(peft_model.config, params.train.seq_length),
+            **tracker.throughput(peft_model.config, params.compute.seq_length),
         }
 
-        with whole_folder(ADAPTER) as folder:
+        with atomic_directory(ADAPTER) as folder:
             trainer.model.save_pretrained(folder)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in; report writes the card
         shutil.rmtree(checkpoints)  # the adapter is whole: a forced re-run trains again instead of loading its end
@@ -127,7 +127,7 @@ def log_start(params: Params, batch: dict[str, Any], peft_model: PeftModel, last
 
 def out_of_memory(step: int, checkpoints: Path, error: torch.OutOfMemoryError) -> str:
     """In mid-run, where find_batch had found room: something else has taken it."""
-    kept = newest_whole(checkpoints)
+    kept = latest_valid(checkpoints)
     return (
         f"train: the GPU ran out of memory in step {step + 1} ({str(error).split('.')[0]}); free it (nvidia-smi shows "
         "who uses it) and run dvc repro again, which goes on from "
@@ -138,10 +138,9 @@ def out_of_memory(step: int, checkpoints: Path, error: torch.OutOfMemoryError) -
 
 def run_fingerprint(params: Params) -> str:
     """Of everything that the adapter depends on."""
-    code = [Path(module.__file__ or "") for module in (forward, loss, model, optimizer, tokens, training)]
     libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")]
-    ingredients = (params.quantization, params.lora, params.train, BASE / MANIFEST, SIDES, BATCH, KERNELS)
-    return fingerprint(*ingredients, *code, *libraries)
+    ingredients = (params.quantization, params.lora, params.compute, params.train, BASE / MANIFEST, SIDES, BATCH)
+    return fingerprint(*ingredients, *stage_code("train"), *libraries)
 
 
 def require_one_process() -> None:

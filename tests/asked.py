@@ -61,7 +61,7 @@ def leave(prepared):
 
 
 def refuse(*prepared):
-    raise InputError("train.attention: 'flash_attention_2' cannot run here")
+    raise InputError("compute.attention: 'flash_attention_2' cannot run here")
 
 
 def stumble(prepared):

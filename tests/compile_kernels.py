@@ -17,12 +17,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from pdf2lora.kernels import frozen, lora
-from pdf2lora.kernels.attention import Heads
-from pdf2lora.kernels.cross_entropy import cross_entropy_
-from pdf2lora.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, swiglu, swiglu_backward_
-from pdf2lora.kernels.rotary import LARGEST_RANK, Angles, Up, rotate_, unrotate
-from pdf2lora.kernels.rows import quantize
+from pdf2lora.model.kernels import frozen, lora
+from pdf2lora.model.kernels.attention import Heads
+from pdf2lora.model.kernels.cross_entropy import cross_entropy_
+from pdf2lora.model.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, swiglu, swiglu_backward_
+from pdf2lora.model.kernels.rotary import LARGEST_RANK, Angles, Up, rotary_backward, rotate_
+from pdf2lora.model.kernels.rows import quantize
 
 FEATURES, INTERMEDIATE, VOCABULARY = 3072, 8192, 128_256  # of Llama-3.2-3B
 TOKENS = 64
@@ -83,7 +83,7 @@ def adapter(rank: int) -> None:
     rotate_(rows, angles, heads)
     b = torch.zeros(heads.width, 3 * rank, dtype=torch.bfloat16)
     up = Up(b, (0, rank, 2 * rank), rank) if rank <= LARGEST_RANK else None
-    unrotate(heads.split(rows), angles, heads, up)
+    rotary_backward(heads.split(rows), angles, heads, up)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen.canvas import Canvas
 from ruamel.yaml import YAML
 
-from pdf2lora.memory import has_cuda_driver
+from pdf2lora.runtime.gpus import has_cuda_driver
 
 # Where there is no CUDA driver, Triton interprets kernels. It decides so when it is imported, and bitsandbytes imports
 # it: so this comes before all tests.
@@ -176,7 +176,7 @@ def server_of_children() -> None:
     """Starts the server that children are forked from where it can import this project: each then starts at once."""
     if not has_cuda_driver():
         with chdir(REPOSITORY):
-            multiprocessing.set_forkserver_preload(["pdf2lora.probe"])
+            multiprocessing.set_forkserver_preload(["pdf2lora.training.probe"])
             forkserver.ensure_running()
 
 

@@ -6,12 +6,23 @@ import signal
 from pathlib import Path
 
 import pytest
-from tiny_llama import LORA, QUANTIZATION, TRAIN, changed, quiet, random_sequences, same, trainable, write_tiny_llama
+from tiny_llama import (
+    COMPUTE,
+    LORA,
+    QUANTIZATION,
+    TRAIN,
+    changed,
+    quiet,
+    random_sequences,
+    same,
+    trainable,
+    write_tiny_llama,
+)
 from transformers import TrainerCallback
 
-from pdf2lora.checkpoints import CheckpointKeeper, newest_whole, step_of
-from pdf2lora.manifest import MANIFEST
-from pdf2lora.training import build_model, build_trainer
+from pdf2lora.runtime.manifest import MANIFEST
+from pdf2lora.training.checkpoints import CheckpointKeeper, latest_valid, step_of
+from pdf2lora.training.trainer import build_model, build_trainer
 
 pytestmark = [quiet, pytest.mark.usefixtures("server_of_children")]
 SETTINGS = changed(TRAIN, save_steps=2, logging_steps=3, num_train_epochs=2)  # 8 steps, 4 an epoch
@@ -24,9 +35,10 @@ def base(tmp_path_factory):
 
 def build(base, folder, train=SETTINGS):
     return build_trainer(
-        build_model(base, QUANTIZATION, LORA, train),
+        build_model(base, QUANTIZATION, LORA, COMPUTE, seed=train.seed),
         random_sequences(8),
         train=train,
+        compute=COMPUTE,
         kernels="reference",
         gradient_checkpointing="full",
         per_device_batch=2,
@@ -38,10 +50,10 @@ def build(base, folder, train=SETTINGS):
 def train_on(base, folder, train=SETTINGS):
     """What the stage does: from the newest whole checkpoint, if there is one, to the end."""
     trainer = build(base, folder, train)
-    checkpoint = newest_whole(folder)
+    checkpoint = latest_valid(folder)
     keeper = CheckpointKeeper(trainer, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
-    keeper.end_if_told()
+    keeper.exit_if_interrupted()
     return trainer
 
 
@@ -61,7 +73,7 @@ def train_until(numbers, step, base, folder):
     keeper = CheckpointKeeper(trainer, None)
     trainer.train()
     try:
-        keeper.end_if_told()
+        keeper.exit_if_interrupted()
     except SystemExit as ended:
         (folder / "said").write_text(str(ended.code))
         raise
@@ -101,7 +113,7 @@ def test_a_signal_saves_a_checkpoint_and_training_goes_on_to_the_same_adapter_an
     assert (tmp_path / "said").read_text() == (
         f"train: ended by {numbers[0].name} after step 5, checkpoint saved; dvc repro goes on from there"
     )
-    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-5")
+    assert latest_valid(tmp_path) == str(tmp_path / "checkpoint-5")
 
     resumed = train_on(base, tmp_path)
 
@@ -112,7 +124,7 @@ def test_a_signal_saves_a_checkpoint_and_training_goes_on_to_the_same_adapter_an
 def test_a_second_ctrl_c_ends_at_once(base, tmp_path):
     assert exit_status_after([signal.SIGINT, signal.SIGINT], base, tmp_path) == 1
     assert not (tmp_path / "said").exists()
-    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert latest_valid(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 def test_a_signal_that_is_ignored_stays_ignored(base, tmp_path):
@@ -157,7 +169,7 @@ def test_a_flipped_bit_in_the_newest_falls_back_to_the_one_before(undisturbed, t
     folder = copied(undisturbed, tmp_path)
     flip(folder / "checkpoint-8" / name)
 
-    assert newest_whole(folder) == str(folder / "checkpoint-6")
+    assert latest_valid(folder) == str(folder / "checkpoint-6")
 
     assert capsys.readouterr().out == (
         f"train: checkpoint-8 is not used, its {name} is not what was written; goes on from checkpoint-6\n"
@@ -210,7 +222,7 @@ def test_an_unfinished_checkpoint_is_removed(undisturbed, tmp_path, capsys):
     folder = copied(undisturbed, tmp_path)
     (folder / "checkpoint-8" / MANIFEST).unlink()
 
-    assert newest_whole(folder) == str(folder / "checkpoint-6")
+    assert latest_valid(folder) == str(folder / "checkpoint-6")
 
     assert capsys.readouterr().out == (
         "train: checkpoint-8 is not used, it was not written to its end; goes on from checkpoint-6\n"
@@ -229,7 +241,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_used(undisturbed, tmp_path, dam
         case "other":
             manifest.write_text("[]")
 
-    assert newest_whole(folder) == str(folder / "checkpoint-6")
+    assert latest_valid(folder) == str(folder / "checkpoint-6")
 
 
 def test_without_a_whole_checkpoint_training_starts_from_the_base_model(undisturbed, tmp_path, capsys):
@@ -237,11 +249,11 @@ def test_without_a_whole_checkpoint_training_starts_from_the_base_model(undistur
     for checkpoint in folder.iterdir():
         flip(checkpoint / "optimizer.pt")
 
-    assert newest_whole(folder) is None
+    assert latest_valid(folder) is None
 
     assert capsys.readouterr().out.count("goes on from the base model") == 2
     assert list(folder.iterdir()) == []
-    assert newest_whole(Path("nowhere")) is None
+    assert latest_valid(Path("nowhere")) is None
 
 
 def test_a_manifest_knows_every_file(undisturbed):

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pdf2lora.cleaning import clean, is_readable
+from pdf2lora.documents.cleaning import clean
+from pdf2lora.documents.quality import is_readable
 
 BODY = "The sea is warmer than it was and the ice is thinner"
 

@@ -13,11 +13,11 @@ from tiny_llama import quiet, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import export, generate
-from pdf2lora.manifest import MANIFEST, fault, read_manifest
+from pdf2lora.runtime.manifest import MANIFEST, fault, read_manifest
 
 pytestmark = quiet
 SETTINGS = {
-    "train.seq_length": 32,
+    "compute.seq_length": 32,
     "evaluate.stride": 16,
     "evaluate.bootstrap_samples": 100,
     "sample.max_new_tokens": 8,

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pdf2lora.comparison import Comparison, commit_of, compare, documents_at, in_words
 from pdf2lora.errors import InputError
+from pdf2lora.evaluation.comparison import Comparison, commit_of, compare, documents_at, in_words
 
 SETTINGS = {"num_samples": 2000, "seed": 0}
 

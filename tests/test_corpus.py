@@ -8,17 +8,12 @@ from conftest import prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdf2lora import corpus
-from pdf2lora.corpus import (
-    Document,
-    leakage,
-    near_duplicate_groups,
-    read_documents,
-    split,
-    text_sha256,
-    words,
-    write_documents,
-)
+from pdf2lora.documents import splitting
+from pdf2lora.documents.leakage import leakage
+from pdf2lora.documents.near_duplicates import near_duplicate_groups
+from pdf2lora.documents.records import Document, read_documents, write_documents
+from pdf2lora.documents.splitting import split
+from pdf2lora.documents.text import text_sha256, words
 
 Sides = dict[str, list[Document]]
 
@@ -53,7 +48,7 @@ def side_of_text(sides: Sides) -> dict[str, str]:
 @pytest.fixture
 def no_near_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many splits in little time: each document is a group of its own."""
-    monkeypatch.setattr(corpus, "near_duplicate_groups", lambda texts, similarity: [[n] for n in range(len(texts))])
+    monkeypatch.setattr(splitting, "near_duplicate_groups", lambda texts, similarity: [[n] for n in range(len(texts))])
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ from tiny_adapter import write_tiny_adapter
 from tiny_llama import LORA, QUANTIZATION, changed, quiet, write_texts, write_tiny_llama
 
 from commands import doctor
-from pdf2lora import environment, forecast, model
-from pdf2lora.environment import Finding, Gpu
-from pdf2lora.forecast import Before, Shape, count_pages, count_tokens, read_shape, steps
+from pdf2lora.model import capabilities
 from pdf2lora.params import read_params
+from pdf2lora.preflight import environment, forecast
+from pdf2lora.preflight.environment import Finding, Gpu
+from pdf2lora.preflight.forecast import Before, Shape, count_pages, count_tokens, read_shape, steps
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", "570.10", 79.6, 9.0)
 T4 = Gpu("Tesla T4", "570.10", 15.0, 7.5)
@@ -33,7 +34,7 @@ def project(tmp_path, monkeypatch, write_params):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(environment, "find_gpus", lambda: [])
     write_params()
-    shutil.copytree(REPOSITORY / "models/meta/demo", "models/meta/demo")
+    shutil.copytree(REPOSITORY / "models/source/demo", "models/source/demo")
     shutil.copy(REPOSITORY / "requirements.txt", tmp_path)
     for name in ("one.pdf", "sub/two.PDF"):
         write_pdf(tmp_path / "data/pdfs/demo" / name, [prose(1), prose(2)])
@@ -45,7 +46,7 @@ def after_a_run(project, write_params):
     """The project after `dvc repro`."""
     write_tiny_llama(project / "models/base")
     write_texts(project / "data/split/train.jsonl", ["x" * 1000, "y" * 500])
-    write_params({"train.seq_length": 64, "evaluate.stride": 64})
+    write_params({"compute.seq_length": 64, "evaluate.stride": 64})
     params = YAML(typ="safe").load((project / "params.yaml").read_text())
 
     def stage(sections, *deps):
@@ -55,11 +56,11 @@ def after_a_run(project, write_params):
     lock = {
         "extract": stage(["extract"], "data/pdfs/demo"),
         "split": stage(["split"]),
-        "convert": stage(["convert"], "models/meta/demo"),
+        "convert": stage(["convert"], "models/source/demo"),
         "find_batch": stage(["find_batch", "lora", "quantization"]),
         "train": stage(["train"]),
     }
-    lock["find_batch"]["params"]["params.yaml"]["train.seq_length"] = params["train"]["seq_length"]
+    lock["find_batch"]["params"]["params.yaml"]["compute.seq_length"] = params["compute"]["seq_length"]
     YAML(typ="safe").dump({"stages": lock}, project / "dvc.lock")
     (project / "metrics").mkdir()
     probes = [
@@ -114,7 +115,7 @@ class TestDoctor:
 
     def test_another_corpus_or_model_is_not_judged_by_the_run_before(self, after_a_run, capsys):
         shutil.copytree("data/pdfs/demo", "data/pdfs/other")
-        shutil.copytree("models/meta/demo", "models/meta/llama_1b")
+        shutil.copytree("models/source/demo", "models/source/llama_1b")
         text = (after_a_run / "params.yaml").read_text()
         (after_a_run / "params.yaml").write_text(text.replace("corpus: demo", "corpus: other"))
 
@@ -146,9 +147,9 @@ class TestDoctor:
         assert "rule: 30% of 989 TFLOP/s" in output
 
     def test_the_licence_is_named(self, project, capsys):
-        (project / "models/meta/demo/LICENSE").touch()
+        (project / "models/source/demo/LICENSE").touch()
 
-        assert "ok       licence       LICENSE in models/meta/demo" in printed(capsys)
+        assert "ok       licence       LICENSE in models/source/demo" in printed(capsys)
 
     @pytest.mark.parametrize(
         ("file", "words"),
@@ -159,20 +160,20 @@ class TestDoctor:
         ],
     )
     def test_a_checkpoint_with_a_file_missing_is_a_problem(self, project, capsys, file, words):
-        (project / "models/meta/demo" / file).unlink()
+        (project / "models/source/demo" / file).unlink()
 
         output = printed(capsys, status=1)
 
-        assert f"problem  checkpoint    models/meta/demo {words}" in output
+        assert f"problem  checkpoint    models/source/demo {words}" in output
         assert "this run" not in output
 
     def test_meta_s_files_where_the_hub_keeps_them_are_to_be_moved(self, project, capsys):
-        checkpoint = project / "models/meta/demo"
+        checkpoint = project / "models/source/demo"
         checkpoint.rename(project / "original")
         checkpoint.mkdir()
         (project / "original").rename(checkpoint / "original")
 
-        words = "models/meta/demo has Meta's files in original; mv models/meta/demo/original/* models/meta/demo\n"
+        words = "models/source/demo has Meta's files in original; mv models/source/demo/original/* models/source/demo\n"
         assert f"problem  checkpoint    {words}" in printed(capsys, status=1)
 
     def test_a_corpus_without_pdfs_is_a_problem(self, project, capsys):
@@ -215,8 +216,8 @@ class TestWeightsIn4Bits:
     @pytest.fixture
     def of_width(self, project):
         def of_width(width):
-            shutil.rmtree("models/meta/demo")
-            write_tiny_llama(project / "models/meta/demo", hidden_size=width)
+            shutil.rmtree("models/source/demo")
+            write_tiny_llama(project / "models/source/demo", hidden_size=width)
 
         return of_width
 
@@ -235,7 +236,7 @@ class TestWeightsIn4Bits:
     def test_weights_that_come_back_right_are_not(self, of_width, capsys, monkeypatch):
         of_width(96)
         asked = []
-        monkeypatch.setattr(model, "require_same_weights", lambda *arguments: asked.append(arguments))
+        monkeypatch.setattr(capabilities, "check_4bit_round_trip", lambda *arguments: asked.append(arguments))
 
         assert "ok       4-bit weights are given back as they were stored\n" in printed(capsys)
         assert asked == [({96, 128}, "nf4", torch.float32)]
@@ -251,7 +252,7 @@ class TestWeightsIn4Bits:
         monkeypatch.setattr(environment, "find_gpus", lambda: gpus)
         for look in ("torch_build", "bitsandbytes"):  # a CPU build has no part for a GPU
             monkeypatch.setattr(environment, look, lambda *_: Finding("ok", "library", "is there"))
-        monkeypatch.setitem(sys.modules, "pdf2lora.model", None)  # an import would fail
+        monkeypatch.setitem(sys.modules, "pdf2lora.model.capabilities", None)  # an import would fail
 
         assert "4-bit weights" not in printed(capsys)
 
@@ -336,7 +337,7 @@ class TestForecast:
         assert read_shape(base).lora_parameters(lora) == made
 
     def test_the_demo_s_shape_is_read_from_either_layout(self, tmp_path):
-        shape = read_shape(REPOSITORY / "models/meta/demo")
+        shape = read_shape(REPOSITORY / "models/source/demo")
         metrics = json.loads((REPOSITORY / "metrics/convert.json").read_text())
 
         assert shape.intermediate_size == metrics["intermediate_size"]

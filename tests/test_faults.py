@@ -14,18 +14,20 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, prose, write_pdf
-from tiny_llama import LORA, QUANTIZATION, TRAIN, write_texts, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, write_texts, write_tiny_llama
 
-from pdf2lora import pdf
-from pdf2lora.corpus import read_documents
+from pdf2lora.documents import corpus as corpus_module
+from pdf2lora.documents.extraction import extract
+from pdf2lora.documents.records import Extraction, Reason, read_documents
+from pdf2lora.documents.worker import Worker
 from pdf2lora.errors import report_input_errors
-from pdf2lora.manifest import MANIFEST
-from pdf2lora.pdf import Reason, Worker, extract
+from pdf2lora.runtime.manifest import MANIFEST
 from stages import evaluate, sample, train
 from stages import extract as extract_stage
 
 SETTINGS = {
     **{f"train.{key}": value for key, value in TRAIN.model_dump().items()},
+    **{f"compute.{key}": value for key, value in COMPUTE.model_dump().items()},
     **{f"lora.{key}": value for key, value in LORA.model_dump().items()},
     **{f"quantization.{key}": value for key, value in QUANTIZATION.model_dump().items()},
     "evaluate.stride": 16,
@@ -214,21 +216,21 @@ def test_a_pdf_that_is_cut_while_it_is_read_is_not_taken_for_whole(
 ) -> None:
     cut = Path("data/pdfs/reports/1.pdf")
     whole = cut.read_bytes()
-    extract_all = pdf.extract
+    extract_all = corpus_module.extract
 
-    def extract_while_cut(files: Any, **settings: Any) -> Iterator[tuple[Path, pdf.Extraction]]:
+    def extract_while_cut(files: Any, **settings: Any) -> Iterator[tuple[Path, Extraction]]:
         cut.write_bytes(whole[: len(whole) // 2])
         yield from extract_all(files, **settings)
 
-    monkeypatch.setattr(pdf, "extract", extract_while_cut)
+    monkeypatch.setattr(corpus_module, "extract", extract_while_cut)
     with pytest.raises(SystemExit) as ended:
         extract_stage.main()
     assert ended.value.code == (
-        "error: data/pdfs/reports/1.pdf: changed while it was read; let what writes it come to its end, then run again"
+        "error: data/pdfs/reports/1.pdf: changed while it was read; wait until its writer has finished, then run again"
     )
 
     cut.write_bytes(whole)
-    monkeypatch.setattr(pdf, "extract", extract_all)
+    monkeypatch.setattr(corpus_module, "extract", extract_all)
     extract_stage.main()
 
     assert [document.reason for document in read_documents(Path("data/documents.jsonl"))] == [None] * 3

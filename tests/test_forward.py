@@ -2,17 +2,18 @@ import logging
 
 import pytest
 import torch
-from tiny_llama import LORA, QUANTIZATION, TRAIN, changed, quiet, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, changed, quiet, write_tiny_llama
 
-from pdf2lora import forward as forward_module
 from pdf2lora.errors import InputError
-from pdf2lora.forward import CHECKPOINTING, Reference, build_forward, checkpointing_modes, choose_kernels
-from pdf2lora.kernels.decoder import Keep
-from pdf2lora.kernels.llama import FusedLlama
-from pdf2lora.model import add_lora, load_base
+from pdf2lora.model import capabilities
+from pdf2lora.model.capabilities import CHECKPOINTING, checkpointing_modes, choose_kernels
+from pdf2lora.model.forward import Reference, build_forward
+from pdf2lora.model.kernels.decoder import Keep
+from pdf2lora.model.kernels.llama import FusedLlama
+from pdf2lora.model.loading import add_lora, load_base
 
 pytestmark = quiet
-BFLOAT16 = changed(TRAIN, compute_dtype="bfloat16")
+BFLOAT16 = changed(COMPUTE, compute_dtype="bfloat16")
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -29,7 +30,7 @@ def pretend_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        monkeypatch.setattr(forward_module.importlib.util, "find_spec", lambda name: object() if triton else None)
+        monkeypatch.setattr(capabilities.importlib.util, "find_spec", lambda name: object() if triton else None)
 
     return pretend
 
@@ -46,7 +47,7 @@ def refusal(kernels, *, quantization=QUANTIZATION, train=BFLOAT16, lora=LORA):
 def test_auto_is_the_reference_where_there_is_no_gpu(no_gpu, caplog):
     caplog.set_level(logging.INFO)
 
-    assert choose_kernels(changed(TRAIN, kernels="auto"), QUANTIZATION, LORA) == "reference"
+    assert choose_kernels(changed(COMPUTE, kernels="auto"), QUANTIZATION, LORA) == "reference"
 
     assert caplog.messages == ["kernels: auto asked for, reference runs (there is no CUDA GPU)"]
 
@@ -54,7 +55,7 @@ def test_auto_is_the_reference_where_there_is_no_gpu(no_gpu, caplog):
 @pytest.mark.parametrize("kernels", ["fused", "fp8"])
 def test_kernels_of_a_gpu_are_refused_where_there_is_none(no_gpu, kernels):
     assert refusal(kernels) == (
-        f"train.kernels: '{kernels}' cannot run here: there is no CUDA GPU; choose 'auto' or 'reference'"
+        f"compute.kernels: '{kernels}' cannot run here: there is no CUDA GPU; choose 'auto' or 'reference'"
     )
 
 
@@ -73,7 +74,7 @@ def test_what_is_asked_for_runs_where_nothing_is_in_its_way(pretend_gpu, caplog,
 OBSTACLES = [
     ({"capability": (7, 5)}, {}, {}, {}, "the GPU has compute capability 7.5, 8.0 is needed"),
     ({"triton": False}, {}, {}, {}, "the package triton is not installed"),
-    ({}, {"compute_dtype": "float32"}, {}, {}, "they compute in bfloat16 only (train.compute_dtype)"),
+    ({}, {"compute_dtype": "float32"}, {}, {}, "they compute in bfloat16 only (compute.compute_dtype)"),
     ({}, {}, {"bits": 8}, {}, "they need a base of 4 bits, quantization.bits is 8"),
     ({}, {}, {"bits": 16}, {}, "they need a base of 4 bits, quantization.bits is 16"),
     ({}, {}, {}, {"use_dora": True}, "they do not compute DoRA (lora.use_dora)"),
@@ -89,7 +90,7 @@ def test_each_obstacle_is_named(pretend_gpu, caplog, gpu, train, quantization, l
     base, adapter = changed(QUANTIZATION, **quantization), changed(LORA, **lora)
 
     assert refusal("fused", quantization=base, train=settings, lora=adapter) == (
-        f"train.kernels: 'fused' cannot run here: {obstacle}; choose 'auto' or 'reference'"
+        f"compute.kernels: 'fused' cannot run here: {obstacle}; choose 'auto' or 'reference'"
     )
     assert choose_kernels(changed(settings, kernels="auto"), base, adapter) == "reference"
     assert choose_kernels(changed(settings, kernels="reference"), base, adapter) == "reference"
@@ -104,7 +105,7 @@ def test_fp8_is_refused_on_an_older_gpu_that_could_run_fused(pretend_gpu):
     pretend_gpu((8, 0))
 
     assert refusal("fp8") == (
-        "train.kernels: 'fp8' cannot run here: the GPU has compute capability 8.0, 8.9 is needed; choose 'auto' or "
+        "compute.kernels: 'fp8' cannot run here: the GPU has compute capability 8.0, 8.9 is needed; choose 'auto' or "
         "'reference' or 'fused'"
     )
     assert choose_kernels(changed(BFLOAT16, kernels="auto"), QUANTIZATION, LORA) == "fused"
@@ -169,7 +170,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def model(base):
-    model = add_lora(load_base(base, QUANTIZATION, TRAIN), LORA)
+    model = add_lora(load_base(base, QUANTIZATION, COMPUTE), LORA)
     for name, value in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.05)
@@ -190,7 +191,7 @@ def test_reference_is_the_model_without_its_head(model):
 
 
 def test_reference_of_a_base_without_an_adapter(base):
-    causal_lm = load_base(base, QUANTIZATION, TRAIN).eval()
+    causal_lm = load_base(base, QUANTIZATION, COMPUTE).eval()
     forward = build_forward(causal_lm, "reference")
     ids = IDS.to(causal_lm.device)
 

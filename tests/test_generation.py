@@ -6,7 +6,7 @@ import torch
 from tiny_llama import EOS, write_tiny_llama
 from transformers import LlamaForCausalLM
 
-from pdf2lora.generation import continuation, nats_per_token
+from pdf2lora.evaluation.generation import continuation, nats_per_token
 from pdf2lora.tokens import Encoder
 
 

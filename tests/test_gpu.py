@@ -17,9 +17,9 @@ import torch
 from conftest import REPOSITORY, prose
 from tiny_llama import (
     BOS,
+    COMPUTE,
     LORA,
     QUANTIZATION,
-    TRAIN,
     changed,
     quiet,
     random_sequences,
@@ -31,14 +31,15 @@ from tiny_llama import (
 from torch.nn import functional
 
 import stages  # noqa: F401  # before CUDA starts: the workspaces with which cuBLAS repeats its sums
-from pdf2lora import loss
 from pdf2lora.errors import InputError
-from pdf2lora.forward import CHECKPOINTING, build_forward, checkpointing_modes, choose_kernels
-from pdf2lora.loss import linear_cross_entropy, nats_per_target
-from pdf2lora.model import add_lora, load_adapter, load_base
-from pdf2lora.perplexity import nats_per_document
+from pdf2lora.evaluation.scoring import nats_per_document
+from pdf2lora.model import loss
+from pdf2lora.model.capabilities import CHECKPOINTING, checkpointing_modes, choose_kernels
+from pdf2lora.model.forward import build_forward
+from pdf2lora.model.loading import add_lora, load_adapter, load_base
+from pdf2lora.model.loss import linear_cross_entropy, nats_per_target
 from pdf2lora.tokens import IGNORED, windows
-from pdf2lora.training import build_model, build_trainer
+from pdf2lora.training.trainer import build_model, build_trainer
 
 HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 CAPABILITY = torch.cuda.get_device_capability() if HAS_GPU else (0, 0)
@@ -50,8 +51,8 @@ pytestmark = [
 ]
 needs_fp8 = pytest.mark.skipif(CAPABILITY < (8, 9), reason="fp8 needs compute capability 8.9")
 
-BFLOAT16 = changed(TRAIN, compute_dtype="bfloat16", kernels="auto")
-FLOAT32 = changed(TRAIN, compute_dtype="float32")
+BFLOAT16 = changed(COMPUTE, compute_dtype="bfloat16", kernels="auto")
+FLOAT32 = changed(COMPUTE, compute_dtype="float32")
 NO_DROPOUT = changed(LORA, lora_dropout=0.0)
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPE = {
@@ -317,7 +318,7 @@ def test_the_more_is_recomputed_the_less_memory_a_step_takes(four_layers):
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dequantized_weights_are_those_of_bitsandbytes(quant_type, double, dtype):
-    from pdf2lora.kernels.frozen import dequantize
+    from pdf2lora.model.kernels.frozen import dequantize
 
     torch.manual_seed(0)
     numbers = torch.randn(320, 704, dtype=dtype, device="cuda")
@@ -335,7 +336,7 @@ def test_dequantized_weights_are_those_of_bitsandbytes(quant_type, double, dtype
 
 def kept_by_dropout(p, seed, *, tokens=200, features=48):
     """The mask, (tokens, features), read off dropout(1) A^T with an A that picks 16 features at a time."""
-    from pdf2lora.kernels import lora
+    from pdf2lora.model.kernels import lora
 
     ones = torch.ones(tokens, features, dtype=torch.bfloat16, device="cuda")
     picks = torch.eye(features, dtype=torch.bfloat16, device="cuda").split(16)
@@ -344,7 +345,7 @@ def kept_by_dropout(p, seed, *, tokens=200, features=48):
 
 
 def test_dropout_keeps_its_share_and_drops_the_same_in_the_backward_pass():
-    from pdf2lora.kernels import lora
+    from pdf2lora.model.kernels import lora
 
     p, seed, tokens, features = 0.25, 7, 2500, 48  # more than one split of the backward pass
     kept = kept_by_dropout(p, seed, tokens=tokens, features=features)
@@ -418,7 +419,7 @@ def test_other_bases_than_4_bit_fall_back_and_train(one_layer, caplog, bits):
     ]
     _, gradients = hidden_and_gradients(build_forward(adapted(one_layer, bits=bits), kernels), some_ids(2, 64))
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients.values())
-    with pytest.raises(InputError, match=r"train\.kernels: 'fused' cannot run here: they need a base of 4 bits"):
+    with pytest.raises(InputError, match=r"compute\.kernels: 'fused' cannot run here: they need a base of 4 bits"):
         choose_kernels(changed(BFLOAT16, kernels="fused"), quantization, LORA)
 
 
@@ -432,9 +433,10 @@ def train(four_layers, tmp_path):
     ):
         settings = changed(BFLOAT16, seq_length=64, **changes)
         trainer = build_trainer(
-            build_model(four_layers, QUANTIZATION, lora, settings),
+            build_model(four_layers, QUANTIZATION, lora, BFLOAT16, seed=0),
             random_sequences(8, seq_length=64) if sequences is None else sequences,
             train=settings,
+            compute=BFLOAT16,
             kernels=kernels,
             gradient_checkpointing=checkpointing,
             per_device_batch=2,
@@ -512,8 +514,8 @@ def project(tmp_path, four_layers, write_params):
     sections = {"train": BFLOAT16, "lora": LORA, "quantization": QUANTIZATION}
     settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
     settings |= {
-        "train.compute_dtype": "auto",
-        "train.seq_length": 512,
+        "compute.compute_dtype": "auto",
+        "compute.seq_length": 512,
         "train.effective_batch": "auto",
         "train.gradient_checkpointing": "auto",
         "find_batch.min": 1,

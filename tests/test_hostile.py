@@ -17,11 +17,11 @@ import torch
 from conftest import hanging_pdf, prose, raw_pdf, shown
 from tiny_llama import write_tiny_llama
 
-from pdf2lora import cleaning, pdf
+from pdf2lora.documents import cleaning, worker
+from pdf2lora.documents.extraction import extract
 from pdf2lora.errors import InputError
-from pdf2lora.llama import convert
-from pdf2lora.pdf import extract
-from tools.fuzz import CHECKPOINT, fuzz_checkpoints, fuzz_pdfs
+from pdf2lora.weights.conversion import convert
+from tests.long.fuzz import CHECKPOINT, fuzz_checkpoints, fuzz_pdfs
 
 READ: dict[str, Any] = {
     "engines": ["pypdf2"],
@@ -58,9 +58,9 @@ def test_a_text_larger_than_any_document_stops_at_its_page(tmp_path: Path, monke
     file = tmp_path / "swells.pdf"
     file.write_bytes(raw_pdf(shown(prose(1)), *[shown(line)] * 4))
     sent: list[tuple[str, object]] = []
-    monkeypatch.setattr(pdf, "MAX_CHARACTERS", 150_000)
+    monkeypatch.setattr(worker, "MAX_CHARACTERS", 150_000)
 
-    outcome = pdf._read_pages(type("Pipe", (), {"send": sent.append})(), file, "pypdf2", 30)  # type: ignore[arg-type]
+    outcome = worker._read_pages(type("Pipe", (), {"send": sent.append})(), file, "pypdf2", 30)  # type: ignore[arg-type]
 
     assert outcome == "out_of_memory"
     assert [kind for kind, _ in sent] == ["num_pages", "page", "page"]

@@ -20,22 +20,22 @@ import triton
 import triton.language as tl
 from conftest import REPOSITORY
 from peft import LoraConfig, inject_adapter_in_model
-from tiny_llama import LORA, QUANTIZATION, TRAIN, VOCABULARY_SIZE, changed, quiet, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, quiet, write_tiny_llama
 from torch import nn
 from torch.nn import functional
 from triton.runtime import interpreter
 
-from pdf2lora.forward import build_forward
-from pdf2lora.kernels import attention, frozen, lora
-from pdf2lora.kernels.cross_entropy import cross_entropy_
-from pdf2lora.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, swiglu, swiglu_backward_
-from pdf2lora.kernels.llama import FusedLlama
-from pdf2lora.kernels.lora import _draw, _kept
-from pdf2lora.kernels.projections import Projections
-from pdf2lora.kernels.rotary import Angles, Up, rotate_, unrotate
-from pdf2lora.kernels.rows import FP8, Rows, block_and_warps, quantize
-from pdf2lora.loss import linear_cross_entropy
-from pdf2lora.model import add_lora, load_base
+from pdf2lora.model.forward import build_forward
+from pdf2lora.model.kernels import attention, frozen, lora
+from pdf2lora.model.kernels.cross_entropy import cross_entropy_
+from pdf2lora.model.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, swiglu, swiglu_backward_
+from pdf2lora.model.kernels.llama import FusedLlama
+from pdf2lora.model.kernels.lora import _draw, _kept
+from pdf2lora.model.kernels.projections import Projections
+from pdf2lora.model.kernels.rotary import Angles, Up, rotary_backward, rotate_
+from pdf2lora.model.kernels.rows import FP8, Rows, block_and_warps, quantize
+from pdf2lora.model.loading import add_lora, load_base
+from pdf2lora.model.loss import linear_cross_entropy
 from pdf2lora.tokens import IGNORED
 
 pytestmark = [
@@ -233,7 +233,7 @@ def test_unrotate_is_the_gradient_of_the_product_and_of_lora(first_ranks):
     strided = HEADS.split(torch.cat([part.transpose(1, 2) for part in gradients], dim=2).reshape(TOKENS, -1))
 
     for of_either_strides in (gradients, strided):
-        grad_rows, grad_low_rank = unrotate(of_either_strides, angles(HEADS), HEADS, adapter)
+        grad_rows, grad_low_rank = rotary_backward(of_either_strides, angles(HEADS), HEADS, adapter)
 
         torch.testing.assert_close(grad_rows, rows.grad, rtol=1e-5, atol=1e-6)
         if adapter is None:
@@ -513,7 +513,7 @@ def base(tmp_path_factory):
 def adapted(base, **changes):
     """With an adapter as after a training: B is not zero."""
     torch.manual_seed(0)
-    model = add_lora(load_base(base, QUANTIZATION, TRAIN), changed(NO_DROPOUT, **changes))
+    model = add_lora(load_base(base, QUANTIZATION, COMPUTE), changed(NO_DROPOUT, **changes))
     for name, value in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(value, std=0.05)
@@ -553,7 +553,7 @@ def hidden_and_gradients(forward, ids, *, seed=0):
         (["v_proj", "down_proj"], 8, 2, 7),
         (["q_proj", "v_proj", "up_proj"], 20, 1, 16),
         (["k_proj", "gate_proj"], 1, 3, 5),
-        (ATTENTION, 100, 1, 5),  # more than unrotate multiplies by
+        (ATTENTION, 100, 1, 5),  # more than rotary_backward multiplies by
     ],
 )
 def test_fused_layers_are_those_of_transformers_and_peft(base, targets, r, batch, seq_length):
@@ -673,7 +673,7 @@ def test_changed_matrices_count_in_the_next_step(base):
 def test_disabled_adapter_gives_the_base(base):
     model = adapted(base).eval()
     forward, ids = build_forward(model, "fused"), some_ids(2, 7)
-    causal_lm = load_base(base, QUANTIZATION, TRAIN).eval()
+    causal_lm = load_base(base, QUANTIZATION, COMPUTE).eval()
 
     with torch.no_grad():
         with_adapter = forward(ids)

@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pdf2lora import llama
 from pdf2lora.errors import InputError
-from pdf2lora.llama import LLAMA_VERSIONS, convert
+from pdf2lora.weights import meta, safetensors_files
+from pdf2lora.weights.conversion import convert
+from pdf2lora.weights.params_json import LLAMA_VERSIONS
 
 NUM_RANKS = 256 + 8
 MERGES = ["th", "the", " t", " the", "an", "and", " a", " and"]
@@ -370,7 +371,7 @@ class TestFiles:
         source, *_ = checkpoint(version, num_shards=2, tied=version == "3.2")
         (other := tmp_path / "other").mkdir()
         convert_default(source, other, version)
-        monkeypatch.setattr(llama, "SLAB_BYTES", slab_bytes)
+        monkeypatch.setattr(safetensors_files, "SLAB_BYTES", slab_bytes)
         convert_default(source, target, version)
         assert {p.name: p.read_bytes() for p in target.iterdir()} == {p.name: p.read_bytes() for p in other.iterdir()}
 
@@ -385,7 +386,7 @@ class TestFiles:
     @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
     def test_weights_are_mapped_not_read(self, checkpoint: Checkpoint) -> None:
         source, *_ = checkpoint("3.2", num_shards=2)
-        shards = llama.read_shards(source)
+        shards = meta.read_shards(source)
         mapped = Path("/proc/self/maps").read_text()
         assert all(str(source / f"consolidated.0{n}.pth") in mapped for n in range(len(shards)))
 
@@ -684,5 +685,6 @@ def test_versions() -> None:
 
 
 def test_transformers_is_not_imported() -> None:
-    code = "import sys, pdf2lora.llama; sys.exit(bool({'transformers', 'sentencepiece'} & sys.modules.keys()))"
+    heavy = "{'transformers', 'sentencepiece'}"
+    code = f"import sys, pdf2lora.weights.conversion; sys.exit(bool({heavy} & sys.modules.keys()))"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)

@@ -13,7 +13,7 @@ import sentencepiece
 import tiktoken
 
 from pdf2lora.errors import InputError
-from pdf2lora.llama_tokenizer import LLAMA3_SPLIT, last_merge, llama3_special_tokens, read_tokenizer
+from pdf2lora.weights.tokenizer import LLAMA3_SPLIT, last_merge, llama3_special_tokens, read_tokenizer
 
 KEY = "models.tiny.llama_version"
 TRAINING_TEXT = """It is raining on the hills, and the river doesn't rest: it'll rise by 1250 mm before the year 2040.

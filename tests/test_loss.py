@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pdf2lora import loss
-from pdf2lora.loss import linear_cross_entropy, nats_per_target
+from pdf2lora.model import loss
+from pdf2lora.model.loss import linear_cross_entropy, nats_per_target
 from pdf2lora.tokens import IGNORED
 
 POSITIONS, HIDDEN, VOCABULARY = 23, 12, 50

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pdf2lora import machine
-from pdf2lora.machine import Meter, machine_metrics
+from pdf2lora.runtime import monitor as machine
+from pdf2lora.runtime.monitor import Meter, machine_metrics
 
 
 @pytest.fixture

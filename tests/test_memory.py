@@ -12,19 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdf2lora import memory
 from pdf2lora.errors import InputError
-from pdf2lora.memory import (
-    AS_FAST,
-    Child,
-    Measurement,
-    Mode,
-    Probe,
-    choose,
-    memory_model,
-    search,
-    search_modes,
-)
+from pdf2lora.training import probe_process
+from pdf2lora.training.batch_search import AS_FAST, Measurement, Mode, Probe, choose, memory_model, search, search_modes
+from pdf2lora.training.probe_process import Child
 
 pytestmark = pytest.mark.usefixtures("server_of_children")
 
@@ -303,7 +294,7 @@ def test_choice_where_nothing_fits(peak, what_happens, effective_batch):
 
     assert str(caught.value) == (
         f"find_batch.min: 2 sequences do not fit: a training step {what_happens}; lower find_batch.min or "
-        "train.seq_length, set train.gradient_checkpointing to auto, or raise find_batch.cpu_memory_gib "
+        "compute.seq_length, set train.gradient_checkpointing to auto, or raise find_batch.cpu_memory_gib "
         "(on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)"
     )
 
@@ -360,7 +351,7 @@ def test_child_that_ends_leaves_nothing_and_may_be_asked_again(child):
 
 
 def test_child_of_a_gpu_imports_before_it_is_asked_and_may_be_ended_meanwhile(monkeypatch):
-    monkeypatch.setattr(memory, "has_cuda_driver", lambda: True)
+    monkeypatch.setattr(probe_process, "has_cuda_driver", lambda: True)
 
     with Child("asked") as child:
         first = child.process.pid
@@ -370,7 +361,7 @@ def test_child_of_a_gpu_imports_before_it_is_asked_and_may_be_ended_meanwhile(mo
 
 
 def test_child_of_a_gpu_answers_and_is_replaced(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "has_cuda_driver", lambda: True)
+    monkeypatch.setattr(probe_process, "has_cuda_driver", lambda: True)
 
     with Child("asked") as child:
         child.prepare(6, 7)
@@ -461,7 +452,7 @@ def test_input_error_of_a_child_passes_through(child):
     with pytest.raises(InputError) as caught:
         child.ask("refuse")
 
-    assert str(caught.value) == "train.attention: 'flash_attention_2' cannot run here"
+    assert str(caught.value) == "compute.attention: 'flash_attention_2' cannot run here"
     assert_gone(first)
 
 
@@ -503,8 +494,8 @@ def test_child_on_a_gpu_stays_where_a_failed_probe_gave_its_memory_back(monkeypa
         return questions.pop(0)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(memory, "_reserved_bytes", lambda: next(reserved))
+    monkeypatch.setattr(probe_process, "_reserved_bytes", lambda: next(reserved))
 
-    memory._answer(SimpleNamespace(recv=recv, send=answers.append), "asked")
+    probe_process._answer(SimpleNamespace(recv=recv, send=answers.append), "asked")
 
-    assert answers == [os.getpid(), 5, memory.OutOfMemory(takes_more=not replaced)] + ([] if replaced else [2])
+    assert answers == [os.getpid(), 5, probe_process.OutOfMemory(takes_more=not replaced)] + ([] if replaced else [2])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import mend_dvc
+from commands import mend_dvc
 
 DVC = [str(Path(sys.executable).with_name("dvc"))]
 PIPELINE = "stages: {copy: {cmd: cp source copy && echo ran >> log, deps: [source], outs: [copy]}}"

@@ -12,9 +12,10 @@ from tiny_adapter import write_tiny_adapter
 from tiny_llama import quiet, write_tiny_llama
 from transformers import LlamaForCausalLM
 
-from pdf2lora import merge as merge_module
 from pdf2lora.errors import InputError
-from pdf2lora.merge import mapped_weights, merge, read_adapter, write_config
+from pdf2lora.weights import merge as merge_module
+from pdf2lora.weights.merge import merge, read_adapter, write_config
+from pdf2lora.weights.safetensors_files import mapped_weights
 
 pytestmark = quiet
 VARIANTS = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}

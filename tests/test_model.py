@@ -5,21 +5,19 @@ import re
 import bitsandbytes as bnb
 import pytest
 import torch
-from tiny_llama import LORA, QUANTIZATION, TRAIN, VOCABULARY_SIZE, changed, quiet, trainable, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, quiet, trainable, write_tiny_llama
 from torch import Tensor, nn
 
-from pdf2lora import model as model_module
 from pdf2lora.errors import InputError
-from pdf2lora.model import (
-    add_lora,
+from pdf2lora.model import capabilities
+from pdf2lora.model.capabilities import (
     attention,
+    check_4bit_round_trip,
     compute_dtype,
     limit_gpu_memory,
-    load_adapter,
-    load_base,
     require_quantization,
-    require_same_weights,
 )
+from pdf2lora.model.loading import add_lora, load_adapter, load_base
 
 pytestmark = quiet
 LAYER_OF_BITS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: nn.Linear}
@@ -39,8 +37,8 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def load(base, *, bits=4, train=TRAIN):
-    return load_base(base, changed(QUANTIZATION, bits=bits), train)
+def load(base, *, bits=4, compute=COMPUTE):
+    return load_base(base, changed(QUANTIZATION, bits=bits), compute)
 
 
 def logits(model) -> Tensor:
@@ -85,7 +83,7 @@ def test_linear_layers_of_the_blocks_are_quantized_and_nothing_else(base, bits):
 
 def test_settings_of_4_bit_arrive_in_the_layers(base):
     def first_state(**changes):
-        layer = load_base(base, changed(QUANTIZATION, **changes), TRAIN).model.layers[0].self_attn.q_proj
+        layer = load_base(base, changed(QUANTIZATION, **changes), COMPUTE).model.layers[0].self_attn.q_proj
         assert layer.compute_dtype == torch.float32
         return layer.weight.quant_state
 
@@ -167,9 +165,9 @@ def test_number_of_trainable_parameters(base, r, targets, num_trainable):
 
 @pytest.mark.parametrize(("bits", "dtype"), [(4, "float32"), (16, "float32"), (4, "bfloat16"), (16, "bfloat16")])
 def test_only_lora_is_trained_and_it_is_float32(base, bits, dtype):
-    train = changed(TRAIN, compute_dtype=dtype)
+    compute = changed(COMPUTE, compute_dtype=dtype)
 
-    model = add_lora(load(base, bits=bits, train=train), LORA)
+    model = add_lora(load(base, bits=bits, compute=compute), LORA)
 
     assert model.base_model.model.lm_head.weight.dtype == getattr(torch, dtype)
     found = trainable(model)
@@ -241,15 +239,15 @@ def test_limit_without_a_gpu_does_nothing(no_gpu, monkeypatch):
 
 @pytest.mark.parametrize(("setting", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_compute_dtype_without_a_gpu(no_gpu, setting, dtype):
-    assert compute_dtype(changed(TRAIN, compute_dtype=setting)) == dtype
+    assert compute_dtype(changed(COMPUTE, compute_dtype=setting)) == dtype
 
 
 def test_flash_attention_without_a_gpu_is_refused(no_gpu):
     with pytest.raises(InputError) as caught:
-        attention(changed(TRAIN, attention="flash_attention_2"))
+        attention(changed(COMPUTE, attention="flash_attention_2"))
 
     assert str(caught.value) == (
-        "train.attention: 'flash_attention_2' cannot run here: there is no CUDA GPU; choose 'auto' or 'sdpa' "
+        "compute.attention: 'flash_attention_2' cannot run here: there is no CUDA GPU; choose 'auto' or 'sdpa' "
         "(or see requirements-gpu.txt)"
     )
 
@@ -264,19 +262,19 @@ def test_flash_attention_without_a_gpu_is_refused(no_gpu):
 )
 def test_other_obstacles_to_flash_attention_are_named(monkeypatch, installed, capability, dtype, obstacle):
     pretend_gpu(monkeypatch, capability)
-    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: object() if installed else None)
-    train = changed(TRAIN, attention="flash_attention_2", compute_dtype=dtype)
+    monkeypatch.setattr(capabilities.importlib.util, "find_spec", lambda name: object() if installed else None)
+    compute = changed(COMPUTE, attention="flash_attention_2", compute_dtype=dtype)
 
     with pytest.raises(InputError, match=f"'flash_attention_2' cannot run here: {obstacle};"):
-        attention(train)
+        attention(compute)
     assert attention(changed(train, attention="auto")) == "sdpa"
 
 
 def test_flash_attention_where_nothing_is_in_its_way(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     pretend_gpu(monkeypatch, (9, 0))
-    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: object())
-    train = changed(TRAIN, compute_dtype="bfloat16")
+    monkeypatch.setattr(capabilities.importlib.util, "find_spec", lambda name: object())
+    compute = changed(COMPUTE, compute_dtype="bfloat16")
 
     assert attention(changed(train, attention="auto")) == "flash_attention_2"
     assert attention(changed(train, attention="flash_attention_2")) == "flash_attention_2"
@@ -297,7 +295,7 @@ def pretend_gpu(monkeypatch, capability):
 def test_auto_says_what_runs_and_why(no_gpu, caplog):
     caplog.set_level(logging.INFO)
 
-    assert attention(changed(TRAIN, attention="auto")) == "sdpa"
+    assert attention(changed(COMPUTE, attention="auto")) == "sdpa"
 
     assert caplog.messages == ["attention: auto asked for, sdpa runs (there is no CUDA GPU)"]
 
@@ -316,7 +314,7 @@ def test_quantization_that_fails_is_the_users_to_mend(base, monkeypatch, bits, f
     with pytest.raises(InputError) as caught:
         load(base, bits=bits)
 
-    device = model_module.device().type
+    device = capabilities.device().type
     assert str(caught.value) == (
         f"quantization.bits: {bits} is not possible here: bitsandbytes {bnb.__version__} on {device} says "
         "'no kernel image'; install a bitsandbytes built for this machine or choose 16"
@@ -332,7 +330,7 @@ RIGHT = [64, 128, 192, 320, 2048]  # multiples of a block; so are the widths of 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_widths_of_whole_blocks_give_back_what_was_stored(quant_type, dtype):
-    require_same_weights(set(RIGHT), quant_type, dtype)
+    check_4bit_round_trip(set(RIGHT), quant_type, dtype)
 
 
 def rows_start_at_a_block(packed, state):
@@ -348,9 +346,9 @@ def rows_start_at_a_block(packed, state):
 def test_weights_that_come_back_with_other_scales_are_found(no_gpu, monkeypatch, width, dtype):
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", rows_start_at_a_block)
 
-    require_same_weights(set(RIGHT), "nf4", dtype)
+    check_4bit_round_trip(set(RIGHT), "nf4", dtype)
     with pytest.raises(InputError, match=f"layers of {width} input features"):
-        require_same_weights({*RIGHT, width}, "nf4", dtype)
+        check_4bit_round_trip({*RIGHT, width}, "nf4", dtype)
 
 
 def test_weights_that_are_no_numbers_are_found(no_gpu, monkeypatch):
@@ -359,7 +357,7 @@ def test_weights_that_are_no_numbers_are_found(no_gpu, monkeypatch):
     )
 
     with pytest.raises(InputError, match="off by nan%"):
-        require_same_weights({64}, "nf4", torch.float32)
+        check_4bit_round_trip({64}, "nf4", torch.float32)
 
 
 def test_a_model_whose_weights_would_come_back_wrong_is_refused(no_gpu, monkeypatch, tmp_path):
@@ -394,7 +392,7 @@ def test_a_width_that_is_not_refused_computes_rightly(no_gpu, width, quant_type)
     right = torch.allclose(layer(inputs), inputs @ weight.T, atol=1e-4)
 
     try:
-        require_same_weights({width}, quant_type, torch.float32)
+        check_4bit_round_trip({width}, quant_type, torch.float32)
         refused = False
     except InputError:
         refused = True
@@ -407,6 +405,6 @@ def test_the_check_leaves_the_random_stream_alone(no_gpu):
     expected = torch.rand(3)
     torch.manual_seed(0)
 
-    require_same_weights({64}, "nf4", torch.float32)
+    check_4bit_round_trip({64}, "nf4", torch.float32)
 
     assert torch.equal(torch.rand(3), expected)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from pdf2lora.optimizer import FlatParameter, forget_gradients
+from pdf2lora.training.optimizer import FlatParameter, clear_gradients
 
 SHAPES = [(8, 64), (32, 8), (5,), (1, 1), (3, 7)]
 
@@ -137,6 +137,6 @@ def test_gradients_are_forgotten():
     parameters = made_up()
     give_gradients(parameters, 0)
 
-    forget_gradients(parameters)
+    clear_gradients(parameters)
 
     assert [parameter.grad for parameter in parameters] == [None] * len(parameters)

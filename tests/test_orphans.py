@@ -8,10 +8,10 @@ import psutil
 import pytest
 from conftest import REPOSITORY
 
-from pdf2lora import orphans
 from pdf2lora.errors import InputError
-from pdf2lora.orphans import after_orphans
-from pdf2lora.runtime import sole_owner
+from pdf2lora.runtime import processes
+from pdf2lora.runtime.locks import exclusive_lock
+from pdf2lora.runtime.processes import single_instance
 
 # Stands in for dvc: starts the launcher with DVC_STAGE set, which starts the stage, as a shell does.
 DVC = """
@@ -25,9 +25,9 @@ subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
 """
 STAGE = """
 import os, time
-from pdf2lora.orphans import end_with_dvc, processes_above
-end_with_dvc()
-print(os.getpid(), *[process.pid for process in processes_above()], flush=True)
+from pdf2lora.runtime.processes import exit_with_parent, ancestor_processes
+exit_with_parent()
+print(os.getpid(), *[process.pid for process in ancestor_processes()], flush=True)
 time.sleep(60)
 """
 SAVE_FIRST = """
@@ -89,25 +89,25 @@ def test_an_orphan_from_birth_ends_too(monkeypatch):
         {"pid": 1, "cmdline": lambda self: ["/sbin/init"], "is_running": lambda self: True, "status": lambda self: ""},
     )()
     told = []
-    monkeypatch.setattr(orphans.os, "kill", lambda pid, number: told.append(number))
+    monkeypatch.setattr(processes.os, "kill", lambda pid, number: told.append(number))
 
-    orphans._watch([init])
+    processes._watch([init])
 
     assert told == [signal.SIGTERM]
 
 
 def test_a_stage_that_dvc_did_not_start_watches_nobody(monkeypatch):
     monkeypatch.delenv("DVC_STAGE", raising=False)
-    monkeypatch.setattr(orphans.threading, "Thread", lambda **_: pytest.fail("a watch was started"))
+    monkeypatch.setattr(processes.threading, "Thread", lambda **_: pytest.fail("a watch was started"))
 
-    orphans.end_with_dvc()
+    processes.exit_with_parent()
 
 
 HOLDER = """
 import sys, time
-from pdf2lora.orphans import after_orphans
+from pdf2lora.runtime.processes import single_instance
 
-@after_orphans
+@single_instance
 def main():
     print("at work", flush=True)
     time.sleep(float(sys.argv[1]))
@@ -135,7 +135,7 @@ def test_a_stage_waits_for_its_orphan_to_end(at_work, capsys):
     holder = at_work(1.5)
     ran = []
 
-    after_orphans(lambda: ran.append(holder.poll()))()
+    single_instance(lambda: ran.append(holder.poll()))()
 
     assert len(ran) == 1
     assert capsys.readouterr().out == (
@@ -144,11 +144,11 @@ def test_a_stage_waits_for_its_orphan_to_end(at_work, capsys):
 
 
 def test_a_stage_does_not_run_beside_another_that_stays(at_work, monkeypatch):
-    monkeypatch.setattr(orphans, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(processes, "LOCK_TIMEOUT_S", 0.5)
     holder = at_work(60)
 
     with pytest.raises(InputError) as refused:
-        after_orphans(lambda: pytest.fail("both at work"))()
+        single_instance(lambda: pytest.fail("both at work"))()
 
     assert str(refused.value) == (
         f".scratch/at_work/test_orphans: process {holder.pid} is already at work on these very settings and data; "
@@ -159,11 +159,11 @@ def test_a_stage_does_not_run_beside_another_that_stays(at_work, monkeypatch):
 @pytest.mark.parametrize("stage", sorted(file.stem for file in (REPOSITORY / "stages").glob("[!_]*.py")))
 def test_every_stage_runs_alone(stage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(orphans, "PATIENCE_S", 0)
+    monkeypatch.setattr(processes, "LOCK_TIMEOUT_S", 0)
     folder = tmp_path / ".scratch/at_work" / stage
     folder.mkdir(parents=True)
 
-    with sole_owner(folder), pytest.raises(SystemExit) as refused:
+    with exclusive_lock(folder), pytest.raises(SystemExit) as refused:
         importlib.import_module(f"stages.{stage}").main()
 
     assert str(refused.value) == (

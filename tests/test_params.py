@@ -69,7 +69,7 @@ def test_params_cannot_be_changed() -> None:
         ("quantization.bits", 5, "must be 4, 8 or 16"),
         ("quantization.bits", "4", "must be 4, 8 or 16"),
         ("quantization.bnb_4bit_quant_type", "int4", "must be 'nf4' or 'fp4'"),
-        ("train.attention", "eager", "must be 'auto', 'flash_attention_2' or 'sdpa'"),
+        ("compute.attention", "eager", "must be 'auto', 'flash_attention_2' or 'sdpa'"),
         ("models.demo.llama_version", 3.2, "must be '1', '2', '3', '3.1' or '3.2'"),
         ("corpus", "ar6.wg1", "must be made of letters, digits, '_' and '-' (DVC cannot parse a dot)"),
         ("model", "llama_3.2", "must be made of letters, digits, '_' and '-' (DVC cannot parse a dot)"),
@@ -83,10 +83,10 @@ def test_params_cannot_be_changed() -> None:
         ("find_batch.memory_gib", None, "must be a number or 'auto'"),
         ("find_batch.memory_gib", 0, "must be greater than 0 or 'auto'"),
         ("find_batch.gpu_headroom_gib", -1, "must be greater than or equal to 0"),
-        ("train.kernels", "triton", "must be 'auto', 'reference', 'fused' or 'fp8'"),
+        ("compute.kernels", "triton", "must be 'auto', 'reference', 'fused' or 'fp8'"),
         ("train.gradient_checkpointing", True, "must be 'auto', 'none', 'mlp', 'full' or 'offload'"),
         ("train.gradient_checkpointing", "half", "must be 'auto', 'none', 'mlp', 'full' or 'offload'"),
-        ("train.deterministic", "yes", "must be a boolean"),
+        ("compute.deterministic", "yes", "must be a boolean"),
     ],
 )
 def test_a_refused_value_is_told_with_key_value_rule_and_remedy(
@@ -167,8 +167,8 @@ def test_a_model_whose_name_looks_like_a_type_is_named_whole(write_params: Write
             "find_batch.min: 9 must not be greater than find_batch.max (8)",
         ),
         (
-            {"evaluate.stride": 65, "train.seq_length": 64},
-            "evaluate.stride: 65 must not be greater than train.seq_length (64), or tokens would be left out",
+            {"evaluate.stride": 65, "compute.seq_length": 64},
+            "evaluate.stride: 65 must not be greater than compute.seq_length (64), or tokens would be left out",
         ),
     ],
 )
@@ -178,7 +178,7 @@ def test_keys_that_do_not_agree_are_refused(write_params: WriteParams, changes: 
 
 def test_keys_that_just_agree_are_good(write_params: WriteParams) -> None:
     params = read_params(
-        write_params({"find_batch.min": 8, "find_batch.max": 8, "evaluate.stride": 64, "train.seq_length": 64})
+        write_params({"find_batch.min": 8, "find_batch.max": 8, "evaluate.stride": 64, "compute.seq_length": 64})
     )
     assert (params.find_batch.min, params.evaluate.stride) == (8, 64)
 

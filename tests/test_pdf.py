@@ -5,7 +5,10 @@ from typing import Any
 import pytest
 from conftest import hanging_pdf, prose, write_pdf
 
-from pdf2lora.pdf import COMPLETE, Attempt, Extraction, Reason, Worker, extract, judge
+from pdf2lora.documents.extraction import extract
+from pdf2lora.documents.quality import judge
+from pdf2lora.documents.records import COMPLETE, Attempt, Extraction, Reason
+from pdf2lora.documents.worker import Worker
 
 SETTINGS: dict[str, Any] = {
     "engines": ["pypdf2", "pdfium"],
@@ -307,13 +310,13 @@ def test_a_worker_that_is_dead_before_the_first_word_is_a_crash(tmp_path):
 def test_limits_of_the_whole_job_are_kept(tmp_path, monkeypatch):
     import resource
 
-    from pdf2lora import pdf
+    from pdf2lora.documents import worker
 
     limits = []
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (5, 10))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: limits.append(pair))
 
-    pdf._limit(resource.RLIMIT_CPU, 100)
-    pdf._limit(resource.RLIMIT_CPU, 7)
+    worker._limit(resource.RLIMIT_CPU, 100)
+    worker._limit(resource.RLIMIT_CPU, 7)
 
     assert limits == [(10, 10), (7, 10)]

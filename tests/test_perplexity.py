@@ -3,12 +3,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_llama import BOS, LORA, QUANTIZATION, TRAIN, VOCABULARY_SIZE, changed, quiet, write_tiny_llama
+from tiny_llama import BOS, COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, quiet, write_tiny_llama
 
-from pdf2lora import loss
-from pdf2lora.forward import build_forward
-from pdf2lora.model import add_lora, load_base
-from pdf2lora.perplexity import TextSize, bootstrap, nats_per_document, summary
+from pdf2lora.evaluation.intervals import bootstrap, summary
+from pdf2lora.evaluation.scoring import nats_per_document
+from pdf2lora.evaluation.windows import TextSize
+from pdf2lora.model import loss
+from pdf2lora.model.forward import build_forward
+from pdf2lora.model.loading import add_lora, load_base
 from pdf2lora.tokens import windows
 
 pytestmark = quiet
@@ -29,7 +31,7 @@ def model(base):
 
 def adapted(base, *, bits, lora=LORA):
     """With a new adapter, which changes nothing yet."""
-    return add_lora(load_base(base, changed(QUANTIZATION, bits=bits), TRAIN), lora)
+    return add_lora(load_base(base, changed(QUANTIZATION, bits=bits), COMPUTE), lora)
 
 
 def redraw_b(model):

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, prose, write_pdf
-from tiny_llama import LORA, QUANTIZATION, TRAIN, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, write_tiny_llama
 
 SETTINGS = {
     **{f"train.{key}": value for key, value in TRAIN.model_dump().items()},
+    **{f"compute.{key}": value for key, value in COMPUTE.model_dump().items()},
     **{f"lora.{key}": value for key, value in LORA.model_dump().items()},
     **{f"quantization.{key}": value for key, value in QUANTIZATION.model_dump().items()},
     "corpus": "reports",

@@ -6,6 +6,7 @@ import torch
 from conftest import REPOSITORY
 from ruamel.yaml import YAML
 from tiny_llama import (
+    COMPUTE,
     LORA,
     QUANTIZATION,
     TRAIN,
@@ -17,22 +18,28 @@ from tiny_llama import (
     write_tiny_llama,
 )
 
-from pdf2lora import probe
 from pdf2lora.errors import InputError
-from pdf2lora.machine import device_name
-from pdf2lora.memory import Measurement
 from pdf2lora.params import Train
-from pdf2lora.probe import PeakMemory, StepClock
+from pdf2lora.runtime.monitor import device_name
 from pdf2lora.tokens import pack
-from pdf2lora.training import build_model, build_trainer
+from pdf2lora.training import probe
+from pdf2lora.training.batch_search import Measurement
+from pdf2lora.training.probe import PeakMemory, StepClock
+from pdf2lora.training.trainer import build_model, build_trainer
 
 MIB = 2**20
 TWO_ROWS = pack([np.arange(60)], bos=1, eos=2, seq_length=32)
 
 
-def params_of(**train):
+def params_of(**changes):
+    train = {key: value for key, value in changes.items() if key in TRAIN.model_dump()}
+    compute = {key: value for key, value in changes.items() if key in COMPUTE.model_dump()}
     return SimpleNamespace(
-        train=changed(TRAIN, **train), lora=LORA, quantization=QUANTIZATION, find_batch=SimpleNamespace(steps=3)
+        train=changed(TRAIN, **train),
+        compute=changed(COMPUTE, **compute),
+        lora=LORA,
+        quantization=QUANTIZATION,
+        find_batch=SimpleNamespace(steps=3),
     )
 
 
@@ -57,7 +64,7 @@ def test_possibilities_are_those_of_the_machine_and_of_params():
 
 @pytest.mark.parametrize(
     ("asked", "refused"),
-    [({"kernels": "fused"}, "train.kernels: 'fused'"), ({"gradient_checkpointing": "mlp"}, "checkpointing: 'mlp'")],
+    [({"kernels": "fused"}, "compute.kernels: 'fused'"), ({"gradient_checkpointing": "mlp"}, "checkpointing: 'mlp'")],
 )
 def test_what_cannot_run_is_refused(on_cpu, asked, refused):
     with pytest.raises(InputError, match=refused):
@@ -71,7 +78,7 @@ def test_what_cannot_run_is_refused(on_cpu, asked, refused):
 def test_prepared_model_is_the_one_that_train_trains(base, own_logging):
     prepared = probe.prepare(base, params_of(), TWO_ROWS, "reference")
 
-    assert same(trainable(prepared.model), trainable(build_model(base, QUANTIZATION, LORA, TRAIN)))
+    assert same(trainable(prepared.model), trainable(build_model(base, QUANTIZATION, LORA, COMPUTE, seed=0)))
     assert (probe.free_gib(prepared) > 0) == torch.cuda.is_available()
 
 
@@ -224,12 +231,13 @@ def test_error_in_the_block_comes_out_and_nothing_is_counted_after_it(on_cpu):
 def test_peak_of_a_training_step_is_the_same_again_and_with_other_numbers_of_threads(on_cpu, base, tmp_path):
     def step_gib(num_threads, *, batch=2, checkpointing="full"):
         torch.set_num_threads(num_threads)
-        model = build_model(base, QUANTIZATION, LORA, TRAIN)
+        model = build_model(base, QUANTIZATION, LORA, COMPUTE, seed=0)
         with PeakMemory() as peak:
             build_trainer(
                 model,
                 random_sequences(2 * batch),
                 train=TRAIN,
+                compute=COMPUTE,
                 kernels="reference",
                 gradient_checkpointing=checkpointing,
                 per_device_batch=batch,

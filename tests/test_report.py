@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from ruamel.yaml import YAML
 from tiny_llama import make_document
 
-from pdf2lora.corpus import write_documents
+from pdf2lora.documents.records import write_documents
 from pdf2lora.params import read_params
 from pdf2lora.report import figures, page, style
 from pdf2lora.report.card import render_card
@@ -35,7 +35,7 @@ def write_run(folder: Path, *, num_test: int = 4, num_validation: int = 1, impro
     write_documents(folder / "data/documents.jsonl", [*documents.values(), left_out])
     for side, ids in sides.items():
         write_documents(folder / f"data/split/{side}.jsonl", [documents[name] for name in ids])
-    checkpoint = folder / "models/meta/demo"
+    checkpoint = folder / "models/source/demo"
     checkpoint.mkdir(parents=True)
     (checkpoint / "LICENSE.txt").write_text("terms")
 
@@ -125,7 +125,7 @@ def words_of(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def make(**details: object) -> str:
-        results = read_results(write_run(tmp_path, **details) / "models/meta/demo", ["models/base"])
+        results = read_results(write_run(tmp_path, **details) / "models/source/demo", ["models/base"])
         return page.render_page(results, read_params(REPOSITORY / "params.yaml"), {}, "0")
 
     return make
@@ -362,17 +362,17 @@ class TestCard:
         assert "| base in 4 bits with the adapter | 15.00 | 14.90 to 15.10 |" in card
         assert "lowers it by 25.0%" in card
         assert "| lora.target_modules | q_proj, k_proj, v_proj, o_proj |" in card
-        assert "LICENSE.txt in `models/meta/demo`" in card
+        assert "LICENSE.txt in `models/source/demo`" in card
         assert "More Information Needed" not in card
 
     def test_says_that_there_is_no_licence_file(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        (write_run(tmp_path) / "models/meta/demo/LICENSE.txt").unlink()
-        results = read_results(Path("models/meta/demo"), [])
+        (write_run(tmp_path) / "models/source/demo/LICENSE.txt").unlink()
+        results = read_results(Path("models/source/demo"), [])
 
         card = render_card(results, read_params(REPOSITORY / "params.yaml"))
 
-        assert "No licence file lies in `models/meta/demo`" in card
+        assert "No licence file lies in `models/source/demo`" in card
 
     @pytest.mark.parametrize("name", ["LICENSE", "Licence.txt", "USE_POLICY.md", "NOTICE"])
     def test_licences_are_known_by_name(self, tmp_path, name):

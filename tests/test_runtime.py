@@ -11,23 +11,16 @@ import psutil
 import pytest
 
 from pdf2lora.errors import InputError
-from pdf2lora.runtime import (
-    file_sha256,
-    fingerprint,
-    project_root,
-    scratch_folder,
-    sole_owner,
-    whole_file,
-    whole_folder,
-    write_json,
-)
+from pdf2lora.runtime.files import atomic_directory, atomic_write, file_sha256, write_json
+from pdf2lora.runtime.locks import exclusive_lock
+from pdf2lora.runtime.scratch import fingerprint, project_root, scratch_folder
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from pdf2lora.runtime import sole_owner
+from pdf2lora.runtime.locks import exclusive_lock
 
-with sole_owner(Path(sys.argv[1])):
+with exclusive_lock(Path(sys.argv[1])):
     print("owned", flush=True)
     time.sleep(60)
 """
@@ -106,7 +99,7 @@ def test_scratch_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_whole_file_is_put_in_place_at_the_end(tmp_path: Path) -> None:
     file = tmp_path / "new" / "out.jsonl"
-    with whole_file(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text("done")
         assert not file.exists()
     assert file.read_text() == "done"
@@ -116,7 +109,7 @@ def test_whole_file_is_put_in_place_at_the_end(tmp_path: Path) -> None:
 def test_whole_folder_replaces_the_old_one_at_the_end(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "split"
     for name in ("old", "new"):
-        with whole_folder(folder) as partial:
+        with atomic_directory(folder) as partial:
             (partial / name).touch()
             assert not (folder / name).exists()
     assert os.listdir(folder) == ["new"]
@@ -136,7 +129,7 @@ def fail_in(block: AbstractContextManager[Path], write: Callable[[Path], object]
 def test_whole_file_leaves_the_old_content_when_the_block_raises(tmp_path: Path) -> None:
     file = tmp_path / "out.jsonl"
     file.write_text("old")
-    fail_in(whole_file(file), lambda partial: partial.write_text("half"))
+    fail_in(atomic_write(file), lambda partial: partial.write_text("half"))
     assert file.read_text() == "old"
     assert os.listdir(tmp_path) == ["out.jsonl"]
 
@@ -145,14 +138,14 @@ def test_whole_folder_leaves_the_old_content_when_the_block_raises(tmp_path: Pat
     folder = tmp_path / "split"
     folder.mkdir()
     (folder / "old").touch()
-    fail_in(whole_folder(folder), lambda partial: (partial / "half").touch())
+    fail_in(atomic_directory(folder), lambda partial: (partial / "half").touch())
     assert os.listdir(folder) == ["old"]
     assert os.listdir(tmp_path) == ["split"]
 
 
 def test_nothing_is_left_where_nothing_was(tmp_path: Path) -> None:
-    fail_in(whole_file(tmp_path / "file"), lambda partial: partial.write_text("half"))
-    fail_in(whole_folder(tmp_path / "folder"), lambda partial: (partial / "half").touch())
+    fail_in(atomic_write(tmp_path / "file"), lambda partial: partial.write_text("half"))
+    fail_in(atomic_directory(tmp_path / "folder"), lambda partial: (partial / "half").touch())
     assert os.listdir(tmp_path) == []
 
 
@@ -165,7 +158,7 @@ def test_what_ended_processes_left_is_removed_and_what_others_write_is_not(tmp_p
         for path in left.values():
             path.touch()
 
-        with whole_file(tmp_path / "file") as partial:
+        with atomic_write(tmp_path / "file") as partial:
             partial.write_text("whole")
 
         at_work.kill()
@@ -174,11 +167,11 @@ def test_what_ended_processes_left_is_removed_and_what_others_write_is_not(tmp_p
 
 
 def test_whole_folder_starts_empty_after_a_killed_run(tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "split") as partial:
+    with atomic_directory(tmp_path / "split") as partial:
         left_behind = partial
     left_behind.mkdir()
     (left_behind / "half").touch()
-    with whole_folder(tmp_path / "split") as partial:
+    with atomic_directory(tmp_path / "split") as partial:
         (partial / "train.jsonl").touch()
     assert os.listdir(tmp_path / "split") == ["train.jsonl"]
 
@@ -201,7 +194,7 @@ def start_owner(start_python: Callable[..., Popen[str]], folder: Path) -> Popen[
 
 def test_a_second_process_is_kept_out(start_python: Callable[..., Popen[str]], tmp_path: Path) -> None:
     owner = start_owner(start_python, tmp_path)
-    with pytest.raises(InputError) as refused, sole_owner(tmp_path):
+    with pytest.raises(InputError) as refused, exclusive_lock(tmp_path):
         pytest.fail("both processes own the folder")
     assert str(refused.value) == (
         f"{tmp_path}: process {owner.pid} is already at work on these very settings and data; wait for it or end it"
@@ -212,20 +205,20 @@ def test_a_killed_owner_lets_go(start_python: Callable[..., Popen[str]], tmp_pat
     owner = start_owner(start_python, tmp_path)
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    with sole_owner(tmp_path):
+    with exclusive_lock(tmp_path):
         assert (tmp_path / "lock").read_text() == str(os.getpid())
 
 
 def test_an_owner_lets_go_at_the_end_and_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="out of memory"), sole_owner(tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"), exclusive_lock(tmp_path):
         raise RuntimeError("out of memory")
     for _ in range(2):
-        with sole_owner(tmp_path):
+        with exclusive_lock(tmp_path):
             assert (tmp_path / "lock").read_text() == str(os.getpid())
 
 
 def test_other_folders_have_other_owners(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    with sole_owner(tmp_path / "a"), sole_owner(tmp_path / "b"):
+    with exclusive_lock(tmp_path / "a"), exclusive_lock(tmp_path / "b"):
         assert (tmp_path / "b" / "lock").read_text() == str(os.getpid())

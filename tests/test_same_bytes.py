@@ -1,12 +1,12 @@
-"""The short form of tools/same_bytes.py; the long one is `make same-bytes`."""
+"""The short form of tests/long/same_bytes.py; the long one is `make same-bytes`."""
 
 from pathlib import Path
 
 import pytest
 
-from pdf2lora import pdf
-from tools import same_bytes
-from tools.clones import Failed
+from pdf2lora.documents import extraction
+from tests.long import same_bytes
+from tests.long.clones import Failed
 
 
 def test_extract_split_and_convert_give_the_same_bytes_elsewhere(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_a_difference_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The clones' stages are done by hand: one output differs."""
 
     def make_clone(clone: Path, *, short: bool) -> None:
-        for name in ("data/pdfs", "models/meta"):
+        for name in ("data/pdfs", "models/source"):
             (clone / name).mkdir(parents=True)
 
     def run(command: list[str], clone: Path, **settings: object) -> str:
@@ -35,6 +35,6 @@ def test_a_difference_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_workers_are_as_many_as_the_cores_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pdf.os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
-    monkeypatch.setattr(pdf.os, "cpu_count", lambda: 64)
-    assert pdf.num_cores() == 2
+    monkeypatch.setattr(extraction.os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    monkeypatch.setattr(extraction.os, "cpu_count", lambda: 64)
+    assert extraction.num_cores() == 2

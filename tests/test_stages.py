@@ -27,8 +27,8 @@ def test_extract_says_how_much_there_is_to_read_before_it_reads(start_python, tm
     for name in ("plain", "short"):
         (folder / f"{name}.pdf").write_bytes(pdfs[name].read_bytes())
     stage = start_python(
-        "import os, sys; os.chdir(sys.argv[1]); from stages import extract\n"
-        "extract.file_sha256 = lambda file: os._exit(7)\n"
+        "import os, sys; os.chdir(sys.argv[1]); from stages import extract; from pdf2lora.documents import corpus\n"
+        "corpus.file_sha256 = lambda file: os._exit(7)\n"
         "extract.main()",
         tmp_path,
     )

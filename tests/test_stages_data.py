@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from conftest import prose, write_pdf
 
-from pdf2lora import pdf
-from pdf2lora.corpus import Document, read_documents, write_documents
+from pdf2lora.documents import corpus as pdf
+from pdf2lora.documents.records import Document, Extraction, read_documents, write_documents
 from stages import check, extract, split
 
 CORPUS = Path("data/pdfs/reports")
@@ -36,7 +36,7 @@ def read_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     extract_all = pdf.extract
 
-    def recorded(files: Iterable[Path], **settings: Any) -> Iterator[tuple[Path, pdf.Extraction]]:
+    def recorded(files: Iterable[Path], **settings: Any) -> Iterator[tuple[Path, Extraction]]:
         asked = list(files)
         names.extend(file.name for file in asked)
         yield from extract_all(asked, **settings) if asked else iter(())
@@ -148,7 +148,7 @@ def test_an_interrupted_run_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch
         write_pdf(CORPUS / f"{name}.pdf", [prose(ord(name))])
     extract_all = pdf.extract
 
-    def interrupted(files: Iterable[Path], **settings: Any) -> Iterator[tuple[Path, pdf.Extraction]]:
+    def interrupted(files: Iterable[Path], **settings: Any) -> Iterator[tuple[Path, Extraction]]:
         yield next(extract_all(list(files)[:1], **settings))
         raise KeyboardInterrupt
 
@@ -194,7 +194,7 @@ def test_check_tells_an_unknown_corpus_and_the_known_ones(project: WriteParams) 
 def test_check_tells_an_unknown_model_and_that_there_is_none(project: WriteParams) -> None:
     project({"model": "llama_8b"})
     assert refusal(check.main) == (
-        "error: model: 'llama_8b' must be a folder of models/meta (there: none); "
+        "error: model: 'llama_8b' must be a folder of models/source (there: none); "
         "put the checkpoint there, or choose another with -S model=..."
     )
     assert nothing_was_written()
@@ -204,7 +204,7 @@ def test_what_check_writes_does_not_depend_on_the_corpus(project: WriteParams) -
     written = set()
     for corpus in ("reports", "climate"):
         Path("data/pdfs", corpus).mkdir(exist_ok=True)
-        Path("models/meta/demo").mkdir(parents=True, exist_ok=True)
+        Path("models/source/demo").mkdir(parents=True, exist_ok=True)
         project({"corpus": corpus, "model": "demo"})
         check.main()
         written.add(Path("data/checked").read_text())

@@ -17,20 +17,20 @@ import pytest
 import torch
 from conftest import prose
 from safetensors.torch import load_file
-from tiny_llama import LORA, QUANTIZATION, TRAIN, quiet, same, write_texts, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, quiet, same, write_texts, write_tiny_llama
 from transformers import Trainer
 
-from pdf2lora import machine
-from pdf2lora.checkpoints import CheckpointKeeper
 from pdf2lora.errors import InputError
-from pdf2lora.forward import build_forward
-from pdf2lora.machine import device_name
-from pdf2lora.manifest import write_manifest
-from pdf2lora.memory import Measurement
-from pdf2lora.model import load_adapter, load_base
+from pdf2lora.model.forward import build_forward
+from pdf2lora.model.loading import load_adapter, load_base
 from pdf2lora.params import read_params
-from pdf2lora.tracking import start_wandb
-from pdf2lora.training import PerplexityTrainer
+from pdf2lora.runtime import monitor as machine
+from pdf2lora.runtime.manifest import write_manifest
+from pdf2lora.runtime.monitor import device_name
+from pdf2lora.training.batch_search import Measurement
+from pdf2lora.training.checkpoints import CheckpointKeeper
+from pdf2lora.training.tracking import start_wandb
+from pdf2lora.training.trainer import PerplexityTrainer
 from stages import evaluate, find_batch, train
 
 pytestmark = [quiet, pytest.mark.usefixtures("server_of_children")]
@@ -41,6 +41,7 @@ TEXTS = {
 }
 SETTINGS = {
     **{f"train.{key}": value for key, value in TRAIN.model_dump().items()},
+    **{f"compute.{key}": value for key, value in COMPUTE.model_dump().items()},
     **{f"lora.{key}": value for key, value in LORA.model_dump().items()},
     **{f"quantization.{key}": value for key, value in QUANTIZATION.model_dump().items()},
     "train.save_steps": 3,
@@ -186,11 +187,11 @@ def error_of(main):
 
 @pytest.mark.parametrize("stage", [find_batch, train, evaluate])
 def test_seq_length_longer_than_the_context_is_refused(with_batch, stage, own_logging):
-    with_batch.configure({"train.seq_length": 129})
+    with_batch.configure({"compute.seq_length": 129})
 
     assert error_of(stage.main) == (
-        "error: train.seq_length: 129 must not be greater than the context of the base model (128 tokens); "
-        "change it in params.yaml or with -S train.seq_length=..."
+        "error: compute.seq_length: 129 must not be greater than the context of the base model (128 tokens); "
+        "change it in params.yaml or with -S compute.seq_length=..."
     )
 
 
@@ -198,7 +199,7 @@ def test_seq_length_longer_than_the_context_is_refused(with_batch, stage, own_lo
 
 
 def test_find_batch_probes_the_training_step_and_decides_the_same_each_time(project, capsys):
-    project.configure({"train.effective_batch": 6, "train.seq_length": 128})
+    project.configure({"train.effective_batch": 6, "compute.seq_length": 128})
 
     find_batch.main()
 
@@ -241,7 +242,7 @@ class MadeUpChild:
     modes = ("full",)
 
     def __init__(self, module):
-        assert module == "pdf2lora.probe"
+        assert module == "pdf2lora.training.probe"
         self.asked = []
         self.ended = False
         MadeUpChild.last = self
@@ -254,7 +255,7 @@ class MadeUpChild:
 
     def prepare(self, base, params, sequences, kernels):
         assert (base, kernels) == (Path("models/base"), "reference")
-        assert sequences.input_ids.shape[1] == params.train.seq_length
+        assert sequences.input_ids.shape[1] == params.compute.seq_length
 
     def ask(self, function, *arguments):
         assert not self.ended
@@ -369,7 +370,7 @@ def test_find_batch_where_nothing_fits(project):
 
     assert error_of(find_batch.main) == (
         "error: find_batch.min: 15 sequences do not fit: a training step needs 0.01 GiB; lower find_batch.min or "
-        "train.seq_length, set train.gradient_checkpointing to auto, or raise find_batch.cpu_memory_gib "
+        "compute.seq_length, set train.gradient_checkpointing to auto, or raise find_batch.cpu_memory_gib "
         "(on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)"
     )
     assert not Path("metrics/batch.json").exists()
@@ -377,7 +378,7 @@ def test_find_batch_where_nothing_fits(project):
 
 def test_find_batch_says_what_cannot_run_here(project):
     """Which its child finds out."""
-    project.configure({"train.gradient_checkpointing": "mlp", "train.kernels": "reference"})
+    project.configure({"train.gradient_checkpointing": "mlp", "compute.kernels": "reference"})
 
     assert error_of(find_batch.main) == (
         "error: train.gradient_checkpointing: 'mlp' is not possible with the reference kernels; choose none, full or "
@@ -418,7 +419,7 @@ def test_find_batch_leaves_the_libraries_to_its_child(project, start_python):
 
 
 def test_train_writes_an_adapter_that_loads(trained):
-    model = load_adapter(load_base(Path("models/base"), QUANTIZATION, TRAIN), Path("models/adapter"))
+    model = load_adapter(load_base(Path("models/base"), QUANTIZATION, COMPUTE), Path("models/adapter"))
 
     assert model.peft_config["default"].r == LORA.r
     assert model.peft_config["default"].base_model_name_or_path == "models/base"

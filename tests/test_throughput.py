@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pdf2lora.throughput import PEAK_TFLOPS, flop_per_token, model_flops_utilization, peak_flop_per_s
+from pdf2lora.training.throughput import PEAK_TFLOPS, flop_per_token, model_flops_utilization, peak_flop_per_s
 
 LLAMA_3B = LlamaConfig(
     vocab_size=128_256,

@@ -68,8 +68,8 @@ def test_seq_length_longer_than_the_context_is_refused(encoder):
         encoder.require_context(CONTEXT_LENGTH + 1)
 
     assert str(caught.value) == (
-        "train.seq_length: 129 must not be greater than the context of the base model (128 tokens); "
-        "change it in params.yaml or with -S train.seq_length=..."
+        "compute.seq_length: 129 must not be greater than the context of the base model (128 tokens); "
+        "change it in params.yaml or with -S compute.seq_length=..."
     )
 
 

@@ -1,4 +1,4 @@
-"""The short form of tools/torture.py: two rounds over the stages before find_batch. The long one: `make torture`."""
+"""The short form of tests/long/torture.py: two rounds over the stages before find_batch."""
 
 import json
 import random
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.clones import Failed
-from tools.torture import SAVE_STEPS, Blow, Project, first_step, require_newer, whole_checkpoints
+from tests.long.clones import Failed
+from tests.long.torture import SAVE_STEPS, Fault, Project, first_step, require_newer, whole_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.mark.parametrize(("stage", "target"), [("extract", "dvc"), ("convert", "all")])
 def test_after_kill_9_the_next_run_gives_the_same_hashes(project: Project, stage: str, target: str) -> None:
-    assert "hashes the same" in project.repro(stage, Blow(target), random.Random(1))
+    assert "hashes the same" in project.repro(stage, Fault(target), random.Random(1))
 
 
 def test_other_hashes_are_found(project: Project) -> None:

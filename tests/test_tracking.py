@@ -13,14 +13,14 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from ruamel.yaml import YAML
-from tiny_llama import BOS, LORA, QUANTIZATION, TRAIN, changed, quiet, random_sequences, write_tiny_llama
+from tiny_llama import BOS, COMPUTE, LORA, QUANTIZATION, TRAIN, changed, quiet, random_sequences, write_tiny_llama
 from transformers import LlamaConfig
 
-from pdf2lora import tracking
-from pdf2lora.throughput import flop_per_token
 from pdf2lora.tokens import windows
-from pdf2lora.tracking import DvcliveCallback, log_to_file
-from pdf2lora.training import build_model, build_trainer
+from pdf2lora.training import tracking
+from pdf2lora.training.throughput import flop_per_token
+from pdf2lora.training.tracking import DvcliveCallback, log_to_file
+from pdf2lora.training.trainer import build_model, build_trainer
 
 pytestmark = quiet
 LOOKS = windows(0, np.arange(50), bos=BOS, seq_length=32, stride=32)
@@ -48,9 +48,10 @@ def build(base, project):
     def build(name, **changes):
         train = changed(TRAIN, **changes)
         return build_trainer(
-            build_model(base, QUANTIZATION, LORA, train),
+            build_model(base, QUANTIZATION, LORA, COMPUTE, seed=train.seed),
             random_sequences(8),
             train=train,
+            compute=COMPUTE,
             kernels="reference",
             gradient_checkpointing="full",
             per_device_batch=2,

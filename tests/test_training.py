@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_llama import (
     BOS,
+    COMPUTE,
     LORA,
     QUANTIZATION,
     TRAIN,
@@ -20,9 +21,9 @@ from tiny_llama import (
     write_tiny_llama,
 )
 
-from pdf2lora.perplexity import nats_per_document
+from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.tokens import IGNORED, Sequences, windows
-from pdf2lora.training import build_model, build_trainer, collate
+from pdf2lora.training.trainer import build_model, build_trainer, collate
 
 pytestmark = quiet
 NUM_SEQUENCES = 8
@@ -53,6 +54,7 @@ def build(base, tmp_path):
         bits=4,
         lora=LORA,
         train=TRAIN,
+        compute=COMPUTE,
         sequences=None,
         checkpointing="full",
         folder="checkpoints",
@@ -61,9 +63,10 @@ def build(base, tmp_path):
         **changes,
     ):
         return build_trainer(
-            build_model(base, changed(QUANTIZATION, bits=bits), lora, train),
+            build_model(base, changed(QUANTIZATION, bits=bits), lora, compute, seed=train.seed),
             random_sequences(NUM_SEQUENCES) if sequences is None else sequences,
             train=train,
+            compute=compute,
             kernels="reference",
             gradient_checkpointing=checkpointing,
             per_device_batch=per_device_batch,
@@ -178,7 +181,7 @@ def test_gradient_checkpointing_changes_no_bit(build, dropout):
 
 def test_a_trainer_takes_the_place_of_an_earlier_one_of_the_same_model(build, base, tmp_path):
     """As the probes of find_batch do, whose model is loaded once."""
-    model = build_model(base, QUANTIZATION, NO_DROPOUT, TRAIN)
+    model = build_model(base, QUANTIZATION, NO_DROPOUT, COMPUTE, seed=0)
     sequences = random_sequences(NUM_SEQUENCES)
 
     def losses(checkpointing):
@@ -187,6 +190,7 @@ def test_a_trainer_takes_the_place_of_an_earlier_one_of_the_same_model(build, ba
             model,
             sequences,
             train=TRAIN,
+            compute=COMPUTE,
             kernels="reference",
             gradient_checkpointing=checkpointing,
             per_device_batch=2,
@@ -225,7 +229,7 @@ def test_a_step_in_eval_mode_is_a_fault_of_ours(build):
 def test_deterministic_algorithms_are_used_as_params_say(build, deterministic):
     torch.use_deterministic_algorithms(not deterministic)
 
-    trained(build(train=changed(TRAIN, deterministic=deterministic)))
+    trained(build(compute=changed(COMPUTE, deterministic=deterministic)))
 
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert not torch.utils.deterministic.fill_uninitialized_memory
@@ -307,7 +311,7 @@ def test_gradients_are_clipped(build):
 
 @pytest.mark.parametrize(("compute_dtype", "precision"), [("float32", "no"), ("bfloat16", "bf16")])
 def test_precision_is_that_of_params_and_not_of_accelerate(build, compute_dtype, precision):
-    trainer = build(train=changed(TRAIN, compute_dtype=compute_dtype))
+    trainer = build(compute=changed(COMPUTE, compute_dtype=compute_dtype))
 
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == precision
     assert trainer.accelerator.mixed_precision == precision
@@ -315,7 +319,7 @@ def test_precision_is_that_of_params_and_not_of_accelerate(build, compute_dtype,
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in bfloat16")
 def test_precision_on_a_cpu_is_float32(build):
-    assert build(train=changed(TRAIN, compute_dtype="auto")).accelerator.mixed_precision == "no"
+    assert build(compute=changed(COMPUTE, compute_dtype="auto")).accelerator.mixed_precision == "no"
 
 
 # a probe

@@ -12,9 +12,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pdf2lora.corpus import Document, text_sha256, write_documents
-from pdf2lora.manifest import write_manifest
-from pdf2lora.params import Lora, Quantization, Section, Train
+from pdf2lora.documents.records import Document, write_documents
+from pdf2lora.documents.text import text_sha256
+from pdf2lora.params import Compute, Lora, Quantization, Section, Train
+from pdf2lora.runtime.manifest import write_manifest
 from pdf2lora.tokens import Sequences
 
 BOS, EOS, END_OF_TURN, PAD = range(256, 260)
@@ -31,8 +32,14 @@ LORA = Lora(
     use_dora=False,
     use_rslora=False,
 )
-TRAIN = Train(
+COMPUTE = Compute(
     seq_length=32,
+    kernels="reference",
+    compute_dtype="float32",
+    attention="sdpa",
+    deterministic=False,
+)
+TRAIN = Train(
     effective_batch=2,
     num_train_epochs=1,
     learning_rate=0.01,
@@ -41,11 +48,7 @@ TRAIN = Train(
     weight_decay=0.0,
     max_grad_norm=1.0,
     optim="paged_adamw_8bit",
-    kernels="reference",
-    compute_dtype="float32",
-    attention="sdpa",
     gradient_checkpointing="full",
-    deterministic=False,
     logging_steps=1,
     eval_steps=2,
     save_steps=2,

@@ -10,7 +10,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pdf2lora.corpus import SIDES, Document, read_documents
+from pdf2lora.documents.records import SIDES, Document, read_documents
 
 Curve = tuple[list[float], list[float]]  # x, y
 

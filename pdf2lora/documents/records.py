@@ -1,0 +1,77 @@
+"""The records of the pipeline: what an engine read, what became of it, and the document with its JSONL file."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+SIDES = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One PDF of the corpus, kept or left out."""
+
+    id: str  # path within the corpus folder
+    sha256: str  # of the PDF's bytes
+    num_pages: int | None  # in the file; None where no engine could count them
+    pages_read: int
+    engine: str | None  # that gave the text
+    attempts: dict[str, str]  # engine -> "complete" or what stopped it
+    characters_raw: int  # before cleaning
+    characters: int  # of text
+    reason: str | None  # why it is left out; None = kept
+    text: str
+
+
+def write_documents(file: Path, documents: Iterable[Document]) -> None:
+    """One JSON object a line, UTF-8."""
+    with file.open("w", encoding="utf-8", newline="\n") as out:
+        for document in documents:
+            out.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
+
+
+def read_documents(file: Path) -> list[Document]:
+    with file.open(encoding="utf-8") as lines:
+        return [Document(**json.loads(line)) for line in lines]
+
+
+class Reason(StrEnum):
+    """Why a document is left out."""
+
+    ENCRYPTED = "encrypted"
+    DAMAGED = "damaged"
+    TIMED_OUT = "timed_out"
+    OUT_OF_MEMORY = "out_of_memory"
+    CRASHED = "crashed"  # the engine's process died: a fault in the engine, or memory that it could not get
+    NO_TEXT_LAYER = "no_text_layer"
+    UNREADABLE_FONT = "unreadable_font"
+    TOO_SHORT = "too_short"
+    DUPLICATE = "duplicate"
+
+
+COMPLETE = "complete"
+
+
+@dataclass
+class Attempt:
+    """What one engine made of one document."""
+
+    engine: str
+    outcome: str = COMPLETE  # or the Reason that stopped it
+    num_pages: int | None = None
+    pages: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """The text of one PDF, or the reason why there is none."""
+
+    num_pages: int | None
+    pages_read: int
+    engine: str | None
+    attempts: dict[str, str]
+    characters_raw: int
+    text: str
+    reason: str | None

@@ -1,0 +1,160 @@
+"""What happens to each row between two products: residual add, RMSNorm, SwiGLU.
+
+All of it is bound by memory: the docstrings count the bytes of a feature, at two bytes for a bfloat16. Arithmetic is in
+float32 and rounded once at the end, where transformers rounds after each step.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pdf2lora.model.kernels.rows import Rows, block_and_warps, store_fp8
+
+
+@triton.jit
+def _add_rmsnorm(
+    residual, update, weight, total, values, fp8, scale, rstd, num_features, eps,
+    ADD: tl.constexpr, VALUES: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < num_features
+    at = row * num_features + columns
+    x = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(update + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x, 0) / num_features + eps)
+    tl.store(rstd + row, inverse)
+    y = x * inverse * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if VALUES:
+        tl.store(values + at, y.to(values.dtype.element_ty), mask=inside)
+    if FP8:
+        store_fp8(y, fp8, scale, row, columns, num_features, inside)
+
+
+def add_rmsnorm(
+    residual: Tensor, update: Tensor | None, weight: Tensor, eps: float, *, values: bool = True, fp8: bool = False
+) -> tuple[Tensor, Rows, Tensor]:
+    """(residual + update, its RMSNorm times weight, 1 / RMS); without an update the first is `residual` itself.
+
+    residual, update: (tokens, features); weight: (features,). Reads 4 bytes a feature and writes 4 (Zhang and Sennrich
+    2019, Root Mean Square Layer Normalization).
+    """
+    tokens, features = residual.shape
+    total = residual if update is None else torch.empty_like(residual)
+    normed = Rows.empty(residual, features, values=values, fp8=fp8)
+    rstd = torch.empty(tokens, dtype=torch.float32, device=residual.device)
+    block, warps = block_and_warps(features)
+    _add_rmsnorm[(tokens,)](
+        residual, update, weight, total, normed.values, normed.fp8, normed.scale, rstd, features, eps,
+        ADD=update is not None, VALUES=values, FP8=fp8, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return total, normed, rstd
+
+
+@triton.jit
+def _rmsnorm_backward(
+    grad, x, rstd, weight, beside, fp8, scale, num_features,
+    BESIDE: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < num_features
+    at = row * num_features + columns
+    inverse = tl.load(rstd + row)
+    direction = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * inverse
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    g *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    dx = inverse * (g - direction * (tl.sum(g * direction, 0) / num_features))
+    if BESIDE:
+        dx += tl.load(beside + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(grad + at, dx.to(grad.dtype.element_ty), mask=inside)
+    if FP8:
+        store_fp8(dx, fp8, scale, row, columns, num_features, inside)
+
+
+def rmsnorm_backward_(
+    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, beside: Tensor | None, *, fp8: bool = False
+) -> Rows:
+    """Gradient of x from that of its RMSNorm, plus `beside`, what reached x by the residual path; in place of `grad`.
+
+    grad, x, beside: (tokens, features). Reads 6 bytes a feature and writes 2. The weight is frozen: no gradient of it.
+    """
+    tokens, features = x.shape
+    quantized = Rows.empty(x, features, values=False, fp8=fp8)
+    block, warps = block_and_warps(features)
+    _rmsnorm_backward[(tokens,)](
+        grad, x, rstd, weight, beside, quantized.fp8, quantized.scale, features,
+        BESIDE=beside is not None, FP8=fp8, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return quantized._replace(values=grad)
+
+
+@triton.jit
+def _swiglu(gate_up, values, fp8, scale, width, VALUES: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(gate_up + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
+    y = gate * tl.sigmoid(gate) * up
+    if VALUES:
+        tl.store(values + row * width + columns, y.to(values.dtype.element_ty), mask=inside)
+    if FP8:
+        store_fp8(y, fp8, scale, row, columns, width, inside)
+
+
+def swiglu(gate_up: Tensor, *, values: bool = True, fp8: bool = False) -> Rows:
+    """silu(gate) * up, (tokens, width), from (tokens, 2 * width): gate, then up (Shazeer 2020, GLU Variants).
+
+    Reads 4 bytes a feature of the result and writes 2.
+    """
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    product = Rows.empty(gate_up, width, values=values, fp8=fp8)
+    block, warps = block_and_warps(width)
+    _swiglu[(tokens,)](
+        gate_up, product.values, product.fp8, product.scale, width,
+        VALUES=values, FP8=fp8, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return product
+
+
+@triton.jit
+def _swiglu_backward(grad, gate_up, fp8, scale, width, VALUES: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    at = row * 2 * width + columns
+    gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    d_up = g * gate * sigmoid
+    d_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
+    if VALUES:
+        tl.store(gate_up + at, d_gate.to(gate_up.dtype.element_ty), mask=inside)
+        tl.store(gate_up + at + width, d_up.to(gate_up.dtype.element_ty), mask=inside)
+    if FP8:
+        largest = tl.maximum(tl.max(tl.maximum(tl.abs(d_gate), tl.abs(d_up)), 0), 1e-12)
+        steps = 448.0 / largest
+        tl.store(fp8 + at, (d_gate * steps).to(fp8.dtype.element_ty), mask=inside)
+        tl.store(fp8 + at + width, (d_up * steps).to(fp8.dtype.element_ty), mask=inside)
+        tl.store(scale + row, largest / 448.0)
+
+
+def swiglu_backward_(grad: Tensor, gate_up: Tensor, *, values: bool = True, fp8: bool = False) -> Rows:
+    """Gradient of (gate, up) from that of silu(gate) * up; the values are written in place of `gate_up`.
+
+    grad: (tokens, width); gate_up: (tokens, 2 * width). Reads 6 bytes a feature of grad and writes 4.
+    """
+    tokens, width = grad.shape
+    both = Rows.empty(gate_up, 2 * width, values=False, fp8=fp8)
+    block, warps = block_and_warps(width)
+    _swiglu_backward[(tokens,)](
+        grad, gate_up, both.fp8, both.scale, width, VALUES=values, FP8=fp8, BLOCK=block, num_warps=min(2 * warps, 32)
+    )
+    return both._replace(values=gate_up if values else None)

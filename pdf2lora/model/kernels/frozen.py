@@ -1,0 +1,106 @@
+"""Products with frozen weights, for projections that read the same x: one product for all, in bfloat16 or in fp8.
+
+A product of t tokens with n x k weights costs 2 t n k FLOP, its gradient of x as many; there is no gradient of the
+weights. In bfloat16 the weights are dequantized before each product, 2.5 bytes a weight moved. In fp8 they are
+quantized once, for either direction, since a scale must not vary along the sum: 2 bytes a weight held.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pdf2lora.model.kernels.rows import Rows, quantize
+
+
+@triton.jit
+def _dequantize(
+    packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, out, num_bytes,
+    BLOCKSIZE: tl.constexpr, ABSMAX_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num_bytes
+    two = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
+    block = at // (BLOCKSIZE // 2)
+    if NESTED:
+        step = tl.load(absmax_code + tl.load(absmax + block, mask=inside, other=0).to(tl.int32))
+        step = step * tl.load(absmax_absmax + block // ABSMAX_BLOCKSIZE, mask=inside, other=0.0)
+        step += tl.load(absmax_offset)
+    else:
+        step = tl.load(absmax + block, mask=inside, other=0.0)
+    high = tl.load(code + (two >> 4)) * step
+    low = tl.load(code + (two & 15)) * step
+    both = tl.interleave(high, low)
+    element = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    tl.store(out + element, both.to(out.dtype.element_ty), mask=element < 2 * num_bytes)
+
+
+def dequantize(weight: Any, out: Tensor) -> None:
+    """bitsandbytes' 4-bit weight (Params4bit, double quantization or not) into `out`, contiguous, of as many elements.
+
+    As bitsandbytes' own dequantize_4bit gives, which takes four launches and twice as long.
+    """
+    state = weight.quant_state
+    num_bytes = weight.data.numel()
+    nested = state.state2 if state.nested else None
+    _dequantize[(triton.cdiv(num_bytes, 1024),)](
+        weight.data, state.code, state.absmax,
+        nested and nested.code, nested and nested.absmax, state.offset if nested else None, out, num_bytes,
+        BLOCKSIZE=state.blocksize, ABSMAX_BLOCKSIZE=nested.blocksize if nested else 1, NESTED=nested is not None,
+        BLOCK=1024, num_warps=4, enable_fp_fusion=False,  # rounds as bitsandbytes does
+    )  # fmt: skip
+
+
+class Frozen:
+    """The weights of one or more bitsandbytes Linear4bit, stacked: (features out, features in)."""
+
+    def __init__(self, linears: Sequence[Any], dtype: torch.dtype):
+        self.linears = linears
+        self.dtype = dtype
+        self.rows = [linear.out_features for linear in linears]
+        self.shape = (sum(self.rows), linears[0].in_features)
+        self.fp8: tuple[Rows, Rows] | None = None
+
+    def to_fp8(self) -> None:
+        """Quantizes the weights for both directions; products of Rows that carry fp8 use them from then on."""
+        weight = self.weight()
+        forward, backward = quantize(weight), quantize(weight.t().contiguous())
+        self.fp8 = forward._replace(values=None), backward._replace(values=None)
+
+    def weight(self) -> Tensor:
+        """The stacked weights, dequantized."""
+        weight = torch.empty(self.shape, dtype=self.dtype, device=self.linears[0].weight.device)
+        for linear, part in zip(self.linears, weight.split(self.rows), strict=True):
+            dequantize(linear.weight, part)
+        return weight
+
+    def forward(self, x: Rows) -> Tensor:
+        """x W^T: (tokens, features in) -> (tokens, features out)."""
+        if x.fp8 is not None:
+            assert self.fp8 is not None
+            return _product_fp8(x, self.fp8[0])
+        assert x.values is not None
+        return x.values @ self.weight().t()
+
+    def backward(self, grad: Rows) -> Tensor:
+        """grad W: (tokens, features out) -> (tokens, features in)."""
+        if grad.fp8 is not None:
+            assert self.fp8 is not None
+            return _product_fp8(grad, self.fp8[1])
+        assert grad.values is not None
+        return grad.values @ self.weight()
+
+
+def _product_fp8(left: Rows, right: Rows) -> Tensor:
+    """left right^T with both scales, (rows of left, rows of right), bfloat16."""
+    assert left.fp8 is not None
+    assert left.scale is not None
+    assert right.fp8 is not None
+    assert right.scale is not None
+    return torch._scaled_mm(
+        left.fp8, right.fp8.t(), scale_a=left.scale, scale_b=right.scale.t(), out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )  # fmt: skip

@@ -1,0 +1,148 @@
+"""Which batch fits and which is fastest: a memory model, the search, the choice."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pdf2lora.errors import InputError
+
+AS_FAST = 0.98  # of the best throughput: such settings count as equally fast, and the smallest is taken
+
+
+class Measurement(NamedTuple):
+    """The peak of a probe's tensors, and its throughput."""
+
+    peak_gib: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A training step at one batch size; peak_gib is None where it did not come to its end."""
+
+    batch: int
+    fits: bool
+    peak_gib: float | None
+
+
+@dataclass(frozen=True)
+class Mode:
+    """The probes of one way of gradient checkpointing."""
+
+    gradient_checkpointing: str
+    probes: list[Probe]
+
+    @property
+    def largest(self) -> int:
+        """The largest batch that fits; 0: none does."""
+        return max((probe.batch for probe in self.probes if probe.fits), default=0)
+
+    def peak_gib(self, batch: int) -> float | None:
+        """Measured, or read off the memory model where this batch was not probed."""
+        measured = {probe.batch: probe.peak_gib for probe in self.probes}
+        line = memory_model(self.probes)
+        return measured.get(batch) or (line and line[0] + line[1] * batch)
+
+
+class Choice(NamedTuple):
+    gradient_checkpointing: str
+    per_device_batch: int
+    gradient_accumulation_steps: int
+
+
+Measure = Callable[[str, int], Measurement | None]
+
+
+def search(measure: Callable[[int], float | None], *, smallest: int, largest: int, budget_gib: float) -> list[Probe]:
+    """Finds the largest batch of smallest..largest whose peak is within the budget; gives all probes, in order.
+
+    measure(batch) gives the peak in GiB, or None where the step ran out of memory. Memory is nearly a line over the
+    batch, so two probes predict where it meets the budget, and the bounds close in around that point; a prediction
+    outside the bounds makes way for their nearest end, and the longer the search, the nearer to the middle. The answer
+    is exact: it fits, and the next batch does not.
+    """
+    probes: list[Probe] = []
+
+    def probe(batch: int) -> bool:
+        peak = measure(batch)
+        probes.append(Probe(batch, peak is not None and peak <= budget_gib, peak))
+        return probes[-1].fits
+
+    if not probe(smallest):
+        return probes
+    fits, too_large = smallest, largest + 1
+    while too_large - fits > 1:
+        line = memory_model(probes)
+        predicted = int((budget_gib - line[0]) / line[1]) if line and line[1] > 0 else 2 * fits
+        margin = min(2 ** max(0, len(probes) - 4), (too_large - fits) // 2)
+        batch = min(max(predicted, fits + margin), too_large - margin)
+        if probe(batch):
+            fits = batch
+        else:
+            too_large = batch
+    return probes
+
+
+def memory_model(probes: list[Probe]) -> tuple[float, float] | None:
+    """(GiB at batch 0, GiB a sequence): the line through the two largest batches that came to their end."""
+    ended = sorted((p.batch, p.peak_gib) for p in probes if p.peak_gib is not None)
+    if len(ended) < 2:
+        return None
+    (few, low), (many, high) = ended[-2:]
+    per_sequence = (high - low) / (many - few)
+    return low - per_sequence * few, per_sequence
+
+
+def search_modes(
+    measure: Measure, modes: Sequence[str], *, smallest: int, largest: int, budget_gib: float
+) -> list[Mode]:
+    """Searches each mode, from the fastest step to the smallest, until `largest` fits.
+
+    A mode that recomputes more is not faster at the same batch: it is of use only for batches that did not fit before.
+    """
+    searched: list[Mode] = []
+    for mode in modes:
+
+        def measure_peak(batch: int, mode: str = mode) -> float | None:
+            measured = measure(mode, batch)
+            return None if measured is None else measured.peak_gib
+
+        searched.append(Mode(mode, search(measure_peak, smallest=smallest, largest=largest, budget_gib=budget_gib)))
+        if searched[-1].largest == largest:
+            break
+    return searched
+
+
+def choose(modes: Sequence[Mode], effective_batch: int | str, tokens_per_s: Callable[[str, int], float]) -> Choice:
+    """The fastest of what fits: of each mode the largest batch that divides effective_batch (`auto`: the largest).
+
+    tokens_per_s(mode, batch) is asked for only where there is more than one to choose from. Of those that are equally
+    fast the one that takes the least memory.
+
+    Raises:
+        InputError: no probe of any mode fits.
+    """
+    candidates = [(mode, _largest_divisor(mode.largest, effective_batch)) for mode in modes if mode.largest]
+    if not candidates:
+        first = modes[-1].probes[0]
+        peak = f"needs {first.peak_gib:.2f} GiB" if first.peak_gib else "runs out of memory"
+        raise InputError(
+            f"find_batch.min: {first.batch} sequences do not fit: a training step {peak}; lower find_batch.min or "
+            "compute.seq_length, set train.gradient_checkpointing to auto, or raise find_batch.cpu_memory_gib "
+            "(on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)"
+        )
+    if len(candidates) > 1:
+        speeds = [tokens_per_s(mode.gradient_checkpointing, batch) for mode, batch in candidates]
+        fastest = max(speeds)
+        fast = [candidate for candidate, speed in zip(candidates, speeds, strict=True) if speed >= AS_FAST * fastest]
+        candidates = sorted(fast, key=lambda candidate: candidate[0].peak_gib(candidate[1]) or 0.0)
+    mode, batch = candidates[0]
+    accumulation = 1 if effective_batch == "auto" else int(effective_batch) // batch
+    return Choice(mode.gradient_checkpointing, batch, accumulation)
+
+
+def _largest_divisor(largest: int, effective_batch: int | str) -> int:
+    if effective_batch == "auto":
+        return largest
+    assert isinstance(effective_batch, int)
+    return next(batch for batch in range(min(largest, effective_batch), 0, -1) if effective_batch % batch == 0)
