@@ -14,6 +14,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+from pdf2lora.training.trainer import build_model, build_trainer
 
 from benchmarks.table import machine
 from pdf2lora.documents.records import read_documents
@@ -23,7 +24,6 @@ from pdf2lora.evaluation.windows import document_windows
 from pdf2lora.model.forward import build_forward
 from pdf2lora.params import Params, read_params
 from pdf2lora.tokens import Encoder
-from pdf2lora.training.trainer import build_model, build_trainer
 
 BASE, SIDES = Path("models/base"), Path("data/split")
 KERNELS = ("reference", "fused", "fp8")
@@ -56,7 +56,7 @@ def trained_perplexity(params: Params, kernels: str, seed: int, encoder: Encoder
 
 def main() -> None:
     file, *seeds = sys.argv[1:]
-    params, encoder = read_params(), Encoder.of(BASE)
+    params, encoder = read_params(), Encoder.load(BASE)
     model = build_model(BASE, params.quantization, params.lora, params.compute, seed=params.train.seed)
     parameters = json.loads(Path("metrics/convert.json").read_text())["num_parameters"]
     results: dict[str, Any] = {
