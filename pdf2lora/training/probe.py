@@ -9,6 +9,7 @@ import logging
 import time
 import warnings
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,12 @@ class Prober:
     ) -> Measurement | OutOfMemory:
         """Peak of the fullest process, and throughput of all, of find_batch.steps optimizer steps."""
         limit_gpu_memory(budget_gib)
-        try:
+        with suppress(torch.OutOfMemoryError):
             if self.model is None:
                 self.model = build_model(base, self.params)
+        measurement = None
+        if all(self.processes.gather(self.model is not None)):
             measurement = self._measure(sequences, gradient_checkpointing, batch)
-        except torch.OutOfMemoryError:
-            measurement = None
         if measurement is not None:
             self.reserved_bytes = _reserved_bytes()
             return measurement
@@ -80,14 +81,19 @@ class Prober:
         with PeakMemory() as peak:
             kernels = choose_kernels(params.compute, params.quantization, params.lora)
             plan = BatchPlan(kernels, gradient_checkpointing, batch, batch * processes.count)
-            learner = Learner(
-                self.model,
-                train=params.train,
-                compute=params.compute,
-                plan=plan,
-                num_steps=params.find_batch.steps,
-                processes=processes,
-            )
+            learner: Learner | None = None
+            with suppress(torch.OutOfMemoryError):
+                learner = Learner(
+                    self.model,
+                    train=params.train,
+                    compute=params.compute,
+                    plan=plan,
+                    num_steps=params.find_batch.steps,
+                    processes=processes,
+                )
+            are_built = processes.gather(learner is not None)
+            if learner is None or not all(are_built):
+                return None
             buffer = learner.parameters.buffer
             failed = False
             try:
