@@ -32,7 +32,7 @@ from pdf2lora.training.tracking import DvcliveCallback, log_to_file, start_wandb
 from pdf2lora.training.trainer import build_model, build_trainer
 
 BASE = Path("models/base")
-SIDES = Path("data/split")
+SPLITS = Path("data/split")
 BATCH = Path("metrics/batch.json")
 ADAPTER = Path("models/adapter")
 METRICS = Path("metrics/train")
@@ -113,7 +113,7 @@ def data(seq_length: int) -> tuple[Sequences, list[Window]]:
     """What is trained on, and the windows of the validation documents."""
     encoder = Encoder.of(BASE)
     encoder.require_context(seq_length)
-    texts = {side: [d.text for d in read_documents(SIDES / f"{side}.jsonl")] for side in ("train", "validation")}
+    texts = {split: [d.text for d in read_documents(SPLITS / f"{split}.jsonl")] for split in ("train", "validation")}
     looks = encoder.windows(encoder.encode(texts["validation"]), seq_length=seq_length, stride=seq_length)
     return encoder.sequences(texts["train"], seq_length=seq_length), looks
 
@@ -139,7 +139,7 @@ def out_of_memory(step: int, checkpoints: Path, error: torch.OutOfMemoryError) -
 def run_fingerprint(params: Params) -> str:
     """Of everything that the adapter depends on."""
     libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")]
-    ingredients = (params.quantization, params.lora, params.compute, params.train, BASE / MANIFEST, SIDES, BATCH)
+    ingredients = (params.quantization, params.lora, params.compute, params.train, BASE / MANIFEST, SPLITS, BATCH)
     return fingerprint(*ingredients, *stage_code("train"), *libraries)
 
 
