@@ -111,7 +111,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def write_texts(file: Path, texts: list[str]) -> Path:
-    """The texts as documents of one side of the split."""
+    """The texts as documents of one split."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_documents(file, [make_document(f"{file.stem}-{number}.pdf", text) for number, text in enumerate(texts)])
     return file
