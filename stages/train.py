@@ -18,7 +18,8 @@ from peft import PeftModel
 
 from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
-from pdf2lora.model.capabilities import choose_kernels, limit_gpu_memory
+from pdf2lora.model.device import limit_gpu_memory
+from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime.files import atomic_directory
 from pdf2lora.runtime.locks import exclusive_lock

@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import TrainerCallback
 
-from pdf2lora.model.capabilities import Kernels, checkpointing_modes, choose_kernels, limit_gpu_memory
+from pdf2lora.model.device import limit_gpu_memory
+from pdf2lora.model.gradient_checkpointing import gradient_checkpointing_choices
+from pdf2lora.model.kernel_choice import Kernels, choose_kernels
 from pdf2lora.params import Params
 from pdf2lora.runtime.monitor import device_name
 from pdf2lora.tokens import Sequences
@@ -34,7 +36,7 @@ def possibilities(params: Params) -> tuple[str, Kernels, tuple[str, ...]]:
         InputError: what params ask for cannot run here.
     """
     kernels = choose_kernels(params.compute, params.quantization, params.lora)
-    return device_name(), kernels, checkpointing_modes(params.train, kernels)
+    return device_name(), kernels, gradient_checkpointing_choices(params.train, kernels)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from pdf2lora.evaluation.scoring import nats_per_document
-from pdf2lora.model.capabilities import Kernels, compute_dtype
+from pdf2lora.model.device import compute_dtype
 from pdf2lora.model.forward import Forward, build_forward
+from pdf2lora.model.kernel_choice import Kernels
 from pdf2lora.model.loading import add_lora, load_base
 from pdf2lora.model.loss import linear_cross_entropy
 from pdf2lora.params import Compute, Lora, Quantization, Train
@@ -27,6 +28,8 @@ class PerplexityTrainer(Trainer):  # type: ignore[misc]
     forward: Forward
     optimizer: Any = None
     validation_windows: Sequence[Window] = ()
+    step: int = -1
+    num_rows: int = 0  # of this optimizer step
 
     def training_step(self, model: PeftModel, inputs: dict[str, Tensor], num_items_in_batch: Tensor) -> Tensor:
         """Nats a target, over the targets of all batches that are accumulated into this optimizer step.
@@ -35,6 +38,10 @@ class PerplexityTrainer(Trainer):  # type: ignore[misc]
         """
         assert model.training
         inputs = self._prepare_inputs(inputs)
+        if self.step != self.state.global_step:
+            self.step, self.num_rows = self.state.global_step, 0
+        self.forward.set_dropout(self.args.seed * 2**32 + self.step, first_row=self.num_rows)
+        self.num_rows += len(inputs["input_ids"])
         hidden = self.forward(inputs["input_ids"])
         targets = inputs["labels"].roll(-1, dims=1)
         targets[:, -1] = IGNORED
@@ -98,7 +105,7 @@ def build_trainer(
 ) -> PerplexityTrainer:
     """A trainer ready to train the LoRA matrices of `model`: data and optimizer settings in place.
 
-    gradient_checkpointing: one of forward.CHECKPOINTING[kernels].
+    gradient_checkpointing: one of SUPPORTED_GRADIENT_CHECKPOINTING[kernels].
     checkpoints: folder for checkpoint-<step>; written to only where max_steps is None.
     max_steps: optimizer steps of a probe; None trains num_train_epochs.
     """
