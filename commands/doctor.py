@@ -119,10 +119,8 @@ def weights_in_4_bits(params: Params, shape: Shape, gpus: list[Gpu]) -> list[Fin
     widths = {inputs for inputs, _ in shape.layers.values()}
     if gpus or params.quantization.bits != 4 or not any(width % BLOCK for width in widths):
         return []
-    from pdf2lora.model.capabilities import (
-        check_4bit_round_trip,  # imports torch
-        compute_dtype,  # imports torch
-    )
+    from pdf2lora.model.device import compute_dtype  # imports torch
+    from pdf2lora.model.quantization import check_4bit_round_trip
 
     try:
         check_4bit_round_trip(widths, params.quantization.bnb_4bit_quant_type, compute_dtype(params.compute))

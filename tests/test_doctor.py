@@ -17,7 +17,7 @@ from tiny_adapter import write_tiny_adapter
 from tiny_llama import LORA, QUANTIZATION, changed, quiet, write_texts, write_tiny_llama
 
 from commands import doctor
-from pdf2lora.model import capabilities
+from pdf2lora.model import quantization
 from pdf2lora.params import read_params
 from pdf2lora.preflight import environment, forecast
 from pdf2lora.preflight.environment import Finding, Gpu
@@ -228,15 +228,15 @@ class TestWeightsIn4Bits:
         monkeypatch.setattr(bnb.functional, "dequantize_4bit", zeros)
 
         assert (
-            "problem  4-bit weights quantization.bits: 4 is not possible here for the model's layers of 96 input "
-            f"features: bitsandbytes {bnb.__version__} on this CPU must give back the weights that it stored, and is "
-            "off by 100% of the largest; choose 8 or 16, or run on a GPU\n"
+            "problem  4-bit weights quantization.bits is 4, which does not work here for layers with 96 input "
+            f"features: bitsandbytes {bnb.__version__} on this CPU dequantizes weights with an error of 100% of the "
+            "largest weight. Use 8 or 16, or run on a GPU.\n"
         ) in printed(capsys, status=1)
 
     def test_weights_that_come_back_right_are_not(self, of_width, capsys, monkeypatch):
         of_width(96)
         asked = []
-        monkeypatch.setattr(capabilities, "check_4bit_round_trip", lambda *arguments: asked.append(arguments))
+        monkeypatch.setattr(quantization, "check_4bit_round_trip", lambda *arguments: asked.append(arguments))
 
         assert "ok       4-bit weights are given back as they were stored\n" in printed(capsys)
         assert asked == [({96, 128}, "nf4", torch.float32)]
@@ -252,7 +252,7 @@ class TestWeightsIn4Bits:
         monkeypatch.setattr(environment, "find_gpus", lambda: gpus)
         for look in ("torch_build", "bitsandbytes"):  # a CPU build has no part for a GPU
             monkeypatch.setattr(environment, look, lambda *_: Finding("ok", "library", "is there"))
-        monkeypatch.setitem(sys.modules, "pdf2lora.model.capabilities", None)  # an import would fail
+        monkeypatch.setitem(sys.modules, "pdf2lora.model.quantization", None)  # an import would fail
 
         assert "4-bit weights" not in printed(capsys)
 
