@@ -185,8 +185,8 @@ def test_check_tells_an_unknown_corpus_and_the_known_ones(project: WriteParams) 
     Path("data/pdfs/notes.txt").touch()
     project({"corpus": "reprots"})
     assert refusal(check.main) == (
-        "error: corpus: 'reprots' must be a folder of data/pdfs (there: climate, reports); "
-        "put your PDFs there, or choose another with -S corpus=..."
+        "error: corpus: 'reprots' must be a folder of data/pdfs (existing ones: climate, reports). "
+        "Put your PDFs there, or choose another folder with -S corpus=..."
     )
     assert nothing_was_written()
 
@@ -194,8 +194,8 @@ def test_check_tells_an_unknown_corpus_and_the_known_ones(project: WriteParams) 
 def test_check_tells_an_unknown_model_and_that_there_is_none(project: WriteParams) -> None:
     project({"model": "llama_8b"})
     assert refusal(check.main) == (
-        "error: model: 'llama_8b' must be a folder of models/source (there: none); "
-        "put the checkpoint there, or choose another with -S model=..."
+        "error: model: 'llama_8b' must be a folder of models/source (existing ones: none). "
+        "Put the source model there, or choose another folder with -S model=..."
     )
     assert nothing_was_written()
 

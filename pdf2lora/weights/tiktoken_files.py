@@ -38,7 +38,7 @@ def convert_tiktoken(content: bytes, path: Path, llama_version: str) -> Converte
         InputError: a line is damaged or missing.
     """
     ranks = _parse_ranks(content, path)
-    letters = _byte_letters()
+    letters = byte_letters()
 
     def spell(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
@@ -79,6 +79,13 @@ def llama3_special_tokens(llama_version: str) -> list[str]:
     return named + [next(reserved) for _ in range(NUM_SPECIAL_TOKENS - len(named))]
 
 
+def byte_letters() -> list[str]:
+    """The printable letter that ByteLevel uses for each byte (GPT-2, src/encoder.py)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    substitutes = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(substitutes)) for byte in range(256)]
+
+
 def _parse_ranks(content: bytes, path: Path) -> Mapping[bytes, int]:
     """{token: rank}. The ranks are 0, 1, 2, ..., and every single byte is a token."""
     ranks: dict[bytes, int] = {}
@@ -104,10 +111,3 @@ def _parse_ranks(content: bytes, path: Path) -> Mapping[bytes, int]:
             f"{path}: the byte {missing[0]:#04x} has no rank, all 256 bytes must have one. Download the file again."
         )
     return ranks
-
-
-def _byte_letters() -> list[str]:
-    """The printable letter that ByteLevel uses for each byte (GPT-2, src/encoder.py)."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    substitutes = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(substitutes)) for byte in range(256)]

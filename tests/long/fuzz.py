@@ -1,8 +1,8 @@
-"""Mutated PDFs and checkpoints, thousands of them, read as the pipeline reads them: python -m tests.long.fuzz
+"""Mutated PDFs and source models, thousands of them, read as the pipeline reads them: python -m tests.long.fuzz
 
-    --pdfs 3000 --checkpoints 1000 --seed 1     (make fuzz)
+    --pdfs 3000 --source-models 1000 --seed 1     (make fuzz)
 
-PDFs: none may hang past its time, swell past its memory, end the parent or be left out of the account. Checkpoints:
+PDFs: none may hang past its time, swell past its memory, end the parent or be left out of the account. Source models:
 each is converted or refused with an InputError, in the memory of an undamaged one and some.
 """
 
@@ -27,7 +27,7 @@ from pdf2lora.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 PDFS = ROOT / "data/pdfs/demo"
-CHECKPOINT = ROOT / "models/source/demo"
+SOURCE_MODEL = ROOT / "models/source/demo"
 TIMEOUT_S = 3.0
 MEMORY_GIB = 1.0
 SETTINGS = {"engines": ["pypdf2", "pdfium"], "max_pages": 30, "clean": True, "min_characters": 300}
@@ -47,12 +47,12 @@ NAMES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pdfs", type=int, default=3000)
-    parser.add_argument("--checkpoints", type=int, default=1000)
+    parser.add_argument("--source-models", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     with TemporaryDirectory(prefix="fuzz-") as folder:
         print(fuzz_pdfs(Path(folder) / "pdfs", arguments.pdfs, arguments.seed))
-        print(fuzz_checkpoints(Path(folder) / "checkpoints", arguments.checkpoints, arguments.seed))
+        print(fuzz_source_models(Path(folder) / "models", arguments.source_models, arguments.seed))
 
 
 def fuzz_pdfs(folder: Path, number: int, seed: int, *, num_workers: int | None = None) -> str:
@@ -155,8 +155,8 @@ MUTATIONS: list[Callable[[bytearray, list[bytes], random.Random], None]] = [
 ]
 
 
-def fuzz_checkpoints(folder: Path, number: int, seed: int, *, source: Path = CHECKPOINT) -> str:
-    """Gives what became of the checkpoints, in words.
+def fuzz_source_models(folder: Path, number: int, seed: int, *, source: Path = SOURCE_MODEL) -> str:
+    """Gives the outcomes of the source models in words.
 
     Raises:
         AssertionError: one took more memory than twice the undamaged one and 512 MiB.
@@ -183,11 +183,11 @@ def fuzz_checkpoints(folder: Path, number: int, seed: int, *, source: Path = CHE
         except InputError:
             outcomes[f"refused ({damaged})"] += 1
         except Exception:
-            print(f"fuzz: checkpoint {n} of seed {seed}, {damaged}:", file=sys.stderr)
+            print(f"fuzz: source model {n} of seed {seed}, {damaged}:", file=sys.stderr)
             raise
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss <= limit, f"checkpoint {n} of seed {seed}: memory"
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss <= limit, f"source model {n} of seed {seed}: memory"
     said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
-    return f"fuzz: {number} checkpoints: {said}"
+    return f"fuzz: {number} source models: {said}"
 
 
 if __name__ == "__main__":
