@@ -24,6 +24,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
 
 
+Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "aim", "clearml", "swanlab"]
+
+
 class Section(BaseModel):
     """A part of params.yaml: unknown keys and other types are refused."""
 
@@ -72,6 +75,9 @@ class Lora(Section):
 
 
 class Compute(Section):
+    num_processes: Positive | Literal["auto"]
+    """Processes of find_batch, train and evaluate; one process uses one GPU. auto: all visible GPUs, or one process
+    where there is no GPU. Changes the time, not the result."""
     seq_length: Annotated[int, Field(ge=8)]
     kernels: Literal["auto", "reference", "fused", "fp8"]
     compute_dtype: Literal["auto", "bfloat16", "float32"]
@@ -102,7 +108,12 @@ class Train(Section):
     eval_steps: Positive
     save_steps: Positive
     seed: Annotated[int, Field(ge=0)]
-    report_to: Literal["none", "wandb"]
+    keep: Literal["last", "best"]
+    """The adapter to keep: of the last step, or of the step with the lowest validation loss."""
+    early_stopping_patience: Positive | Literal["none"]
+    """Validations in a row without a new lowest loss after which the training stops; none: never."""
+    report_to: Literal["none"] | Tracker | Annotated[list[Tracker], Field(min_length=1)]
+    """Experiment trackers beside dvclive, by accelerate's names. Each needs its package."""
 
 
 class Evaluate(Section):

@@ -36,7 +36,7 @@ def main() -> None:
     params = read_params()
     require_intact(BASE, made_by="convert")
     earlier = earlier_documents(params.evaluate.compare_to)
-    encoder = Encoder.of(BASE)
+    encoder = Encoder.load(BASE)
     encoder.require_context(params.compute.seq_length)
     documents = read_documents(TEST)
     sizes, looks = document_windows(documents, encoder, params)

@@ -17,7 +17,7 @@ from tiny_llama import write_tiny_llama
 
 from pdf2lora.errors import InputError
 from pdf2lora.weights.conversion import convert
-from tests.long.fuzz import SOURCE_MODEL, fuzz_source_models
+from tests.long.fuzz import SOURCE_MODEL, fuzz_models
 
 
 class RunsCode:
@@ -122,7 +122,7 @@ def test_absurd_params_are_refused(meta: Path, params: str, words: str) -> None:
 
 
 def test_mutated_source_models(tmp_path: Path) -> None:
-    assert fuzz_source_models(tmp_path / "models", 25, seed=7).startswith("fuzz: 25 source models")
+    assert fuzz_models(tmp_path / "models", 25, seed=7).startswith("fuzz: 25 source models")
 
 
 @pytest.mark.parametrize(
