@@ -33,7 +33,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class Checkpoint(Section):
+class SourceModel(Section):
     llama_version: Literal["1", "2", "3", "3.1", "3.2"]
 
 
@@ -135,7 +135,7 @@ class Sample(Section):
 class Params(Section):
     corpus: Name
     model: Name
-    models: dict[Name, Checkpoint]
+    models: dict[Name, SourceModel]
     extract: Extract
     split: Split
     convert: Convert
@@ -148,7 +148,7 @@ class Params(Section):
     sample: Sample
 
     @property
-    def checkpoint(self) -> Checkpoint:
+    def source_model(self) -> SourceModel:
         return self.models[self.model]
 
     @model_validator(mode="after")
@@ -243,8 +243,8 @@ def _merged(lines: list[str]) -> list[str]:
 def _did_you_mean(path: tuple[int | str, ...]) -> str:
     """The nearest key of the same section, or all of them."""
     section = Params
-    for part in path[:-1]:  # `models` is a dict of Checkpoint, every other part of a path is a field
-        section = Params.model_fields[str(part)].annotation if part in Params.model_fields else Checkpoint  # type: ignore
+    for part in path[:-1]:  # `models` is a dict of SourceModel, every other part of a path is a field
+        section = Params.model_fields[str(part)].annotation if part in Params.model_fields else SourceModel  # type: ignore
     known = list(section.model_fields)
     near = difflib.get_close_matches(str(path[-1]), known, n=1)
     return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"

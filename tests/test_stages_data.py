@@ -189,8 +189,8 @@ def test_check_refuses_an_unknown_corpus_and_lists_the_known_ones(project: Write
     Path("data/pdfs/notes.txt").touch()
     project({"corpus": "reprots"})
     assert error_message(check.main) == (
-        "error: corpus: 'reprots' must be a folder of data/pdfs (there: climate, reports); "
-        "put your PDFs there, or choose another with -S corpus=..."
+        "error: corpus: 'reprots' must be a folder of data/pdfs (existing ones: climate, reports). "
+        "Put your PDFs there, or choose another folder with -S corpus=..."
     )
     assert has_no_outputs()
 
@@ -198,8 +198,8 @@ def test_check_refuses_an_unknown_corpus_and_lists_the_known_ones(project: Write
 def test_check_refuses_an_unknown_model(project: WriteParams) -> None:
     project({"model": "llama_8b"})
     assert error_message(check.main) == (
-        "error: model: 'llama_8b' must be a folder of models/source (there: none); "
-        "put the checkpoint there, or choose another with -S model=..."
+        "error: model: 'llama_8b' must be a folder of models/source (existing ones: none). "
+        "Put the source model there, or choose another folder with -S model=..."
     )
     assert has_no_outputs()
 
