@@ -47,9 +47,6 @@ class Reference:
         else:
             self.llama.gradient_checkpointing_disable()
 
-    def set_dropout(self, seed: int, first_row: int) -> None:
-        torch.manual_seed(seed % 2**31 + first_row)  # STUB until dropout.py
-
     def __call__(self, input_ids: Tensor) -> Tensor:
         weight = self.llama.embed_tokens.weight
         with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):

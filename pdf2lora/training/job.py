@@ -22,7 +22,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError
-from pdf2lora.model.capabilities import choose_kernels, limit_gpu_memory
+from pdf2lora.model.device import limit_gpu_memory
+from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.model.loading import add_lora, load_base
 from pdf2lora.params import Params
 from pdf2lora.runtime.distributed import Processes

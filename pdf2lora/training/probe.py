@@ -17,7 +17,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from pdf2lora.model.capabilities import checkpointing_modes, choose_kernels, limit_gpu_memory
+from pdf2lora.model.device import limit_gpu_memory
+from pdf2lora.model.gradient_checkpointing import gradient_checkpointing_choices
+from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.params import Params
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.monitor import device_name
@@ -51,7 +53,7 @@ class Prober:
         return Capabilities(
             device=device_name(),
             kernels=kernels,
-            gradient_checkpointing=checkpointing_modes(self.params.train, kernels),
+            gradient_checkpointing=tuple(gradient_checkpointing_choices(self.params.train, kernels)),
             free_gib=min(self.processes.gather(free)),
         )
 
