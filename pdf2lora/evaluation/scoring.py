@@ -20,9 +20,11 @@ def nats_per_document(
     per_device_batch: int,
     progress: Callable[[int], object] = lambda num_windows: None,
 ) -> NDArray[np.float64]:
-    """Negative log-likelihood of each document, (num_documents,), summed over the targets of its windows.
+    """Negative log-likelihood of each document in nats, (num_documents,), summed over the targets of its windows.
 
-    The model is left in eval mode.
+    Batch size and order of the windows change the result by rounding only. Each window adds to the entry
+    `window.document`, so the results of disjoint lists of windows can be added. The model is in eval mode afterwards.
+    progress: receives the number of windows of each batch.
     """
     forward.model.eval()
     head = forward.head
