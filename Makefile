@@ -11,7 +11,6 @@
 # make compare                 the experiments of this commit: what differs, and whether it matters
 # make plots                   dvc plots show, on a page that needs no internet
 # make generate PROMPT="..."   what base and adapted model write after it
-# make screenshots             docs/images, out of the report and the plots (needs Chromium)
 # make export                  models/merged, a model like any other, and models/adapter_release
 
 PYTHON ?= python3
@@ -21,7 +20,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test lint same-bytes fuzz torture doctor compare plots screenshots generate export setup setup-dev clean
+.PHONY: repro test lint same-bytes fuzz torture doctor compare plots generate export setup setup-dev clean
 
 repro: setup
 	@$(BIN)/python -m commands.mend_dvc
@@ -52,9 +51,6 @@ compare: setup
 
 plots: setup
 	@python -m commands.plots
-
-screenshots: plots
-	@python -m commands.screenshots
 
 generate: setup
 	@python -m commands.generate '$(subst ','\'',$(PROMPT))'
