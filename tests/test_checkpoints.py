@@ -172,7 +172,7 @@ def test_a_flipped_bit_in_the_newest_falls_back_to_the_one_before(undisturbed, t
     assert latest_valid(folder) == str(folder / "checkpoint-6")
 
     assert capsys.readouterr().out == (
-        f"train: checkpoint-8 is not used, its {name} is not what was written; goes on from checkpoint-6\n"
+        f"train: checkpoint-8 is not used, {name} is corrupt (SHA-256 mismatch); goes on from checkpoint-6\n"
     )
     assert not (folder / "checkpoint-8").exists()
 
@@ -225,7 +225,7 @@ def test_an_unfinished_checkpoint_is_removed(undisturbed, tmp_path, capsys):
     assert latest_valid(folder) == str(folder / "checkpoint-6")
 
     assert capsys.readouterr().out == (
-        "train: checkpoint-8 is not used, it was not written to its end; goes on from checkpoint-6\n"
+        "train: checkpoint-8 is not used, it is incomplete (no manifest.json); goes on from checkpoint-6\n"
     )
 
 

@@ -13,7 +13,7 @@ from tiny_llama import quiet, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import export, generate
-from pdf2lora.runtime.manifest import MANIFEST, fault, read_manifest
+from pdf2lora.runtime.manifest import MANIFEST, find_damage, read_manifest
 
 pytestmark = quiet
 SETTINGS = {
@@ -79,7 +79,7 @@ class TestExport:
         export.main()
 
         merged = project / "models/merged"
-        assert fault(merged) is None
+        assert find_damage(merged) is None
         assert set(read_manifest(merged)["files"]) == {file.name for file in merged.iterdir()} - {MANIFEST}
 
     def test_the_licence_goes_with_the_model(self, project, current):

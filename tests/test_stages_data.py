@@ -236,7 +236,7 @@ def test_a_corpus_of_which_nothing_can_be_used_writes_nothing(pdfs: dict[str, Pa
 def test_wrong_params_end_a_stage_before_it_writes(project: WriteParams, stage: Any) -> None:
     project({"split.test_fraction": 2.0})
     assert refusal(stage.main).startswith(
-        "error: split.test_fraction: 2.0 must be less than 1; change it in params.yaml"
+        "error: split.test_fraction is 2.0; it must be less than 1. Change it in params.yaml"
     )
     assert nothing_was_written()
 

@@ -1,10 +1,10 @@
-"""What can be known of GPUs without importing torch."""
+"""Detects GPUs without importing torch, which takes seconds."""
 
 import ctypes
 
 
 def has_cuda_driver() -> bool:
-    """Whether there may be a GPU; torch would know, and takes seconds to import."""
+    """True if a CUDA driver is installed. The machine may still have no usable GPU."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from pdf2lora.runtime.manifest import fault, read_manifest, write_manifest
+from pdf2lora.runtime.manifest import find_damage, read_manifest, write_manifest
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -44,7 +44,7 @@ def step_of(checkpoint: Path | str | None) -> int:
 
 def _fault(checkpoint: Path) -> str | None:
     """Why training cannot go on from a checkpoint, in words; None = it can."""
-    if wrong := fault(checkpoint):
+    if wrong := find_damage(checkpoint):
         return wrong
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     if state["global_step"] >= state["max_steps"] and state["epoch"] % 1:

@@ -1,4 +1,4 @@
-"""What holds for every stage before its work (stages/__init__.py): what it imports, what it says first."""
+"""Process settings before torch is imported, and imports that stages avoid to start fast."""
 
 import os
 import subprocess
@@ -11,16 +11,16 @@ HEAVY |= {"PyPDF2", "pypdfium2", "dvc", "dvclive"}
 
 
 @pytest.mark.parametrize("stage", ["check", "extract", "split"])
-def test_the_stages_on_text_say_something_before_they_import_what_takes_long(start_python, stage):
-    imported = start_python(f"import sys, stages.{stage}; print(*{{name.split('.')[0] for name in sys.modules}})")
+def test_stages_on_text_import_no_slow_package_at_start(start_python, stage):
+    process = start_python(f"import sys, stages.{stage}; print(*{{name.split('.')[0] for name in sys.modules}})")
 
-    names = set(imported.communicate()[0].split())
+    names = set(process.communicate()[0].split())
 
     assert {"pydantic", "stages"} <= names
     assert not names & HEAVY
 
 
-def test_extract_says_how_much_there_is_to_read_before_it_reads(start_python, tmp_path, write_params, pdfs):
+def test_extract_prints_the_number_of_pdfs_before_it_reads_them(start_python, tmp_path, write_params, pdfs):
     write_params({"corpus": "reports"})
     folder = tmp_path / "data/pdfs/reports"
     folder.mkdir(parents=True)
@@ -37,7 +37,7 @@ def test_extract_says_how_much_there_is_to_read_before_it_reads(start_python, tm
     assert stage.returncode == 7
 
 
-def test_a_stage_keeps_quiet_about_what_concerns_nobody(start_python):
+def test_irrelevant_bitsandbytes_warning_is_suppressed(start_python):
     stage = start_python("import stages.evaluate, sys; print('bitsandbytes' in sys.modules)")
 
     out, err = stage.communicate()
@@ -45,7 +45,7 @@ def test_a_stage_keeps_quiet_about_what_concerns_nobody(start_python):
     assert "gemm_4bit_forward" not in err
 
 
-# The gradient of a LoRA matrix in the demo's shape, which MKL adds up by threads where it may.
+# A product with the shape of a LoRA gradient of the demo. By default MKL splits its sum among threads.
 PRODUCT = """
 import stages, torch
 torch.manual_seed(0)
@@ -54,14 +54,14 @@ print(hash(torch.nn.functional.linear(a, b).numpy().tobytes()))
 """
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="on one core there is one thread")
-def test_a_product_is_the_same_with_one_thread_and_with_two():
-    printed = set()
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_product_does_not_depend_on_the_number_of_threads():
+    hashes = set()
     for num_threads in ("1", "2"):
         environment = os.environ | {"OMP_NUM_THREADS": num_threads, "PYTHONHASHSEED": "0"}
         environment.pop("MKL_CBWR", None)
         done = subprocess.run([sys.executable, "-c", PRODUCT], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        printed.add(done.stdout)
+        hashes.add(done.stdout)
 
-    assert len(printed) == 1
+    assert len(hashes) == 1
