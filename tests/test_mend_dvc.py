@@ -8,8 +8,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from dvc.repo import Repo
 from dvc.exceptions import DvcException
+from dvc.repo import Repo
 
 from commands import mend_dvc
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tomllib
 from contextlib import closing
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ LAYERS = (  # from low to high: a module imports only its own layer and lower on
 PROJECT = ("pdf2lora", "stages", "commands", "benchmarks", "demo", "tests")
 
 
-def direct_imports(file: Path, root: Path = ROOT) -> set[str]:
+@cache
+def direct_imports(file: Path, root: Path = ROOT) -> frozenset[str]:
     """Files of this project that a file imports, as paths from the root.
 
     Includes imports inside functions, `if TYPE_CHECKING` blocks, and module names in strings.
@@ -71,7 +73,7 @@ def direct_imports(file: Path, root: Path = ROOT) -> set[str]:
         elif isinstance(node, ast.Constant) and re.fullmatch(r"pdf2lora(\.\w+)+", str(node.value)):
             names.add(str(node.value))
     paths = {name.replace(".", "/") + suffix for name in names for suffix in (".py", "/__init__.py")}
-    return {path for path in paths if path.split("/")[0] in PROJECT and (root / path).exists()}
+    return frozenset(path for path in paths if path.split("/")[0] in PROJECT and (root / path).exists())
 
 
 def imported_code(file: Path, root: Path = ROOT) -> set[str]:
