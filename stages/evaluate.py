@@ -12,8 +12,8 @@ from pdf2lora.evaluation.metrics import document_table, evaluation_metrics, summ
 from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
 from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.evaluation.windows import document_windows
-from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.model.forward import build_forward
+from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.model.loading import load_adapter, load_base
 from pdf2lora.params import read_params
 from pdf2lora.runtime.files import atomic_write, write_json

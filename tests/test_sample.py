@@ -77,4 +77,4 @@ def test_more_tokens_than_the_context_are_refused(project):
     with pytest.raises(SystemExit) as stopped:
         project.run(max_new_tokens=200)
 
-    assert "sample.max_new_tokens: 210 " in str(stopped.value)
+    assert "sample.max_new_tokens is 210; the base model's context is 128 tokens" in str(stopped.value)
