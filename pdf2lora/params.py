@@ -113,8 +113,8 @@ class Compute(Section):
     """How the model is computed, in find_batch, train, evaluate and sample."""
 
     num_processes: Positive | Literal["auto"]
-    """Processes of find_batch, train and evaluate; one process uses one GPU. Changes the time, not the result. auto: all
-    visible GPUs, or one process where there is no GPU."""
+    """Processes of find_batch, train and evaluate; one process uses one GPU. It changes the time, not the result. auto:
+    all visible GPUs, or one process where there is no GPU."""
     seq_length: Annotated[int, Field(ge=8)]
     """Tokens per training sequence and per evaluation window. Memory per sequence grows with it."""
     kernels: Literal["auto", "reference", "fused", "fp8"]
