@@ -10,7 +10,7 @@
 # after a run:
 # make compare                 the experiments of this commit: what differs, and whether it matters
 # make plots                   dvc plots show, on a page that needs no internet
-# make generate PROMPT="..."   what base and adapted model write after it
+# make generate PROMPT="..."   the continuations of the base and of the adapted model
 # make export                  models/merged, a model like any other, and models/adapter_release
 
 PYTHON ?= python3
@@ -19,6 +19,9 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# generate reads the prompt from its environment: neither make nor a shell expands it
+override PROMPT := $(value PROMPT)
+export PROMPT
 
 .PHONY: repro test lint same-bytes fuzz torture doctor compare plots generate export setup setup-dev clean
 
@@ -53,7 +56,7 @@ plots: setup
 	@python -m commands.plots
 
 generate: setup
-	@python -m commands.generate '$(subst ','\'',$(PROMPT))'
+	@python -m commands.generate
 
 export: setup
 	@python -m commands.export

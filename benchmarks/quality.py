@@ -17,9 +17,10 @@ import numpy as np
 
 from benchmarks.table import machine
 from pdf2lora.documents.records import read_documents
-from pdf2lora.evaluation.metrics import summary
+from pdf2lora.evaluation.intervals import perplexity
+from pdf2lora.evaluation.metrics import token_counts
 from pdf2lora.evaluation.scoring import nats_per_document
-from pdf2lora.evaluation.windows import document_windows
+from pdf2lora.evaluation.windows import text_windows
 from pdf2lora.model.forward import build_forward
 from pdf2lora.params import Params, read_params
 from pdf2lora.tokens import Encoder
@@ -30,10 +31,11 @@ KERNELS = ("reference", "fused", "fp8")
 
 
 def test_perplexity(model: Any, params: Params, encoder: Encoder) -> float:
-    sizes, looks = document_windows(read_documents(SIDES / "test.jsonl"), encoder, params)
+    texts = [document.text for document in read_documents(SIDES / "test.jsonl")]
+    sizes, looks = text_windows(texts, encoder, params)
     forward = build_forward(model, "reference")
     nats = nats_per_document(forward, looks, num_documents=len(sizes), per_device_batch=32)
-    return summary(nats, sizes)["perplexity"]
+    return perplexity(nats, token_counts(sizes)).value
 
 
 def trained_perplexity(params: Params, kernels: str, seed: int, encoder: Encoder) -> float:

@@ -106,19 +106,32 @@ class Train(Section):
 
 
 class Evaluate(Section):
+    """Test perplexity, its intervals and comparison."""
+
     stride: Positive
+    """Tokens that each window adds to the previous one. A token has at least seq_length - stride tokens of context,
+    where its document has them. A smaller stride gives more context and takes more time."""
     per_device_batch: Positive
-    bootstrap_samples: Annotated[int, Field(ge=100)]
-    seed: Annotated[int, Field(ge=0)]
+    """Windows in one forward pass. It changes time and memory, not the result."""
+    unquantized_base: bool
+    """Also scores the base without quantization, which shows the cost of 4 or 8 bits. It takes half as long again."""
     compare_to: Annotated[str, Field(min_length=1)]
+    """A git revision or DVC experiment whose adapter is the baseline of a paired comparison, or none."""
 
 
 class Sample(Section):
+    """Text that base and adapted model generate, for the report and for make generate."""
+
     num_documents: Positive
+    """Test documents whose openings both models continue."""
     prompt_tokens: Positive
+    """Tokens of each opening."""
     max_new_tokens: Positive
+    """Tokens that a model generates at most."""
     temperature: Annotated[float, Field(ge=0)]
+    """0 takes the most probable token each time. A higher temperature draws less probable tokens more often."""
     seed: Annotated[int, Field(ge=0)]
+    """Seed of the draws."""
 
 
 class Params(Section):

@@ -22,7 +22,6 @@ SETTINGS = {
     "compute.seq_length": 32,
     "evaluate.stride": 12,
     "evaluate.per_device_batch": 4,
-    "evaluate.bootstrap_samples": 200,
 }
 
 
