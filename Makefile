@@ -2,7 +2,7 @@
 # make test    sets everything up, then runs the tests
 # make lint    sets everything up, then ruff and mypy
 # make same-bytes  runs the demo in two clones under other circumstances and compares every hash
-# make fuzz    reads thousands of damaged PDFs and checkpoints
+# make fuzz    reads thousands of damaged PDFs and source models
 # make torture kills the pipeline at random moments and compares what it makes then (an hour)
 #
 # make doctor  what is wrong here, and what the run will take, before any work

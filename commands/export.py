@@ -18,10 +18,12 @@ from pdf2lora.evaluation.metrics import Metrics, model_metrics
 from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.evaluation.unquantized import load_unquantized
 from pdf2lora.evaluation.windows import text_windows
+from pdf2lora.model.device import device
 from pdf2lora.model.forward import build_forward
 from pdf2lora.params import Params, read_params
 from pdf2lora.report.card import render_card
 from pdf2lora.report.results import read_results
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.manifest import write_manifest
 from pdf2lora.tokens import Encoder
@@ -83,7 +85,7 @@ def copy_files(files: list[Path], folder: Path) -> None:
 
 def measure(model: Path, params: Params) -> Metrics:
     """The test metrics of an unquantized model, computed as in evaluate."""
-    encoder = Encoder.of(model)
+    encoder = Encoder.load(model)
     documents = read_documents(TEST)
     sizes, windows = text_windows([document.text for document in documents], encoder, params)
     with tqdm(total=len(windows), desc="perplexity", unit="window", disable=None) as progress:
@@ -92,6 +94,7 @@ def measure(model: Path, params: Params) -> Metrics:
             windows,
             num_documents=len(documents),
             per_device_batch=params.evaluate.per_device_batch,
+            processes=Processes.alone(device()),
             progress=progress.update,
         )
     return model_metrics(nats, sizes)

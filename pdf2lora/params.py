@@ -24,13 +24,16 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
 
 
+Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "aim", "clearml", "swanlab"]
+
+
 class Section(BaseModel):
     """A part of params.yaml: unknown keys and other types are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class Checkpoint(Section):
+class SourceModel(Section):
     llama_version: Literal["1", "2", "3", "3.1", "3.2"]
 
 
@@ -72,6 +75,9 @@ class Lora(Section):
 
 
 class Compute(Section):
+    num_processes: Positive | Literal["auto"]
+    """Processes of find_batch, train and evaluate; one process uses one GPU. auto: all visible GPUs, or one process
+    where there is no GPU. Changes the time, not the result."""
     seq_length: Annotated[int, Field(ge=8)]
     kernels: Literal["auto", "reference", "fused", "fp8"]
     compute_dtype: Literal["auto", "bfloat16", "float32"]
@@ -102,7 +108,12 @@ class Train(Section):
     eval_steps: Positive
     save_steps: Positive
     seed: Annotated[int, Field(ge=0)]
-    report_to: Literal["none", "wandb"]
+    keep: Literal["last", "best"]
+    """The adapter to keep: of the last step, or of the step with the lowest validation loss."""
+    early_stopping_patience: Positive | Literal["none"]
+    """Validations in a row without a new lowest loss after which the training stops; none: never."""
+    report_to: Literal["none"] | Tracker | Annotated[list[Tracker], Field(min_length=1)]
+    """Experiment trackers beside dvclive, by accelerate's names. Each needs its package."""
 
 
 class Evaluate(Section):
@@ -137,7 +148,7 @@ class Sample(Section):
 class Params(Section):
     corpus: Name
     model: Name
-    models: dict[Name, Checkpoint]
+    models: dict[Name, SourceModel]
     extract: Extract
     split: Split
     convert: Convert
@@ -150,7 +161,7 @@ class Params(Section):
     sample: Sample
 
     @property
-    def checkpoint(self) -> Checkpoint:
+    def source_model(self) -> SourceModel:
         return self.models[self.model]
 
     @model_validator(mode="after")
@@ -245,8 +256,8 @@ def _merged(lines: list[str]) -> list[str]:
 def _did_you_mean(path: tuple[int | str, ...]) -> str:
     """The nearest key of the same section, or all of them."""
     section = Params
-    for part in path[:-1]:  # `models` is a dict of Checkpoint, every other part of a path is a field
-        section = Params.model_fields[str(part)].annotation if part in Params.model_fields else Checkpoint  # type: ignore
+    for part in path[:-1]:  # `models` is a dict of SourceModel, every other part of a path is a field
+        section = Params.model_fields[str(part)].annotation if part in Params.model_fields else SourceModel  # type: ignore
     known = list(section.model_fields)
     near = difflib.get_close_matches(str(path[-1]), known, n=1)
     return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"

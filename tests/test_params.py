@@ -25,12 +25,12 @@ def test_the_shipped_file_is_valid() -> None:
     written = YAML(typ="safe").load(SHIPPED)
     params = read_params(SHIPPED)
     assert params.model_dump() == written
-    assert params.checkpoint.llama_version == written["models"][written["model"]]["llama_version"]
+    assert params.source_model.llama_version == written["models"][written["model"]]["llama_version"]
 
 
 def test_the_selected_model_gives_the_checkpoint(write_params: WriteParams) -> None:
     changes = {"model": "old", "models.old": {"llama_version": "2"}}
-    assert read_params(write_params(changes)).checkpoint.llama_version == "2"
+    assert read_params(write_params(changes)).source_model.llama_version == "2"
 
 
 def test_params_cannot_be_changed() -> None:

@@ -10,7 +10,7 @@ from pdf2lora.tokens import IGNORED, Encoder, pack, windows
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    return Encoder.of(write_tiny_llama(tmp_path_factory.mktemp("base")))
+    return Encoder.load(write_tiny_llama(tmp_path_factory.mktemp("base")))
 
 
 def numbered(*lengths):
@@ -27,7 +27,7 @@ def test_encoder_reads_ids_and_context_length(encoder):
 
 
 def test_encoder_takes_the_first_of_several_eos(tmp_path):
-    encoder = Encoder.of(write_tiny_llama(tmp_path, eos=[EOS, END_OF_TURN]))
+    encoder = Encoder.load(write_tiny_llama(tmp_path, eos=[EOS, END_OF_TURN]))
 
     assert encoder.eos == EOS
 

@@ -84,7 +84,7 @@ class _TextStreamer(BaseStreamer):  # type: ignore[misc]
 
 
 @torch.no_grad()
-def nats_per_token(causal_lm: Any, tokens: Tokens, encoder: Encoder) -> NDArray[np.float64]:
+def token_nats(causal_lm: Any, tokens: Tokens, encoder: Encoder) -> NDArray[np.float64]:
     """-log p of each token of a short text, (num_tokens,), given bos and the earlier tokens."""
     causal_lm.eval()
     device = causal_lm.get_input_embeddings().weight.device

@@ -81,7 +81,7 @@ def document_table(ids: Sequence[str], sizes: Sequence[TextSize], scores: Scores
     for name in ("base_unquantized", "base", "adapted"):
         if (nats := getattr(scores, name)) is not None:
             table[f"{name}_perplexity"] = np.exp(nats / table["tokens"]).map(rounded)
-    table["improvement"] = (1 - table["adapted_perplexity"] / table["base_perplexity"]).map(rounded)
+    table["improvement"] = (-np.expm1((scores.adapted - scores.base) / table["tokens"])).map(rounded)
     return table.sort_values("id")
 
 

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from pdf2lora.documents.records import Document
-from pdf2lora.evaluation.generation import generate, nats_per_token
+from pdf2lora.evaluation.generation import generate, token_nats
 from pdf2lora.params import Sample
 from pdf2lora.tokens import Encoder, Tokens
 
@@ -30,7 +30,7 @@ def sample_documents(
     for name in ("base", "adapted"):
         with model.disable_adapter() if name == "base" else nullcontext():
             continuations[name] = generate(model, prompts, encoder, settings)
-            nats[name] = [nats_per_token(model, ids, encoder).round(DIGITS).tolist() for _, ids, _ in openings]
+            nats[name] = [token_nats(model, ids, encoder).round(DIGITS).tolist() for _, ids, _ in openings]
     samples = []
     for number, (document, (text, _, ends)) in enumerate(zip(documents, openings, strict=True)):
         prompt_end = ends[: settings.prompt_tokens][-1]

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
-from pdf2lora.model.capabilities import attention, compute_dtype, device
+from pdf2lora.model.attention_choice import choose_attention
+from pdf2lora.model.device import compute_dtype, device
 from pdf2lora.model.loading import load_base
 from pdf2lora.params import Compute, Quantization
 
@@ -25,7 +26,7 @@ def load_unquantized(folder: Path, quantization: Quantization, compute: Compute)
         folder,
         dtype=compute_dtype(compute),
         device_map=_device_map(folder, compute),
-        attn_implementation=attention(compute),
+        attn_implementation=choose_attention(compute),
         local_files_only=True,
     )
     model.requires_grad_(False)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pdf2lora.documents.records import SIDES, Document, read_documents
+from pdf2lora.documents.records import SPLITS, Document, read_documents
 
 Curve = tuple[list[float], list[float]]  # x, y
 
@@ -61,7 +61,7 @@ def read_results(source: Path, paths: Iterable[str]) -> Results:
         },
         test_documents=_rows(Path("metrics/eval_documents.csv")),
         documents=read_documents(Path("data/documents.jsonl")),
-        split_of={d.id: split for split in SIDES for d in read_documents(Path(f"data/split/{split}.jsonl"))},
+        split_of={d.id: split for split in SPLITS for d in read_documents(Path(f"data/split/{split}.jsonl"))},
         samples=_json("data/samples.json"),
         artifacts=read_artifacts(Path("dvc.lock"), paths),
         licence_files=find_licences(source),
