@@ -187,34 +187,32 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """Test perplexity."""
+    """Test perplexity, its intervals and comparison."""
 
     stride: Positive
-    """Tokens that each window adds. Each token has at least seq_length - stride tokens of context. A smaller stride
-    gives more context and takes longer."""
+    """Tokens that each window adds to the previous one. A token has at least seq_length - stride tokens of context,
+    where its document has them. A smaller stride gives more context and takes more time."""
     per_device_batch: Positive
-    """Windows per forward pass. Changes speed and memory; the perplexity does not depend on it."""
-    bootstrap_samples: Annotated[int, Field(ge=100)]
-    """Bootstrap samples of the 95% intervals."""
-    seed: Seed
-    """Seed of the bootstrap."""
+    """Windows in one forward pass. It changes time and memory, not the result."""
+    unquantized_base: bool
+    """Also scores the base without quantization, which shows the cost of 4 or 8 bits. It takes half as long again."""
     compare_to: Annotated[str, Field(min_length=1)]
-    """Git revision or experiment whose adapter is the baseline of a paired comparison. none: no comparison."""
+    """A git revision or DVC experiment whose adapter is the baseline of a paired comparison, or none."""
 
 
 class Sample(Section):
-    """Example texts for the report."""
+    """Text that base and adapted model generate, for the report and for make generate."""
 
     num_documents: Positive
-    """Test documents that both models continue."""
+    """Test documents whose openings both models continue."""
     prompt_tokens: Positive
-    """Tokens from the start of a document that both models get."""
+    """Tokens of each opening."""
     max_new_tokens: Positive
-    """Tokens that each model writes."""
+    """Tokens that a model generates at most."""
     temperature: Annotated[float, Field(ge=0)]
-    """Sampling temperature. 0: always the most likely token."""
-    seed: Seed
-    """Seed of the sampling."""
+    """0 takes the most probable token each time. A higher temperature draws less probable tokens more often."""
+    seed: Annotated[int, Field(ge=0)]
+    """Seed of the draws."""
 
 
 class Params(Section):

@@ -65,7 +65,7 @@ def test_params_cannot_be_changed() -> None:
         ("sample.num_documents", 0, "must be greater than or equal to 1"),
         ("sample.temperature", -0.1, "must be greater than or equal to 0"),
         ("train.learning_rate", float("nan"), "must be a finite number"),
-        ("evaluate.bootstrap_samples", 10, "must be greater than or equal to 100"),
+        ("evaluate.stride", 0, "must be greater than or equal to 1"),
         ("quantization.bits", 5, "must be 4, 8 or 16"),
         ("quantization.bits", "4", "must be 4, 8 or 16"),
         ("quantization.bnb_4bit_quant_type", "int4", "must be 'nf4' or 'fp4'"),
@@ -190,9 +190,9 @@ def test_keys_at_their_limits_are_valid(write_params: WriteParams) -> None:
 
 
 def test_one_message_lists_all_invalid_keys(write_params: WriteParams) -> None:
-    lines = error_lines(write_params({"lora.r": 0, "lora.rank": 8, "train.optim": "adam"}, without=["evaluate.seed"]))
+    lines = error_lines(write_params({"lora.r": 0, "lora.rank": 8, "train.optim": "adam"}, without=["sample.seed"]))
     keys = {line.partition(" ")[0] for line in lines}
-    assert keys == {"lora.r", "lora.rank", "train.optim", "evaluate.seed"}
+    assert keys == {"lora.r", "lora.rank", "train.optim", "sample.seed"}
     assert len(lines) == 4
 
 
