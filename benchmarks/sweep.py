@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.table import machine
 from pdf2lora.documents.records import read_documents
-from pdf2lora.model.capabilities import CHECKPOINTING
+from pdf2lora.model.gradient_checkpointing import SUPPORTED_GRADIENT_CHECKPOINTING
 from pdf2lora.params import read_params
 from pdf2lora.tokens import Encoder
 from pdf2lora.training.probe import prepare, training_step
@@ -25,13 +25,13 @@ BASE, TRAIN, METRICS = Path("models/base"), Path("data/split/train.jsonl"), Path
 
 def main() -> None:
     params, chosen = read_params(), json.loads(METRICS.read_text())
-    encoder = Encoder.of(BASE)
+    encoder = Encoder.load(BASE)
     texts = [document.text for document in read_documents(TRAIN)]
     sequences = encoder.sequences(texts, seq_length=params.compute.seq_length)
     prepared = prepare(BASE, params, sequences, chosen["kernels"])
     effective = chosen["effective_batch"]
     rows = []
-    for mode in CHECKPOINTING[prepared.kernels]:
+    for mode in SUPPORTED_GRADIENT_CHECKPOINTING[prepared.kernels]:
         for batch in (batch for batch in range(1, effective + 1) if effective % batch == 0):
             gc.collect()
             torch.cuda.empty_cache()

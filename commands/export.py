@@ -86,7 +86,7 @@ def copy_files(files: list[Path], folder: Path) -> None:
 
 def measure(model: Path, params: Params) -> dict[str, float]:
     """Test perplexity of an unquantized model, as evaluate measures it, with its 95% interval."""
-    encoder = Encoder.of(model)
+    encoder = Encoder.load(model)
     documents = read_documents(TEST)
     sizes, looks = document_windows(documents, encoder, params)
     unquantized = Quantization(**(params.quantization.model_dump() | {"bits": 16}))

@@ -29,7 +29,7 @@ def main() -> None:
     from pdf2lora.model.loading import load_adapter, load_base
     from pdf2lora.tokens import Encoder
 
-    encoder = Encoder.of(BASE)
+    encoder = Encoder.load(BASE)
     tokens = encoder.encode([prompt])[0]
     encoder.require_context(len(tokens) + params.sample.max_new_tokens, key="sample.max_new_tokens")
     model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)

@@ -29,7 +29,7 @@ class Encoder:
     context_length: int
 
     @classmethod
-    def of(cls, base: Path) -> "Encoder":
+    def load(cls, base: Path) -> "Encoder":
         """Reads tokenizer.json and config.json of a Hugging Face folder."""
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
@@ -68,31 +68,35 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Rows for the model: inputs and labels, both (num_sequences, seq_length); IGNORED labels teach nothing."""
+    """Training sequences: inputs and the next token at each position, both (num_sequences, seq_length), int64.
 
-    input_ids: Tokens
-    labels: Tokens
+    A target IGNORED is not trained on.
+    """
+
+    inputs: Tokens
+    targets: Tokens
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.inputs)
 
-    def __getitem__(self, row: int) -> dict[str, Tokens]:
-        return {"input_ids": self.input_ids[row], "labels": self.labels[row]}
+    def num_targets(self, rows: Tokens) -> int:
+        """The tokens that these sequences train on."""
+        return int((self.targets[rows] != IGNORED).sum())
 
 
 def pack(documents: Sequence[Tokens], *, bos: int, eos: int, seq_length: int) -> Sequences:
-    """bos, document, eos, bos, document, eos, ... cut into rows; every token is in one row.
+    """Cuts bos, document, eos, bos, document, eos, ... into sequences; each token but the first is a target once.
 
-    The last row is filled up with eos, which is not learned. As in the pretraining of Llama, a row may hold the end
-    of one document and the beginning of the next.
+    The last sequence is padded with eos, without targets. As in the pretraining of Llama, a sequence can hold the end
+    of one document and the start of the next.
     """
     stream = np.concatenate([np.concatenate([[bos], document, [eos]]) for document in documents])
-    num_rows = -(-len(stream) // seq_length)
-    input_ids = np.full(num_rows * seq_length, eos, dtype=np.int64)
-    labels = np.full(num_rows * seq_length, IGNORED, dtype=np.int64)
-    input_ids[: len(stream)] = stream
-    labels[: len(stream)] = stream
-    return Sequences(input_ids.reshape(num_rows, seq_length), labels.reshape(num_rows, seq_length))
+    num_sequences = -(-(len(stream) - 1) // seq_length)
+    inputs = np.full(num_sequences * seq_length, eos, dtype=np.int64)
+    targets = np.full(num_sequences * seq_length, IGNORED, dtype=np.int64)
+    inputs[: len(stream) - 1] = stream[:-1]
+    targets[: len(stream) - 1] = stream[1:]
+    return Sequences(inputs.reshape(num_sequences, seq_length), targets.reshape(num_sequences, seq_length))
 
 
 @dataclass(frozen=True)

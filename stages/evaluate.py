@@ -12,8 +12,8 @@ from pdf2lora.evaluation.comparison import Comparison, commit_of, compare, docum
 from pdf2lora.evaluation.intervals import DIGITS, Nats, result
 from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.evaluation.windows import TextSize, document_windows
-from pdf2lora.model.capabilities import choose_kernels
 from pdf2lora.model.forward import build_forward
+from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.model.loading import load_adapter, load_base
 from pdf2lora.params import read_params
 from pdf2lora.runtime.files import atomic_write, write_json
@@ -36,7 +36,7 @@ def main() -> None:
     params = read_params()
     require_intact(BASE, made_by="convert")
     earlier = earlier_documents(params.evaluate.compare_to)
-    encoder = Encoder.of(BASE)
+    encoder = Encoder.load(BASE)
     encoder.require_context(params.compute.seq_length)
     documents = read_documents(TEST)
     sizes, looks = document_windows(documents, encoder, params)

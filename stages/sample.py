@@ -34,7 +34,7 @@ DIGITS = 3  # of nats, after the point
 def main() -> None:
     params = read_params()
     require_intact(BASE, made_by="convert")
-    encoder = Encoder.of(BASE)
+    encoder = Encoder.load(BASE)
     encoder.require_context(params.sample.prompt_tokens + params.sample.max_new_tokens, key="sample.max_new_tokens")
     documents = read_documents(TEST)[: params.sample.num_documents]
 

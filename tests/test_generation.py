@@ -13,7 +13,7 @@ from pdf2lora.tokens import Encoder
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = write_tiny_llama(tmp_path_factory.mktemp("base"))
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), Encoder.of(folder)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), Encoder.load(folder)
 
 
 def write(tiny, **changes):

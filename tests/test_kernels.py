@@ -16,7 +16,6 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
-import triton
 import triton.language as tl
 from conftest import REPOSITORY
 from peft import LoraConfig, inject_adapter_in_model
@@ -25,12 +24,14 @@ from torch import nn
 from torch.nn import functional
 from triton.runtime import interpreter
 
+from pdf2lora.model.dropout import DropoutRate, keep_mask
 from pdf2lora.model.forward import build_forward
+from pdf2lora.model.gradient_checkpointing import GradientCheckpointing
 from pdf2lora.model.kernels import attention, frozen, lora
+from pdf2lora.model.kernels.context import ForwardContext
 from pdf2lora.model.kernels.cross_entropy import cross_entropy_
 from pdf2lora.model.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, swiglu, swiglu_backward_
 from pdf2lora.model.kernels.llama import FusedLlama
-from pdf2lora.model.kernels.lora import _draw, _kept
 from pdf2lora.model.kernels.projections import Projections
 from pdf2lora.model.kernels.rotary import Angles, Up, rotary_backward, rotate_
 from pdf2lora.model.kernels.rows import FP8, Rows, block_and_warps, quantize
@@ -347,64 +348,15 @@ def test_fp8_products_go_either_way(monkeypatch):
 # dropout and the LoRA kernels
 
 
-@triton.jit
-def _read_mask(mask, seed, tokens, num_features, threshold, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    block = tl.program_id(1)
-    feature = block * BLOCK + tl.arange(0, BLOCK)
-    kept = _kept(_draw(seed, token, block, num_features, threshold, BLOCK), BLOCK_TOKENS, BLOCK)
-    inside = (token < tokens)[:, None] & (feature < num_features)[None, :]
-    tl.store(mask + token[:, None] * num_features + feature[None, :], kept.to(tl.int8), mask=inside)
+STATE = torch.tensor([7, 0])
 
 
-def kept(p, seed, shape, tile=(64, 64)):
-    """The mask of dropout, (tokens, features), as tiles of this size draw it."""
-    tokens, features = shape
-    mask = torch.full(shape, -1, dtype=torch.int8)
-    grid = (triton.cdiv(tokens, tile[0]), triton.cdiv(features, tile[1]))
-    threshold = lora.Dropout(p).threshold
-    _read_mask[grid](mask, seed, tokens, features, threshold, BLOCK_TOKENS=tile[0], BLOCK=tile[1])
-    assert set(mask.flatten().tolist()) <= {0, 1}
-    return mask.bool()
+def mask_of(p, layer_index, shape, *, state=STATE, seq_length=1):
+    return keep_mask(state, layer_index, shape[0], seq_length, shape[1], DropoutRate(p))
 
 
-def assert_share(mask, share):
-    """Within five standard deviations of the binomial distribution."""
-    deviation = (share * (1 - share) / mask.numel()) ** 0.5
-    assert abs(mask.float().mean().item() - share) <= 5 * deviation
-
-
-@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
-def test_dropout_keeps_its_share_of_all_and_of_each_feature_and_token(p):
-    mask = kept(p, 7, (400, 104))
-
-    assert_share(mask, 1 - p)
-    for part in (*mask.split(1, dim=1), *mask.split(50, dim=0)):
-        assert_share(part, 1 - p)
-    neighbours = mask[:, 1:] == mask[:, :-1]
-    assert_share(neighbours, p**2 + (1 - p) ** 2)  # as of independent draws
-    assert_share(mask[1:] == mask[:-1], p**2 + (1 - p) ** 2)
-
-
-def test_dropout_of_nothing_keeps_all_and_the_scale_is_that_of_the_p_that_is_met():
-    assert (lora.Dropout(0.0).threshold, lora.Dropout(0.0).scale) == (0, 1)
-    assert lora.Dropout(0.1).threshold == 6554
-    assert lora.Dropout(0.1).scale == 1 / (1 - 6554 / 65536)
-
-
-@pytest.mark.parametrize("features", [104, 100, 63])
-def test_mask_does_not_depend_on_the_tile(features):
-    masks = [kept(0.3, 7, (70, features), tile) for tile in ((64, 64), (64, 32), (16, 16), (32, 8), (128, 128))]
-
-    assert all(torch.equal(mask, masks[0]) for mask in masks)
-
-
-def test_masks_of_different_seeds_are_independent():
-    masks = [kept(0.3, seed, (70, 104)) for seed in (0, 1, 2, 12, 2**30)]
-
-    for number, one in enumerate(masks):
-        for other in masks[number + 1 :]:
-            assert_share(one == other, 0.3**2 + 0.7**2)
+def counter(p, layer_index):
+    return lora.DropoutCounter(STATE, layer_index, 1, DropoutRate(p))
 
 
 SHAPES = pytest.mark.parametrize(("tokens", "features"), [(150, 100), (5, 48)])  # three splits of 64 tokens, and one
@@ -414,18 +366,18 @@ SHAPES = pytest.mark.parametrize(("tokens", "features"), [(150, 100), (5, 48)]) 
 @pytest.mark.parametrize(("projections", "rank"), [(1, 16), (2, 16), (3, 16), (1, 32), (3, 64), (2, 256)])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_lora_down_and_its_gradients_are_those_of_the_explicit_mask(tokens, features, projections, rank, p):
-    seed, dropout = 11, lora.Dropout(p)
+    layer_index, rate = 11, DropoutRate(p)
     x, a = random(tokens, features), random(projections * rank, features, seed=1)
     grad_low_rank, grad_x = random(tokens, projections * rank, seed=2), random(tokens, features, seed=3)
     expected_low_rank, expected_a, expected_x = [], [], grad_x.clone()
     for number, (matrix, grad) in enumerate(zip(a.split(rank), grad_low_rank.split(rank, dim=1), strict=True)):
-        mask = kept(p, seed + number, (tokens, features)) * dropout.scale
+        mask = mask_of(p, layer_index + number, (tokens, features)) * rate.scale
         expected_low_rank.append((x * mask) @ matrix.t())
         expected_a.append(grad.t() @ (x * mask))
         expected_x += (grad @ matrix) * mask
 
-    low_rank, mask = lora.down(x, a, rank, dropout, seed)
-    grad_a = lora.backward_(x, grad_x, a, grad_low_rank, rank, mask, dropout.scale)
+    low_rank, mask = lora.down(x, a, rank, counter(p, layer_index))
+    grad_a = lora.backward_(x, grad_x, a, grad_low_rank, rank, mask, rate.scale)
 
     assert (mask is None) == (p == 0)
     torch.testing.assert_close(low_rank, torch.cat(expected_low_rank, dim=1), rtol=1e-4, atol=1e-4)
@@ -434,21 +386,24 @@ def test_lora_down_and_its_gradients_are_those_of_the_explicit_mask(tokens, feat
 
 
 def test_mask_of_a_projection_has_a_bit_for_each_feature():
-    mask = lora.down(random(70, 44), random(32, 44, seed=1), 16, lora.Dropout(0.3), seed=5).mask
+    mask = lora.down(random(70, 44), random(32, 44, seed=1), 16, counter(0.3, 5)).mask
 
     assert (mask.shape, mask.dtype) == ((2, 70, 6), torch.uint8)
     bits = (mask[..., None] >> torch.arange(8)) & 1
     for number in (0, 1):
-        assert torch.equal(bits[number].flatten(1)[:, :44].bool(), kept(0.3, 5 + number, (70, 44)))
+        assert torch.equal(bits[number].flatten(1)[:, :44].bool(), mask_of(0.3, 5 + number, (70, 44)))
 
 
 def test_gradient_of_a_alone_is_the_same():
     x, a, grad_low_rank = random(20, 48), random(32, 48, seed=1), random(20, 32, seed=2)
-    arguments = (a, grad_low_rank, 16, lora.down(x, a, 16, lora.Dropout(0.3), 5).mask, lora.Dropout(0.3).scale)
+    arguments = (a, grad_low_rank, 16, lora.down(x, a, 16, counter(0.3, 5)).mask, DropoutRate(0.3).scale)
 
     alone, with_x = lora.backward_(x, None, *arguments), lora.backward_(x, torch.zeros(20, 48), *arguments)
 
     assert torch.equal(alone, with_x)
+
+
+EVALUATION = ForwardContext(GradientCheckpointing.NONE, HEADS, angles(HEADS), None, False, None)
 
 
 def test_projections_stack_what_has_lora_and_leave_the_rest():
@@ -464,7 +419,7 @@ def test_projections_stack_what_has_lora_and_leave_the_rest():
 
     with torch.no_grad():
         projections.refresh()
-        y, low_rank = projections.forward(Rows(x), seed=None)
+        y, low_rank = projections.forward(Rows(x), EVALUATION)
 
     assert (projections.rank, low_rank.values.shape, low_rank.mask) == (16, (9, 32), None)
     torch.testing.assert_close(y, torch.cat([module(x) for module in modules], dim=1).detach(), rtol=1e-4, atol=1e-4)
@@ -524,10 +479,10 @@ def some_ids(batch, seq_length, *, seed=0):
     return torch.randint(VOCABULARY_SIZE, (batch, seq_length), generator=torch.Generator().manual_seed(seed))
 
 
-def backward(forward, ids, *, scale=1.0, seed=0):
+def backward(forward, ids, *, scale=1.0, seed=0, first_row=0):
     """Hidden states; gradients of the summed next-token loss are added to those that are there."""
     forward.model.train()
-    torch.manual_seed(seed)
+    forward.set_dropout(seed, first_row)
     hidden = forward(ids)
     targets = ids.roll(-1, dims=1)
     targets[:, -1] = IGNORED
@@ -539,9 +494,9 @@ def gradients(model):
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def hidden_and_gradients(forward, ids, *, seed=0):
+def hidden_and_gradients(forward, ids, *, seed=0, first_row=0):
     forward.model.zero_grad()
-    hidden = backward(forward, ids, seed=seed)
+    hidden = backward(forward, ids, seed=seed, first_row=first_row)
     return hidden, gradients(forward.model)
 
 
@@ -591,37 +546,12 @@ def test_dropout_is_drawn_again_alike_in_every_mode(base):
         assert torch.equal(forward(ids), evaluated)
 
 
-def explicit_dropout(forward, seed):
-    """Puts into each of PEFT's projections the mask that the kernels draw, in place of its own dropout."""
-    drawn = int(torch.randint(2**30, (), generator=torch.Generator().manual_seed(seed)))
-    for layer in forward.layers:
-        for part, projections in enumerate(layer.projections):
-            for number, module in enumerate(projections.modules):
-                module.lora_dropout["default"] = Masked(drawn + 12 * layer.number + 3 * part + number)
-
-
-class Masked(nn.Module):
-    p = 0.3
-
-    def __init__(self, seed):
-        super().__init__()
-        self.seed = seed
-
-    def forward(self, x):
-        dropout = lora.Dropout(self.p)
-        mask = kept(self.p, self.seed, (x.shape[0] * x.shape[1], x.shape[2]))
-        return x * mask.view(x.shape) * dropout.scale
-
-
-def test_layers_with_dropout_are_those_of_peft_with_the_same_masks(base):
-    """Each projection of each layer has a mask of its own."""
+def test_dropout_of_fused_layers_is_that_of_the_reference(base):
     model = adapted(base, lora_dropout=0.3, target_modules=ALL_LINEAR)
-    ids = some_ids(1, 9)
-    forward = build_forward(model, "fused")
-    hidden, found = hidden_and_gradients(forward, ids, seed=3)
-    explicit_dropout(forward, seed=3)
+    ids = some_ids(2, 9)
+    hidden, found = hidden_and_gradients(build_forward(model, "fused"), ids, seed=3, first_row=5)
 
-    expected_hidden, expected = hidden_and_gradients(build_forward(model, "reference"), ids)
+    expected_hidden, expected = hidden_and_gradients(build_forward(model, "reference"), ids, seed=3, first_row=5)
 
     assert relative_error(hidden, expected_hidden) < NEAR
     assert max(relative_error(found[name], expected[name]) for name in expected) < NEAR
@@ -733,7 +663,7 @@ def test_kernels_compile_for_gpus_and_fit_into_their_shared_memory(tmp_path, cap
     kernels = [(name, *map(int, numbers)) for name, *numbers in map(str.split, compiled.stdout.splitlines())]
     assert {name for name, *_ in kernels} - {"_quantize"} == {
         "_add_rmsnorm", "_rmsnorm_backward", "_swiglu", "_swiglu_backward", "_cross_entropy", "_dequantize",
-        "_down", "_backward", "_rotate", "_unrotate",
+        "_down", "_backward", "_rotate", "_rotary_backward", "_keep_mask",
     }  # fmt: skip
     assert max(shared for _, _, shared, _ in kernels) <= 99 * 1024
     assert not [kernel for kernel in kernels if kernel[1] <= 16 and kernel[3] > 0]  # the usual ranks spill nothing

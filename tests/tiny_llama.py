@@ -33,6 +33,7 @@ LORA = Lora(
     use_rslora=False,
 )
 COMPUTE = Compute(
+    num_processes=1,
     seq_length=32,
     kernels="reference",
     compute_dtype="float32",
@@ -53,6 +54,8 @@ TRAIN = Train(
     eval_steps=2,
     save_steps=2,
     seed=0,
+    keep="last",
+    early_stopping_patience="none",
     report_to="none",
 )
 S = TypeVar("S", bound=Section)
@@ -108,7 +111,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def write_texts(file: Path, texts: list[str]) -> Path:
-    """The texts as documents of one side of the split."""
+    """The texts as documents of one split."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_documents(file, [make_document(f"{file.stem}-{number}.pdf", text) for number, text in enumerate(texts)])
     return file
@@ -131,8 +134,8 @@ def make_document(name: str, text: str) -> Document:
 
 def random_sequences(num_sequences: int, *, seq_length: int = 32, seed: int = 0) -> Sequences:
     """Rows of random bytes, all of which are learned."""
-    rows = np.random.default_rng(seed).integers(0, BOS, size=(num_sequences, seq_length))
-    return Sequences(rows, rows.copy())
+    tokens = np.random.default_rng(seed).integers(0, BOS, size=(num_sequences, seq_length + 1))
+    return Sequences(tokens[:, :-1], tokens[:, 1:].copy())
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pdf2lora.documents.records import SIDES, Document, read_documents
+from pdf2lora.documents.records import SPLITS, Document, read_documents
 
 Curve = tuple[list[float], list[float]]  # x, y
 
@@ -39,7 +39,7 @@ class Results:
     curves: dict[str, Curve]  # train/loss, validation/loss, learning_rate, ... -> steps, values
     test_documents: list[dict[str, Any]]  # rows of eval_documents.csv
     documents: list[Document]  # all of the corpus
-    side_of: dict[str, str]  # id of a kept document -> train, validation or test
+    split_of: dict[str, str]  # id of a kept document -> train, validation or test
     samples: list[dict[str, Any]]
     artifacts: list[Artifact]
     licence_files: list[str]  # that came with the checkpoint
@@ -58,7 +58,7 @@ def read_results(checkpoint: Path, paths: Iterable[str]) -> Results:
         },
         test_documents=_rows(Path("metrics/eval_documents.csv")),
         documents=read_documents(Path("data/documents.jsonl")),
-        side_of={d.id: side for side in SIDES for d in read_documents(Path(f"data/split/{side}.jsonl"))},
+        split_of={d.id: split for split in SPLITS for d in read_documents(Path(f"data/split/{split}.jsonl"))},
         samples=_json("data/samples.json"),
         artifacts=read_artifacts(Path("dvc.lock"), paths),
         licence_files=find_licences(checkpoint),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from pdf2lora.runtime.launcher import PIPE
 from pdf2lora.runtime.locks import exclusive_lock
 
 POLL_S = 0.2
@@ -60,6 +61,9 @@ def single_instance(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def wrapper() -> None:
+        if os.environ.get("RANK", "0") != "0" or PIPE in os.environ:  # the main process or the launcher holds the lock
+            main()
+            return
         folder = LOCKS / stage
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(folder, timeout_s=LOCK_TIMEOUT_S):

@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 
 def main() -> None:
     params = read_params()
-    encoder, texts = Encoder.of(BASE), [document.text for document in read_documents(TEST)]
+    encoder, texts = Encoder.load(BASE), [document.text for document in read_documents(TEST)]
     encoded = encoder.encode(texts)
     num_tokens = sum(map(len, encoded))
     model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)

@@ -1,56 +1,78 @@
-"""A PeftModel's Llama, run by the kernels of this folder: token ids -> hidden states, differentiable in the adapter."""
+"""The forward pass of a PeftModel's Llama by the kernels of this folder, differentiable in the LoRA matrices."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pdf2lora.model.dropout import dropout_state
+from pdf2lora.model.gradient_checkpointing import GradientCheckpointing
 from pdf2lora.model.kernels.attention import Heads
-from pdf2lora.model.kernels.decoder import DecoderLayer, FinalNorm, Keep, Pass
+from pdf2lora.model.kernels.context import ForwardContext
+from pdf2lora.model.kernels.decoder import DecoderLayer, FinalNorm
 from pdf2lora.model.kernels.offload import Offload
 from pdf2lora.model.kernels.rotary import Angles
 
 
 class FusedLlama:
-    """input_ids (batch, seq_length) -> hidden states (batch, seq_length, hidden), as the Llama's own `model` gives.
+    """input_ids (batch, seq_length) -> hidden states (batch, seq_length, hidden), as transformers' LlamaModel.
 
-    Weights, matrices and their gradients stay the PeftModel's; `train()` and `disable_adapter()` on it count here.
-    Sequences are not padded on the left, and attention is causal over the whole row.
+    The PeftModel owns weights, LoRA matrices and gradients; its train() and disable_adapter() also work here.
+    Attention is causal over the whole row; there is no padding on the left.
+    A CUDA graph can capture forward and backward pass, except with GradientCheckpointing.OFFLOAD.
     """
 
-    def __init__(self, model: Any, *, keep: Keep = Keep.ALL, fp8: bool = False):
-        """model: a PeftModel of a LlamaForCausalLM on 4-bit layers; fp8: of the frozen products, while training."""
+    def __init__(
+        self,
+        model: Any,
+        *,
+        gradient_checkpointing: GradientCheckpointing = GradientCheckpointing.NONE,
+        fp8: bool = False,
+    ):
+        """model: a PeftModel of a LlamaForCausalLM with 4-bit layers. fp8: frozen products in training only."""
         self.model = model
-        self.keep = keep
+        self.gradient_checkpointing = gradient_checkpointing
         self.fp8 = fp8
         self.llama = model.get_base_model().model
         self.head = model.get_base_model().get_output_embeddings().weight
+        self.dropout_state = dropout_state(model)
         dtype = self.llama.embed_tokens.weight.dtype
         self.layers = [DecoderLayer(number, layer, dtype) for number, layer in enumerate(self.llama.layers)]
         self.offload = Offload()
+        self.cached_angles: tuple[int, Angles] | None = None
         if fp8:
             for layer in self.layers:
                 for projections in layer.projections:
                     projections.frozen.to_fp8()
 
+    def set_dropout(self, seed: int, first_row: int) -> None:
+        """See DropoutState.set."""
+        if self.dropout_state is not None:
+            self.dropout_state.set(seed, first_row)
+
     def __call__(self, input_ids: Tensor) -> Tensor:
         batch, seq_length = input_ids.shape
-        training = self.model.training
-        shared = Pass(
-            keep=self.keep,
-            heads=self._heads(seq_length),
-            angles=self._angles(seq_length, input_ids.device),
-            # PyTorch's generator: checkpoints hold its state, so a resumed run draws the same masks
-            seed=int(torch.randint(2**30, ())) if training else None,
-            fp8=self.fp8 and training,
-            offload=self.offload,
-        )
+        context = self._context(seq_length, input_ids.device)
         residual: Tensor = self.llama.embed_tokens(input_ids).view(batch * seq_length, -1)
         update = None
         for layer in self.layers:
-            residual, update = layer(residual, update, shared)
+            residual, update = layer(residual, update, context)
         hidden: Tensor = FinalNorm.apply(residual, update, self.llama.norm)
         return hidden.view(batch, seq_length, -1)
+
+    def _context(self, seq_length: int, device: torch.device) -> ForwardContext:
+        training = self.model.training
+        state = self.dropout_state if training else None
+        if state is not None:
+            state.require_set()
+        return ForwardContext(
+            gradient_checkpointing=self.gradient_checkpointing,
+            heads=self._heads(seq_length),
+            angles=self._angles(seq_length, device),
+            dropout_state=None if state is None else state.tensor,
+            fp8=self.fp8 and training,
+            offload=self.offload,
+        )
 
     def _heads(self, seq_length: int) -> Heads:
         config = self.llama.config
@@ -59,7 +81,11 @@ class FusedLlama:
         )
 
     def _angles(self, seq_length: int, device: torch.device) -> Angles:
-        positions = torch.arange(seq_length, device=device)[None]
-        cos, sin = self.llama.rotary_emb(torch.ones((), device=device), positions)
-        half = cos.shape[-1] // 2
-        return Angles(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+        """Computed once for a sequence length: a captured CUDA graph reads them from the same memory."""
+        if self.cached_angles is None or self.cached_angles[0] != seq_length:
+            positions = torch.arange(seq_length, device=device)[None]
+            cos, sin = self.llama.rotary_emb(torch.ones((), device=device), positions)
+            half = cos.shape[-1] // 2
+            angles = Angles(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+            self.cached_angles = seq_length, angles
+        return self.cached_angles[1]

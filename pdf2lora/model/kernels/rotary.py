@@ -1,6 +1,6 @@
-"""Rotary positions (Su et al. 2021), where a product becomes queries, keys and values and where gradients come back.
+"""Rotary position embeddings of queries and keys (Su et al. 2021), forward and backward.
 
-A head's first half is paired with its second, as in transformers.
+The first half of a head is paired with its second half, as in transformers.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor
 from pdf2lora.model.kernels.attention import Heads
 
 BLOCK_TOKENS = 64
-LARGEST_RANK = 64  # that rotary_backward multiplies by: more does not fit into the shared memory of consumer GPUs
+MAX_FUSED_ROTARY_RANK = 64  # of LoRA, in rotary_backward; more exceeds the shared memory of consumer GPUs
 
 
 class Angles(NamedTuple):
@@ -25,8 +25,9 @@ class Angles(NamedTuple):
 class Up(NamedTuple):
     """LoRA's B of queries, keys and values.
 
-    b: (width of the rows, ranks of all), scaled, zeros but for each projection's own block; first_ranks: at which of
-    its columns the block of queries, keys and values begins, -1 where that one has no LoRA; rank: columns of a block.
+    b: Projections.b, (heads.width, ranks of all).
+    first_ranks: first column of the blocks of queries, keys and values; -1 without LoRA.
+    rank: columns of a block.
     """
 
     b: Tensor
@@ -42,7 +43,7 @@ def _load_angles(cos, sin, token, column, inside, seq_length, HALF: tl.constexpr
 
 @triton.jit
 def _load_b(b, row, column, rank, WIDTH: tl.constexpr, HALF: tl.constexpr):
-    """B of half a head: (columns, ranks)."""
+    """The rows of B for half a head, (columns, ranks)."""
     return tl.load(b + (row + column)[:, None] * WIDTH + rank[None, :], mask=(column < HALF)[:, None], other=0.0)
 
 
@@ -65,7 +66,7 @@ def _rotate(
 def rotate_(rows: Tensor, angles: Angles, heads: Heads) -> None:
     """Rotates queries and keys in place.
 
-    rows: (tokens, heads.width), token t at position t % heads.seq_length. Reads and writes 2 bytes a feature.
+    rows: (tokens, heads.width); token t is at position t % heads.seq_length. Reads and writes 2 bytes per feature.
     """
     tokens, half = rows.shape[0], heads.head_dim // 2
     _rotate[(triton.cdiv(tokens, BLOCK_TOKENS), heads.num_queries + heads.num_keys)](
@@ -75,7 +76,7 @@ def rotate_(rows: Tensor, angles: Angles, heads: Heads) -> None:
 
 
 @triton.jit
-def _unrotate(
+def _rotary_backward(
     grad, rows, cos, sin, b, grad_low_rank, tokens, seq_length, batch_stride, head_stride, position_stride, row_stride,
     FIRST_HEAD: tl.constexpr, NUM_HEADS: tl.constexpr, ROTATED: tl.constexpr, HALF: tl.constexpr,
     FIRST_RANK: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
@@ -112,18 +113,19 @@ def _unrotate(
 def rotary_backward(
     gradients: tuple[Tensor, Tensor, Tensor], angles: Angles, heads: Heads, up: Up | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of rotated queries, rotated keys and values -> (gradient of the product's rows, the same times B).
+    """Gradient of the product of q, k and v, and of LoRA's first product.
 
-    gradients: (batch, heads, seq_length, head_dim) each, of any strides but the last; result: (tokens, heads.width) and
-    (tokens, ranks of all), None without LoRA. Reads and writes 2 bytes a feature; the product with B, of numbers that
-    are in registers here, saves 2 more.
+    gradients: of rotated queries, rotated keys and values, (batch, heads, seq_length, head_dim) each. The last stride
+    is 1, the others are free.
+    Returns (tokens, heads.width) and, times B, (tokens, ranks of all); the second is None without `up`. Reads and
+    writes 2 bytes per feature. A separate product with B would read 2 more.
     """
     tokens, half = gradients[0].shape[0] * heads.seq_length, heads.head_dim // 2
     rows = gradients[0].new_empty(tokens, heads.width)
     grad_low_rank = rows.new_empty(tokens, up.b.shape[1]) if up else None
     first_head = 0
     for number, grad in enumerate(gradients):
-        _unrotate[(triton.cdiv(tokens, BLOCK_TOKENS),)](
+        _rotary_backward[(triton.cdiv(tokens, BLOCK_TOKENS),)](
             grad, rows, *angles, up and up.b, grad_low_rank, tokens, heads.seq_length, *grad.stride()[:3],
             rows.stride(0), FIRST_HEAD=first_head, NUM_HEADS=grad.shape[1], ROTATED=number < 2, HALF=half,
             FIRST_RANK=up.first_ranks[number] if up else -1, R=up.rank if up else 16, WIDTH=up.b.shape[1] if up else 0,

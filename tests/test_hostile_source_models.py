@@ -1,4 +1,4 @@
-"""Files that were made to harm: PDFs that hang and swell, checkpoints that run code, take memory or point elsewhere."""
+"""Source models that were made to harm: they run code, exhaust memory or name files elsewhere."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import pickle
 import resource
 import shutil
 import struct
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,73 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import hanging_pdf, prose, raw_pdf, shown
 from tiny_llama import write_tiny_llama
 
-from pdf2lora.documents import cleaning, worker
-from pdf2lora.documents.extraction import extract
 from pdf2lora.errors import InputError
 from pdf2lora.weights.conversion import convert
-from tests.long.fuzz import CHECKPOINT, fuzz_checkpoints, fuzz_pdfs
-
-READ: dict[str, Any] = {
-    "engines": ["pypdf2"],
-    "max_pages": 30,
-    "timeout_s": 1.5,
-    "memory_gib": 1.0,
-    "clean": True,
-    "min_characters": 100,
-    "num_workers": 1,
-}
-
-
-# PDFs
-
-
-def test_some_dozens_of_mutated_pdfs(tmp_path: Path) -> None:
-    assert fuzz_pdfs(tmp_path / "pdfs", 40, seed=7, num_workers=2).startswith("fuzz: 40 PDFs")
-
-
-def test_a_document_that_hangs_on_page_20_keeps_its_19(tmp_path: Path) -> None:
-    file = tmp_path / "hangs.pdf"
-    file.write_bytes(hanging_pdf(*(prose(number) for number in range(19))))
-
-    [(_, extraction)] = extract([file], **READ)
-
-    assert (extraction.num_pages, extraction.pages_read, extraction.reason) == (20, 19, None)
-    assert extraction.attempts == {"pypdf2": "timed_out"}
-    assert " ".join(extraction.text.split()) == " ".join(" ".join(prose(number) for number in range(19)).split())
-
-
-def test_a_text_larger_than_any_document_stops_at_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the worker has the memory for would still be too much for the parent, which collects and cleans it."""
-    line = "the sea rises and the ice melts " * 3000
-    file = tmp_path / "swells.pdf"
-    file.write_bytes(raw_pdf(shown(prose(1)), *[shown(line)] * 4))
-    sent: list[tuple[str, object]] = []
-    monkeypatch.setattr(worker, "MAX_CHARACTERS", 150_000)
-
-    outcome = worker._read_pages(type("Pipe", (), {"send": sent.append})(), file, "pypdf2", 30)  # type: ignore[arg-type]
-
-    assert outcome == "out_of_memory"
-    assert [kind for kind, _ in sent] == ["num_pages", "page", "page"]
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["a" * 10**6, ("a" * 1000 + "-") * 1000, "ab cd ef\n" * 10**5, "....   " * 10**5, "ab-\n" * 10**5, "ﷺ" * 10**5],
-    ids=["one word", "hyphens", "lines", "dots", "cuts", "ligatures"],
-)
-def test_no_text_makes_cleaning_slow(text: str) -> None:
-    """It runs in the parent, where nothing would stop it. Quadratic, the first one takes hours."""
-    started = time.process_time()
-
-    cleaning.clean([text, text])
-
-    assert time.process_time() - started < 20
-
-
-# checkpoints in Meta's layout
+from tests.long.fuzz import SOURCE_MODEL, fuzz_models
 
 
 class RunsCode:
@@ -93,7 +30,7 @@ class RunsCode:
 
 @pytest.fixture
 def meta(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(CHECKPOINT, tmp_path / "meta"))
+    return Path(shutil.copytree(SOURCE_MODEL, tmp_path / "meta"))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +46,7 @@ def hugging_face(tmp_path: Path, tiny: Path) -> Path:
 
 
 def refusal(source: Path) -> str:
-    """What convert says; it has written nothing, and taken little memory."""
+    """The error message of convert, which wrote nothing and used little memory."""
     target = source.with_name("base")
     target.mkdir()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -139,18 +76,18 @@ def test_a_pickle_runs_no_code(meta: Path, tmp_path: Path, save: Callable[[objec
     with pytest.raises(FileNotFoundError):
         proof.stat()
 
-    said = refusal(meta)
+    message = refusal(meta)
 
     assert not proof.exists()
-    assert "refused, it holds code to run" in said or "not a torch checkpoint" in said
+    assert "it contains code" in message or "this is not a torch file" in message
 
 
-def test_the_payload_of_these_tests_does_run_where_pickle_is_trusted(tmp_path: Path) -> None:
+def test_the_payload_runs_if_pickle_is_trusted(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(RunsCode(tmp_path / "code-ran")))
     assert (tmp_path / "code-ran").is_dir()
 
 
-def test_a_record_that_inflates_to_hundreds_of_megabytes_is_refused_before_it_does(meta: Path) -> None:
+def test_a_record_that_inflates_to_hundreds_of_megabytes_is_not_inflated(meta: Path) -> None:
     file = meta / "consolidated.00.pth"
     with zipfile.ZipFile(file) as whole, zipfile.ZipFile(meta / "bomb", "w", zipfile.ZIP_DEFLATED) as bomb:
         for record in whole.namelist():
@@ -160,15 +97,17 @@ def test_a_record_that_inflates_to_hundreds_of_megabytes_is_refused_before_it_do
     (meta / "bomb").replace(file)
     assert file.stat().st_size < 2**20
 
-    assert refusal(meta).endswith("not a torch checkpoint, or cut short (RuntimeError); fetch the file again")
+    assert refusal(meta).endswith(
+        "this is not a torch file, or it is truncated (RuntimeError). Download the file again."
+    )
 
 
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        ("[" * 200_000, "params.json: not JSON"),
-        ('{"a":' * 200_000, "params.json: not JSON"),
-        ('{"dim": 1' + "0" * 10_000 + "}", "params.json: not JSON"),
+        ("[" * 200_000, "params.json: this is not valid JSON"),
+        ('{"a":' * 200_000, "params.json: this is not valid JSON"),
+        ('{"dim": 1' + "0" * 10_000 + "}", "params.json: this is not valid JSON"),
         (
             '{"dim": 1099511627776, "n_heads": 8, "use_scaled_rope": true}',
             "dim is 1099511627776, must be a whole number",
@@ -182,11 +121,8 @@ def test_absurd_params_are_refused(meta: Path, params: str, words: str) -> None:
     assert words in refusal(meta)
 
 
-def test_some_dozens_of_mutated_checkpoints(tmp_path: Path) -> None:
-    assert fuzz_checkpoints(tmp_path / "checkpoints", 25, seed=7).startswith("fuzz: 25 checkpoints")
-
-
-# checkpoints in Hugging Face's layout
+def test_mutated_source_models(tmp_path: Path) -> None:
+    assert fuzz_models(tmp_path / "models", 25, seed=7).startswith("fuzz: 25 source models")
 
 
 @pytest.mark.parametrize(
@@ -199,27 +135,25 @@ def test_an_index_cannot_name_a_file_elsewhere(hugging_face: Path, name: str) ->
     index = {"weight_map": {"model.embed_tokens.weight": name}}
     (hugging_face / "model.safetensors.index.json").write_text(json.dumps(index))
 
-    assert "no such file in the folder, which model.safetensors.index.json names" in refusal(hugging_face)
+    assert "the file is not in the folder, but model.safetensors.index.json names it" in refusal(hugging_face)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"hidden_size": 2**40}, "hidden_size is 1099511627776, must be a whole number from 1 to 1048576"),
-        ({"hidden_size": 2**20}, "model.embed_tokens.weight must have shape (260, 1048576) by the sizes in it"),
-        ({"intermediate_size": 2**20}, "mlp.gate_proj.weight must have shape (1048576, 64) by the sizes in it"),
+        ({"hidden_size": 2**20}, "model.embed_tokens.weight must have shape (260, 1048576)"),
+        ({"intermediate_size": 2**20}, "mlp.gate_proj.weight must have shape (1048576, 64)"),
         ({"num_attention_heads": 2**19}, "self_attn.q_proj.weight must have shape"),
         (
             {"num_key_value_heads": 4},
-            "self_attn.k_proj.weight must have shape (64, 64) by the sizes in it, but has (32",
+            "self_attn.k_proj.weight must have shape (64, 64), but it has (32",
         ),
         ({"hidden_size": "64"}, 'hidden_size is "64", must be a whole number'),
         ({"rope_parameters": "x"}, 'rope_parameters is "x", must be an object'),
     ],
 )
-def test_sizes_that_are_not_those_of_the_weights_are_refused(
-    hugging_face: Path, changes: dict[str, Any], words: str
-) -> None:
+def test_sizes_that_contradict_the_weights_are_refused(hugging_face: Path, changes: dict[str, Any], words: str) -> None:
     config = json.loads((hugging_face / "config.json").read_text())
     (hugging_face / "config.json").write_text(json.dumps(config | changes))
 
@@ -239,12 +173,12 @@ def test_absurd_safetensors_are_refused(hugging_face: Path, header: bytes, lengt
     content = struct.pack("<Q", length or len(header)) + header + b"abcd"
     (hugging_face / "model.safetensors").write_bytes(content)
 
-    assert "not a safetensors file, or cut short" in refusal(hugging_face)
+    assert "this is not a safetensors file, or it is truncated" in refusal(hugging_face)
 
 
 def test_weights_in_pickles_are_not_read(hugging_face: Path, tmp_path: Path) -> None:
     (hugging_face / "model.safetensors").unlink()
     save_zip({"model.embed_tokens.weight": RunsCode(tmp_path / "code-ran")}, hugging_face / "pytorch_model.bin")
 
-    assert "weights only in pickled *.bin files, which can run code when read" in refusal(hugging_face)
+    assert "the weights are only in pickled *.bin files, which can run code when they are read" in refusal(hugging_face)
     assert not (tmp_path / "code-ran").exists()

@@ -1,17 +1,10 @@
-"""Weight names, shapes and data types of a Llama, in Meta's and in Hugging Face's layout."""
+"""Names and shapes of a Llama's weights in Meta's and in Hugging Face's layout."""
 
-import torch
-
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors calls them
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
-
-
-DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-
+META_EMBEDDING, META_HEAD, META_NORM = "tok_embeddings.weight", "output.weight", "norm.weight"
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 # Meta's name, Hugging Face's name, the dimension that model-parallel shards split (None: each has a copy), shape
 WeightRow = tuple[str, str, int | None, tuple[str, ...]]
-
 
 LAYER_WEIGHTS: tuple[WeightRow, ...] = (
     ("attention_norm.weight", "input_layernorm.weight", None, ("hidden",)),
@@ -24,12 +17,4 @@ LAYER_WEIGHTS: tuple[WeightRow, ...] = (
     ("feed_forward.w3.weight", "mlp.up_proj.weight", 0, ("intermediate", "hidden")),
     ("feed_forward.w2.weight", "mlp.down_proj.weight", 1, ("hidden", "intermediate")),
 )
-
-
-ROTARY_WEIGHTS = ("attention.wq.weight", "attention.wk.weight")
-
-
-EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
-
-
-NEW_EMBEDDING, NEW_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+META_ROTARY_WEIGHTS = ("attention.wq.weight", "attention.wk.weight")

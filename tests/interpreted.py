@@ -1,0 +1,63 @@
+"""Helpers of the tests that run the kernels on a CPU: Triton's interpreter in float32, and PyTorch's attention.
+
+conftest.py turns the interpreter on if there is no CUDA driver. With one, use `TRITON_INTERPRET=1 python -m pytest`.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from torch.nn import functional
+from triton.runtime import interpreter
+
+from pdf2lora.model.kernels import attention, lora
+from pdf2lora.model.kernels.rows import FP8
+
+needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="test_gpu.py tests them")
+NEAR = 1e-5  # relative, in float32
+
+
+def convert_float(values, source, target, rounding_mode, original=interpreter._convert_float):
+    """Triton 3.7.1's interpreter loses the carry of a mantissa that it rounds up: 124.3 becomes 64 in e4m3."""
+    if (source, target) == (tl.float32, tl.float8e4nv):
+        return torch.from_numpy(values.view(np.float32)).to(FP8).view(torch.uint8).numpy()
+    return original(values, source, target, rounding_mode)
+
+
+@pytest.fixture
+def cpu_kernels(monkeypatch):
+    """No GPU, small tiles of tokens (the interpreter also computes empty tiles), PyTorch's attention on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(lora, "TOKENS_OF_A_SPLIT", 64)
+    monkeypatch.setattr(interpreter, "_convert_float", convert_float)
+    monkeypatch.setattr(attention, "forward", attention_forward)
+    monkeypatch.setattr(attention, "backward", attention_backward)
+
+
+def attention_forward(qkv, heads):
+    """PyTorch's attention. The context is its autograd graph."""
+    with torch.enable_grad():
+        parts = tuple(part.detach().requires_grad_() for part in heads.split(qkv))
+        output = functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+    return attention.Attended(output.detach(), False, (output, parts))
+
+
+def attention_backward(grad, qkv, attended, heads):
+    output, parts = attended.context
+    by_head = grad.view(-1, heads.seq_length, heads.num_queries, heads.head_dim).transpose(1, 2)
+    return torch.autograd.grad(output, parts, by_head)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def scaled_product(left, right):
+    """_scaled_mm without the rounding to bfloat16. The CPU's kernel does not support rowwise scales."""
+    return (left.fp8.float() * left.scale) @ (right.fp8.float() * right.scale).t()

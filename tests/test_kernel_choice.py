@@ -1,0 +1,116 @@
+import logging
+
+import pytest
+import torch
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed
+
+from pdf2lora.errors import InputError
+from pdf2lora.model import kernel_choice
+from pdf2lora.model.kernel_choice import choose_kernels
+
+BFLOAT16 = changed(COMPUTE, compute_dtype="bfloat16")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """A GPU of this compute capability, with or without triton installed."""
+
+    def pretend(capability=(9, 0), *, triton=True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(kernel_choice.importlib.util, "find_spec", lambda name: object() if triton else None)
+
+    return pretend
+
+
+def refusal(kernels, *, quantization=QUANTIZATION, compute=BFLOAT16, lora=LORA):
+    with pytest.raises(InputError) as caught:
+        choose_kernels(changed(compute, kernels=kernels), quantization, lora)
+    return str(caught.value)
+
+
+def test_auto_is_the_reference_without_a_gpu(no_gpu, caplog):
+    caplog.set_level(logging.INFO)
+
+    assert choose_kernels(changed(COMPUTE, kernels="auto"), QUANTIZATION, LORA) == "reference"
+
+    assert caplog.messages == ["kernels: reference (compute.kernels: auto) (there is no CUDA GPU)"]
+
+
+@pytest.mark.parametrize("kernels", ["fused", "fp8"])
+def test_fused_kernels_are_refused_without_a_gpu(no_gpu, kernels):
+    assert refusal(kernels) == (
+        f"compute.kernels is '{kernels}'; these kernels cannot run here: there is no CUDA GPU. Use 'auto' or "
+        "'reference'."
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "choice"), [("auto", "fused"), ("fused", "fused"), ("fp8", "fp8"), ("reference", "reference")]
+)
+def test_requested_kernels_run_if_nothing_prevents_them(pretend_gpu, caplog, setting, choice):
+    caplog.set_level(logging.INFO)
+    pretend_gpu()
+
+    assert choose_kernels(changed(BFLOAT16, kernels=setting), QUANTIZATION, LORA) == choice
+
+    assert caplog.messages == [f"kernels: {choice} (compute.kernels: {setting})"]
+
+
+OBSTACLES = [
+    ({"capability": (7, 5)}, {}, {}, {}, "the GPU has compute capability 7.5, they need 8.0"),
+    ({"triton": False}, {}, {}, {}, "the package triton is not installed"),
+    ({}, {"compute_dtype": "float32"}, {}, {}, "they compute in bfloat16 only (compute.compute_dtype)"),
+    ({}, {}, {"bits": 8}, {}, "they need a base model of 4 bits, quantization.bits is 8"),
+    ({}, {}, {"bits": 16}, {}, "they need a base model of 4 bits, quantization.bits is 16"),
+    ({}, {}, {}, {"use_dora": True}, "they do not compute DoRA (lora.use_dora)"),
+    ({}, {}, {}, {"r": 257}, "they support ranks up to 256, lora.r is 257"),
+]
+
+
+@pytest.mark.parametrize(("gpu", "compute", "quantization", "lora", "obstacle"), OBSTACLES)
+def test_each_obstacle_is_reported(pretend_gpu, caplog, gpu, compute, quantization, lora, obstacle):
+    caplog.set_level(logging.INFO)
+    pretend_gpu(**gpu)
+    settings = changed(BFLOAT16, **compute)
+    base, adapter = changed(QUANTIZATION, **quantization), changed(LORA, **lora)
+
+    assert refusal("fused", quantization=base, compute=settings, lora=adapter) == (
+        f"compute.kernels is 'fused'; these kernels cannot run here: {obstacle}. Use 'auto' or 'reference'."
+    )
+    assert choose_kernels(changed(settings, kernels="auto"), base, adapter) == "reference"
+    assert choose_kernels(changed(settings, kernels="reference"), base, adapter) == "reference"
+
+    assert caplog.messages == [
+        f"kernels: reference (compute.kernels: auto) ({obstacle})",
+        "kernels: reference (compute.kernels: reference)",
+    ]
+
+
+def test_fp8_is_refused_on_an_older_gpu_that_can_run_fused(pretend_gpu):
+    pretend_gpu((8, 0))
+
+    assert refusal("fp8") == (
+        "compute.kernels is 'fp8'; these kernels cannot run here: the GPU has compute capability 8.0, they need 8.9. "
+        "Use 'auto' or 'reference' or 'fused'."
+    )
+    assert choose_kernels(changed(BFLOAT16, kernels="auto"), QUANTIZATION, LORA) == "fused"
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0), (12, 0)])
+def test_fp8_runs_on_ada_and_later(pretend_gpu, capability):
+    pretend_gpu(capability)
+
+    assert choose_kernels(changed(BFLOAT16, kernels="fp8"), QUANTIZATION, LORA) == "fp8"
+
+
+def test_fused_is_not_suggested_if_it_cannot_run(pretend_gpu):
+    pretend_gpu((7, 5))
+
+    assert refusal("fp8").endswith(". Use 'auto' or 'reference'.")
