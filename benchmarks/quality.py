@@ -18,7 +18,7 @@ from pdf2lora.training.trainer import build_model, build_trainer
 
 from benchmarks.table import machine
 from pdf2lora.documents.records import read_documents
-from pdf2lora.evaluation.intervals import summary
+from pdf2lora.evaluation.metrics import summary
 from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.evaluation.windows import document_windows
 from pdf2lora.model.forward import build_forward

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from pdf2lora.training.trainer import build_model, build_trainer
 from tiny_llama import (
     COMPUTE,
     LORA,
@@ -22,7 +23,6 @@ from transformers import TrainerCallback
 
 from pdf2lora.runtime.manifest import MANIFEST
 from pdf2lora.training.checkpoints import CheckpointKeeper, latest_valid, step_of
-from pdf2lora.training.trainer import build_model, build_trainer
 
 pytestmark = [quiet, pytest.mark.usefixtures("server_of_children")]
 SETTINGS = changed(TRAIN, save_steps=2, logging_steps=3, num_train_epochs=2)  # 8 steps, 4 an epoch

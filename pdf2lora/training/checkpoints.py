@@ -39,10 +39,10 @@ def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
 def latest_valid(folder: Path) -> Path | None:
     """The newest intact checkpoint of the folder; None if there is none. Corrupt ones are removed with one line."""
     for checkpoint in reversed(_by_step(folder)):
-        corruption = find_damage(checkpoint)
-        if corruption is None:
+        damage = find_damage(checkpoint)
+        if damage is None:
             return checkpoint
-        print(f"train: {checkpoint.name} is corrupt ({corruption}) and is removed", flush=True)
+        print(f"train: {checkpoint.name} is corrupt ({damage}) and is removed", flush=True)
         shutil.rmtree(checkpoint)
     return None
 
