@@ -124,7 +124,7 @@ def test_compares_with_an_earlier_commit(project, capsys):
 
 
 def test_an_unknown_baseline_is_refused_before_scoring(project):
-    with pytest.raises(SystemExit, match="evaluate.compare_to: 'nowhere' is not a git revision"):
+    with pytest.raises(SystemExit, match=r"evaluate\.compare_to: 'nowhere' is not a git revision"):
         project.run(compare_to="nowhere")
 
     assert not Path("metrics/eval.json").exists()
