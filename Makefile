@@ -18,6 +18,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+UV := uv==0.13.9
 BIN := $(VENV)/bin
 # torch, and the packages that only its CUDA build needs
 NOT_LOCKED := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
@@ -79,7 +80,7 @@ $(VENV)/.installed: requirements.txt requirements.lock
 	@$(PYTHON) -m venv $(VENV)
 	@echo "installing $(TORCH) and requirements.lock into $(VENV)"
 	@pip install --quiet --no-index --no-deps $(TORCH) 2>/dev/null \
-	  || { pip install --quiet uv && uv pip install --quiet --python $(BIN)/python --torch-backend=auto $(TORCH) 2>$(VENV)/torch.log; } \
+	  || { pip install --quiet $(UV) && uv pip install --quiet --python $(BIN)/python --torch-backend=auto $(TORCH) 2>$(VENV)/torch.log; } \
 	  || { echo "PyTorch's index cannot be used here ($(VENV)/torch.log): torch comes from the configured package index, about 3 GB with CUDA" \
 	       && pip install --quiet $(TORCH); }
 	@pip install --quiet --no-deps --require-hashes -r requirements.lock
@@ -91,7 +92,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	@touch $@
 
 lock: setup
-	pip install --quiet uv
+	pip install --quiet $(UV)
 	uv pip compile requirements.txt --output-file requirements.lock --universal --python-version 3.11 --fork-strategy fewest \
 	  --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links --quiet \
 	  $(foreach name,$(NOT_LOCKED),--no-emit-package $(name))

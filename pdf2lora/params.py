@@ -5,6 +5,7 @@ lists all invalid settings.
 """
 
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,15 +18,13 @@ from ruamel.yaml.error import YAMLError
 from pdf2lora.errors import InputError
 
 PARAMS_FILE = Path("params.yaml")
-UNION_MEMBERS = ("constrained-int", "constrained-float", "literal['auto']")  # pydantic adds these to an error's path
+UNION_MEMBER = re.compile(r"constrained-\w+|(literal|list)\[.*\]")  # pydantic adds it to the path of an error
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # a folder name that `dvc exp run -S` can parse
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
-
-
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "aim", "clearml", "swanlab"]
 
 
@@ -113,8 +112,8 @@ class Compute(Section):
     """How the model is computed, in find_batch, train, evaluate and sample."""
 
     num_processes: Positive | Literal["auto"]
-    """Processes of find_batch, train and evaluate; one process uses one GPU. It changes the time, not the result. auto:
-    all visible GPUs, or one process where there is no GPU."""
+    """Processes of find_batch, train and evaluate; one process uses one GPU. auto: all visible GPUs, or one process on
+    a CPU. Changes the time, not the result."""
     seq_length: Annotated[int, Field(ge=8)]
     """Tokens per training sequence and per evaluation window. Memory per sequence grows with it."""
     kernels: Literal["auto", "reference", "fused", "fp8"]
@@ -181,9 +180,9 @@ class Train(Section):
     keep: Literal["last", "best"]
     """The adapter to keep: of the last step, or of the step with the lowest validation loss."""
     early_stopping_patience: Positive | Literal["none"]
-    """Validations in a row without a new lowest loss after which the training stops. none: never."""
+    """Validations in a row without a new lowest loss after which training stops. none: training never stops early."""
     report_to: Literal["none"] | Tracker | Annotated[list[Tracker], Field(min_length=1)]
-    """Experiment trackers beside dvclive, by accelerate's names. Each needs its package."""
+    """Experiment trackers besides dvclive, with accelerate's names. Each tracker needs its package."""
 
 
 class Evaluate(Section):
@@ -289,7 +288,7 @@ def read_params(file: Path = PARAMS_FILE) -> Params:
 
 def _describe(detail: ErrorDetails) -> Iterator[str]:
     """Converts one pydantic error to lines with key, value, rule and remedy."""
-    key = ".".join(str(part) for part in detail["loc"] if part not in UNION_MEMBERS)
+    key = ".".join(str(part) for part in detail["loc"] if not UNION_MEMBER.fullmatch(str(part)))
     value, context = detail["input"], detail.get("ctx", {})
     remedy = f"Change it in {PARAMS_FILE} or with -S {key}=..."
     match detail["type"]:
@@ -312,7 +311,10 @@ def _describe(detail: ErrorDetails) -> Iterator[str]:
 
 
 def _merge_union_errors(lines: list[str]) -> list[str]:
-    """pydantic reports a union once for each member type. Merges these lines: `it must be a or b`."""
+    """pydantic reports a union once for each member type. Merges these lines: `it must be a or b`.
+
+    If an entry of a list is invalid, only the line of the entry stays.
+    """
     merged: dict[str, str] = {}
     for line in lines:
         key_and_value, must, rest = line.partition(" it must ")
@@ -322,7 +324,12 @@ def _merge_union_errors(lines: list[str]) -> list[str]:
             merged[key_and_value] = f"{before} or {rule}. Change {remedy}"
         else:
             merged[key_and_value] = line
-    return list(merged.values())
+    keys = [line.partition(" ")[0] for line in merged.values()]
+    return [line for line, key in zip(merged.values(), keys, strict=True) if not _has_deeper(key, keys)]
+
+
+def _has_deeper(key: str, keys: list[str]) -> bool:
+    return any(other.startswith(f"{key}.") for other in keys)
 
 
 def _suggest(path: tuple[int | str, ...]) -> str:

@@ -239,7 +239,7 @@ def test_killed_worker_changes_no_text(project: Path, monkeypatch: pytest.Monkey
     files = sorted(Path("data/pdfs/reports").iterdir())
     settings = {"engines": ["pypdf2"], "max_pages": 9, "timeout_s": 20, "memory_gib": 1.0, "min_characters": 10}
     undisturbed = list(extract(files, clean=True, num_workers=1, **settings))  # type: ignore[arg-type]
-    seconds = Worker._processor_seconds
+    processor_time_s = Worker._processor_time_s
     pids: list[int] = []
 
     def kill_once(worker: Worker) -> float:
@@ -247,9 +247,9 @@ def test_killed_worker_changes_no_text(project: Path, monkeypatch: pytest.Monkey
         if len(pids) == 1:
             os.kill(worker.process.pid, signal.SIGKILL)
             worker.process.join()
-        return seconds(worker)
+        return processor_time_s(worker)
 
-    monkeypatch.setattr(Worker, "_processor_seconds", kill_once)
+    monkeypatch.setattr(Worker, "_processor_time_s", kill_once)
     assert list(extract(files, clean=True, num_workers=1, **settings)) == undisturbed  # type: ignore[arg-type]
     assert len(set(pids)) == 2
 
@@ -263,7 +263,7 @@ def test_pdf_that_kills_its_worker_twice_has_crashed(project: Path, monkeypatch:
         killed.append(worker.process.pid)
         raise EOFError
 
-    monkeypatch.setattr(Worker, "_processor_seconds", kill)
+    monkeypatch.setattr(Worker, "_processor_time_s", kill)
     settings = {"engines": ["pypdf2"], "max_pages": 9, "timeout_s": 20, "memory_gib": 1.0, "min_characters": 10}
     [(_, extraction)] = extract([Path("data/pdfs/reports/0.pdf")], clean=True, num_workers=1, **settings)  # type: ignore[arg-type]
     assert extraction.reason == Reason.CRASHED

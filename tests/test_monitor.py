@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pdf2lora.runtime import monitor
-from pdf2lora.runtime.monitor import Meter, machine_metrics
+from pdf2lora.runtime.monitor import machine_metrics
 
 
 @pytest.fixture
@@ -116,14 +116,6 @@ def test_gpu_sensors_are_columns_and_peaks(fast_sampling, gpu):
     assert (entry["peak_gpu_utilization_percent"], entry["peak_gpu_power_w"]) == (97, 652)
     table = (fast_sampling / "metrics/machine/train.tsv").read_text().splitlines()
     assert table[0] == "seconds\tprocess_memory_gib\tgpu_memory_gib\tgpu_utilization_percent\tgpu_power_w"
-
-
-@pytest.mark.parametrize(("num_tokens", "tokens_per_s"), [(40_000, 20_000), (0, 0)])
-def test_rates_are_since_the_creation_of_the_meter(monkeypatch, num_tokens, tokens_per_s):
-    clock = iter([100.0, 102.0])
-    monkeypatch.setattr(monitor.time, "monotonic", lambda: next(clock))
-
-    assert Meter().rates(num_tokens) == {"tokens_per_s": tokens_per_s}
 
 
 def test_missing_nvml_is_logged(monkeypatch, caplog):

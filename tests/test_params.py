@@ -12,6 +12,7 @@ from pdf2lora.params import read_params
 SHIPPED = Path(__file__).resolve().parents[1] / "params.yaml"
 
 WriteParams = Callable[..., Path]
+TRACKERS = "'wandb', 'tensorboard', 'mlflow', 'trackio', 'comet_ml', 'aim', 'clearml' or 'swanlab'"
 
 
 def error_lines(file: Path) -> list[str]:
@@ -87,6 +88,8 @@ def test_params_cannot_be_changed() -> None:
         ("train.gradient_checkpointing", True, "must be 'auto', 'none', 'mlp', 'full' or 'offload'"),
         ("train.gradient_checkpointing", "half", "must be 'auto', 'none', 'mlp', 'full' or 'offload'"),
         ("compute.deterministic", "yes", "must be a boolean"),
+        ("train.early_stopping_patience", 0, "must be greater than or equal to 1 or 'none'"),
+        ("train.report_to", "w&b", f"must be 'none' or {TRACKERS} or a list"),
     ],
 )
 def test_message_for_an_invalid_value_has_key_value_rule_and_remedy(
@@ -100,6 +103,11 @@ def test_message_for_an_invalid_value_has_key_value_rule_and_remedy(
 def test_message_for_a_list_entry_has_its_index(write_params: WriteParams) -> None:
     [line] = error_lines(write_params({"extract.engines": ["pypdf2", "mupdf"]}))
     assert line.startswith("extract.engines.1 is 'mupdf'; it must be 'pypdf2' or 'pdfium'. Change it in params.yaml")
+
+
+def test_message_for_a_list_entry_of_a_union_has_its_index(write_params: WriteParams) -> None:
+    [line] = error_lines(write_params({"train.report_to": ["wandb", "w&b"]}))
+    assert line.startswith(f"train.report_to.1 is 'w&b'; it must be {TRACKERS}.")
 
 
 def test_empty_list_is_an_error(write_params: WriteParams) -> None:

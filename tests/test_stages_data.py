@@ -239,7 +239,7 @@ def test_a_corpus_without_usable_pdfs_is_refused(pdfs: dict[str, Path]) -> None:
 @pytest.mark.parametrize("stage", [check, extract, split])
 def test_wrong_params_stop_a_stage_before_it_writes(project: WriteParams, stage: Any) -> None:
     project({"split.test_fraction": 2.0})
-    assert refusal(stage.main).startswith(
+    assert error_message(stage.main).startswith(
         "error: split.test_fraction is 2.0; it must be less than 1. Change it in params.yaml"
     )
     assert has_no_outputs()

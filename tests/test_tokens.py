@@ -79,31 +79,30 @@ def test_seq_length_longer_than_the_context_is_an_error(encoder):
 def test_pack_puts_bos_and_eos_around_each_document():
     packed = pack([np.array([1, 2, 3]), np.array([4])], bos=8, eos=9, seq_length=4)
 
-    assert packed.input_ids.tolist() == [[8, 1, 2, 3], [9, 8, 4, 9]]
-    assert packed.labels.tolist() == packed.input_ids.tolist()
+    assert packed.inputs.tolist() == [[8, 1, 2, 3], [9, 8, 4, 9]]
+    assert packed.targets.tolist() == [[1, 2, 3, 9], [8, 4, 9, IGNORED]]
 
 
 @pytest.mark.parametrize(
-    ("length", "num_rows", "num_padding"),
-    [(0, 1, 6), (1, 1, 5), (5, 1, 1), (6, 1, 0), (7, 2, 7), (14, 2, 0), (15, 3, 7)],
+    ("length", "num_sequences", "num_padding"),
+    [(0, 1, 7), (1, 1, 6), (6, 1, 1), (7, 1, 0), (8, 2, 7), (15, 2, 0), (16, 3, 7)],
 )
-def test_last_row_is_padded_with_eos_and_padding_has_no_label(length, num_rows, num_padding):
+def test_last_sequence_is_padded_with_eos_without_targets(length, num_sequences, num_padding):
     packed = pack(numbered(length), bos=98, eos=99, seq_length=8)
 
-    assert len(packed) == num_rows
-    padding = packed.labels.ravel() == IGNORED
+    assert len(packed) == num_sequences
+    padding = packed.targets.ravel() == IGNORED
     assert padding.sum() == num_padding
     assert padding[len(padding) - num_padding :].all()
-    assert (packed.input_ids.ravel()[padding] == 99).all()
+    assert (packed.inputs.ravel()[padding] == 99).all()
 
 
-def test_indexing_returns_one_row():
+def test_num_targets_counts_the_targets_of_some_sequences():
     packed = pack(numbered(9), bos=98, eos=99, seq_length=8)
 
-    assert {key: row.tolist() for key, row in packed[1].items()} == {
-        "input_ids": [7, 8, 99, 99, 99, 99, 99, 99],
-        "labels": [7, 8, 99] + [IGNORED] * 5,
-    }
+    assert packed.num_targets(np.array([0])) == 8
+    assert packed.num_targets(np.array([1])) == 2
+    assert packed.num_targets(np.array([0, 1])) == 10
 
 
 @settings(deadline=None)
@@ -111,17 +110,19 @@ def test_indexing_returns_one_row():
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
     seq_length=st.integers(1, 30),
 )
-def test_every_token_is_in_exactly_one_row(lengths, seq_length):
+def test_every_token_except_the_first_is_a_target_once(lengths, seq_length):
     documents = numbered(*lengths)
 
     packed = pack(documents, bos=998, eos=999, seq_length=seq_length)
 
-    learned = packed.labels[packed.labels != IGNORED]
-    np.testing.assert_array_equal(learned[learned < 998], np.arange(sum(lengths)))
-    assert np.count_nonzero(learned == 998) == np.count_nonzero(learned == 999) == len(documents)
-    np.testing.assert_array_equal(packed.input_ids[packed.labels != IGNORED], learned)
-    assert packed.input_ids.shape == packed.labels.shape == (len(packed), seq_length)
-    assert packed.labels.size - len(learned) < seq_length
+    has_target = packed.targets != IGNORED
+    inputs, targets = packed.inputs[has_target], packed.targets[has_target]
+    np.testing.assert_array_equal(targets[targets < 998], np.arange(sum(lengths)))
+    assert inputs[0] == 998
+    np.testing.assert_array_equal(inputs[1:], targets[:-1])  # each target is the next input
+    assert np.count_nonzero(inputs == 998) == np.count_nonzero(targets == 999) == len(documents)
+    assert packed.inputs.shape == packed.targets.shape == (len(packed), seq_length)
+    assert packed.targets.size - len(targets) < seq_length
 
 
 # windows

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from pdf2lora.errors import InputError
 
@@ -26,7 +27,7 @@ def exclusive_lock(folder: Path, *, timeout_s: float = 0) -> Iterator[None]:
     deadline = time.monotonic() + timeout_s
     is_first_try = True
     with (folder / "lock").open("a+") as lock:
-        while not _try_lock(lock.fileno()):
+        while not try_lock(lock):
             lock.seek(0)
             owner = lock.read().strip() or "?"
             if time.monotonic() >= deadline:
@@ -41,9 +42,10 @@ def exclusive_lock(folder: Path, *, timeout_s: float = 0) -> Iterator[None]:
         yield
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(file: IO[str]) -> bool:
+    """Locks an open file without waiting. False if another process has the lock."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Measurements of one machine: seconds, tokens/s, process memory, GPU memory, utilization and power.
+"""Measurements of one machine: seconds, process memory, GPU memory, utilization and power.
 
 Two runs never measure the same numbers. Therefore metrics/machine.json and metrics/machine/ are no outputs of a stage.
 
@@ -30,30 +30,20 @@ SAMPLE_S = 1.0
 log = logging.getLogger(__name__)
 
 
-class Meter:
-    """Measures seconds since its creation."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
-    def rates(self, num_tokens: int) -> dict[str, int]:
-        """tokens_per_s, if num_tokens tokens were processed since the creation."""
-        return {"tokens_per_s": round(num_tokens / self.seconds)}
-
-
 class ResourceMonitor:
     """Samples memory and GPU sensors every SAMPLE_S seconds in a thread, from `start` to `stop`."""
 
     def __init__(self) -> None:
         self.gpu = this_gpu()  # in this thread, because it imports torch
-        self.meter = Meter()
+        self.started = time.monotonic()
         self.samples: list[dict[str, float]] = []
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def seconds(self) -> float:
+        """Since the monitor was created."""
+        return time.monotonic() - self.started
 
     def start(self) -> None:
         self._thread.start()
@@ -79,9 +69,7 @@ class ResourceMonitor:
     def _run(self) -> None:
         process = psutil.Process()
         while True:
-            self.samples.append(
-                {"seconds": round(self.meter.seconds, 1), **_process_memory(process), **self.gpu.read()}
-            )
+            self.samples.append({"seconds": round(self.seconds, 1), **_process_memory(process), **self.gpu.read()})
             if self._stopped.wait(SAMPLE_S):
                 return
 
@@ -102,7 +90,7 @@ def machine_metrics(stage: str) -> Iterator[dict[str, Any]]:
         yield metrics
     finally:
         monitor.stop()
-    _write_entry(stage, {"seconds": round(monitor.meter.seconds, 1), **metrics, **monitor.peaks()})
+    _write_entry(stage, {"seconds": round(monitor.seconds, 1), **metrics, **monitor.peaks()})
     CURVES.mkdir(parents=True, exist_ok=True)
     (CURVES / f"{stage}.tsv").write_text(monitor.to_tsv(), encoding="utf-8")
 
