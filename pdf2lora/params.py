@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -18,7 +18,15 @@ from pdf2lora.errors import InputError
 PARAMS_FILE = Path("params.yaml")
 UNION_MEMBERS = ("constrained-int", "constrained-float", "literal['auto']")  # pydantic's names, in the path of an error
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # a folder, and a word that `dvc exp run -S` can parse
+
+def _unquoted(value: object) -> object:
+    """YAML reads 2024 and 3.2 without quotes as numbers."""
+    return str(value) if type(value) in (int, float) else value
+
+
+Name = Annotated[
+    str, BeforeValidator(_unquoted), Field(pattern=r"^[A-Za-z0-9_-]+$")
+]  # a folder, and a word that `dvc exp run -S` can parse
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
@@ -34,7 +42,7 @@ class Section(BaseModel):
 
 
 class SourceModel(Section):
-    llama_version: Literal["1", "2", "3", "3.1", "3.2"]
+    llama_version: Annotated[Literal["1", "2", "3", "3.1", "3.2"], BeforeValidator(_unquoted)]
 
 
 class Extract(Section):
@@ -67,9 +75,7 @@ class Lora(Section):
     r: Positive
     lora_alpha: Positive
     lora_dropout: Fraction
-    target_modules: Annotated[
-        list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]], Field(min_length=1)
-    ]
+    target_modules: Annotated[list[Annotated[str, Field(pattern=r"^\w+$")]], Field(min_length=1)]
     use_dora: bool
     use_rslora: bool
 
@@ -148,16 +154,14 @@ class Params(Section):
     sample: Sample
 
     @property
-    def source_model(self) -> SourceModel:
-        return self.models[self.model]
+    def llama_version(self) -> str | None:
+        """Of the source model. Meta's layout needs it, Hugging Face's does not."""
+        return self.models[self.model].llama_version if self.model in self.models else None
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
         """Rules that two keys make together; each is one line of the ValueError."""
         broken = []
-        if self.model not in self.models:
-            known = ", ".join(self.models)
-            broken.append(f"model: {self.model!r} has no entry in models ({known}); add one with its llama_version")
         if self.split.test_fraction + self.split.validation_fraction >= 1:
             broken.append(
                 f"split.validation_fraction: {self.split.validation_fraction} with test_fraction "

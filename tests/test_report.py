@@ -18,7 +18,8 @@ from pdf2lora.documents.records import write_documents
 from pdf2lora.params import read_params
 from pdf2lora.report import figures, page, style
 from pdf2lora.report.card import render_card
-from pdf2lora.report.results import find_licences, read_artifacts, read_columns, read_results
+from pdf2lora.report.results import read_artifacts, read_columns, read_results
+from pdf2lora.weights.licences import find_licences
 from stages import report
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from tokenizer_texts import KEY, TRICKY_TEXTS, load_auto, random_texts, train_sentencepiece
+from tokenizer_texts import TRICKY_TEXTS, load_auto, random_texts, train_sentencepiece
 
 from pdf2lora.errors import InputError
 from pdf2lora.weights.tokenizer import read_tokenizer
@@ -19,7 +19,7 @@ def llama2_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_ids_are_those_of_sentencepiece(llama2_model: Path, tmp_path: Path) -> None:
     expected = sentencepiece.SentencePieceProcessor(model_file=str(llama2_model))
-    read_tokenizer(llama2_model, llama_version="2", key=KEY).write(tmp_path, context_length=4096)
+    read_tokenizer(llama2_model, "2").write(tmp_path, context_length=4096)
     auto = load_auto(tmp_path)
 
     assert len(auto) == expected.GetPieceSize()
@@ -30,7 +30,7 @@ def test_ids_are_those_of_sentencepiece(llama2_model: Path, tmp_path: Path) -> N
 
 
 def test_named_tokens(llama2_model: Path, tmp_path: Path) -> None:
-    tokenizer = read_tokenizer(llama2_model, llama_version="1", key=KEY)
+    tokenizer = read_tokenizer(llama2_model, "1")
     tokenizer.write(tmp_path, context_length=2048)
     auto = load_auto(tmp_path)
 
@@ -53,17 +53,17 @@ def test_named_tokens(llama2_model: Path, tmp_path: Path) -> None:
 def test_other_kinds_of_model_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     path = train_sentencepiece(tmp_path, **options)
     with pytest.raises(InputError, match=r"this sentencepiece model differs from Llama's.*Use the tokenizer.model of"):
-        read_tokenizer(path, llama_version="2", key=KEY)
+        read_tokenizer(path, "2")
 
 
 def test_missing_package(llama2_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(InputError, match="pip install sentencepiece"):
-        read_tokenizer(llama2_model, llama_version="2", key=KEY)
+        read_tokenizer(llama2_model, "2")
 
 
 def test_damaged_file(llama2_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(llama2_model.read_bytes()[:1000])
     with pytest.raises(InputError, match=rf"{path}: this is not a sentencepiece model"):
-        read_tokenizer(path, llama_version="2", key=KEY)
+        read_tokenizer(path, "2")

@@ -32,7 +32,7 @@ def continuation(
     """
     model.eval()
     device = model.get_input_embeddings().weight.device
-    input_ids = torch.from_numpy(np.concatenate([[encoder.bos], prompt])).to(device)[None]
+    input_ids = torch.from_numpy(np.concatenate([[encoder.start], prompt])).to(device)[None]
     # What the checkpoint's own generation_config.json says of these is not wanted: both models are asked alike.
     how: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -86,6 +86,6 @@ def nats_per_token(causal_lm: Any, tokens: Tokens, encoder: Encoder) -> NDArray[
     """-log p of each token of a short text, (num_tokens,), given bos and the tokens before it."""
     causal_lm.eval()
     device = causal_lm.get_input_embeddings().weight.device
-    ids = torch.from_numpy(np.concatenate([[encoder.bos], tokens])).to(device)
+    ids = torch.from_numpy(np.concatenate([[encoder.start], tokens])).to(device)
     logits = causal_lm(input_ids=ids[None, :-1], use_cache=False).logits[0].float()
     return np.asarray(F.cross_entropy(logits, ids[1:], reduction="none").double().cpu().numpy())
