@@ -38,5 +38,5 @@ def convert(
         InputError: before anything is written, if a file is missing or damaged, contains code or contradicts another.
     """
     if find_layout(source) == "huggingface":
-        return copy_huggingface(source, target, progress)
+        return copy_huggingface(source, target, llama_version, progress)
     return convert_meta(source, target, require_version(source, llama_version), max_shard_gib, progress)

@@ -12,8 +12,8 @@ from typing import Any
 from pdf2lora.errors import InputError
 from pdf2lora.runtime.disk_space import require_disk_space
 from pdf2lora.runtime.files import write_json
-from pdf2lora.weights.huggingface_files import HuggingFaceFiles, load_tokenizer, read_huggingface
-from pdf2lora.weights.json_files import read_json
+from pdf2lora.weights.huggingface_files import HuggingFaceFiles, read_huggingface
+from pdf2lora.weights.huggingface_tokenizer import read_huggingface_tokenizer
 from pdf2lora.weights.safetensors_files import Progress
 from pdf2lora.weights.special_tokens import find_bos, find_eos
 from pdf2lora.weights.transformers_check import load_without_weights
@@ -27,16 +27,14 @@ COPIED_FILES = (
 )
 
 
-def copy_huggingface(source: Path, target: Path, progress: Progress) -> dict[str, object]:
+def copy_huggingface(source: Path, target: Path, llama_version: str | None, progress: Progress) -> dict[str, object]:
     """Checks and copies the files in `source`; arguments, result and errors as in conversion.convert."""
     files = read_huggingface(source)
     model = load_without_weights(source, files)
-    tokenizer = load_tokenizer(source / "tokenizer.json")
-    tokenizer_config_path = source / "tokenizer_config.json"
-    tokenizer_config = read_json(tokenizer_config_path) if tokenizer_config_path.is_file() else {}
+    tokenizer = read_huggingface_tokenizer(source, llama_version, files.config["vocab_size"])
     config = dict(files.config) | {
-        "bos_token_id": find_bos(tokenizer, tokenizer_config),
-        "eos_token_id": find_eos(source, files.config, tokenizer, tokenizer_config),
+        "bos_token_id": find_bos(tokenizer.tokenizer, tokenizer.config),
+        "eos_token_id": find_eos(source, files.config, tokenizer.tokenizer, tokenizer.config),
         "max_position_embeddings": _context_length(source, files.config, model.config),
     }
 
@@ -54,6 +52,7 @@ def copy_huggingface(source: Path, target: Path, progress: Progress) -> dict[str
         shutil.copyfile(path, target / path.name)
         done += path.stat().st_size
         progress(done, total)
+    tokenizer.write(target)
     return _summary(files, model)
 
 

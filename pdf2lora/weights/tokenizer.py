@@ -20,7 +20,10 @@ def read_tokenizer(path: Path, llama_version: str) -> ConvertedTokenizer:
     require_tokenizer_kind(path, llama_version)
     content = path.read_bytes()
     if llama_version in SENTENCEPIECE_VERSIONS:
-        return convert_sentencepiece(content, path)
+        tokenizer = convert_sentencepiece(content, path)
+        if None in (tokenizer.bos_token, tokenizer.eos_token):
+            raise InputError(f"{path}: the model lacks BOS or EOS, which Llama 1 and 2 have. Download the file again.")
+        return tokenizer
     return convert_tiktoken(content, path, llama_version)
 
 
