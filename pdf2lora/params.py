@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -20,7 +20,15 @@ from pdf2lora.errors import InputError
 PARAMS_FILE = Path("params.yaml")
 UNION_MEMBER = re.compile(r"constrained-\w+|(literal|list)\[.*\]")  # pydantic adds it to the path of an error
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # a folder name that `dvc exp run -S` can parse
+
+def _unquoted(value: object) -> object:
+    """YAML reads 2024 and 3.2 without quotes as numbers."""
+    return str(value) if type(value) in (int, float) else value
+
+
+Name = Annotated[
+    str, BeforeValidator(_unquoted), Field(pattern=r"^[A-Za-z0-9_-]+$")
+]  # a folder, and a word that `dvc exp run -S` can parse
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
@@ -37,7 +45,7 @@ class Section(BaseModel):
 class SourceModel(Section):
     """Facts about one base model that its files do not contain."""
 
-    llama_version: Literal["1", "2", "3", "3.1", "3.2"]
+    llama_version: Annotated[Literal["1", "2", "3", "3.1", "3.2"], BeforeValidator(_unquoted)]
     """Selects RoPE scaling, context length and special tokens. Meta's params.json does not distinguish 3.1 from 3.2."""
 
 
@@ -98,10 +106,8 @@ class Lora(Section):
     """The adapter's output is multiplied by lora_alpha / r."""
     lora_dropout: Fraction
     """Dropout probability on the adapter's input, in training only."""
-    target_modules: Annotated[
-        list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]], Field(min_length=1)
-    ]
-    """Linear layers that get LoRA matrices. All seven learn more and train slower."""
+    target_modules: Annotated[list[Annotated[str, Field(pattern=r"^\w+$")]], Field(min_length=1)]
+    """Linear layers that get LoRA matrices, by their names in the model. All of them learn more and train slower."""
     use_dora: bool
     """Learns magnitude and direction separately (DoRA, Liu et al. 2024). Slower; often better at low rank."""
     use_rslora: bool
@@ -235,16 +241,14 @@ class Params(Section):
     sample: Sample
 
     @property
-    def source_model(self) -> SourceModel:
-        return self.models[self.model]
+    def llama_version(self) -> str | None:
+        """Of the source model. Meta's layout needs it, Hugging Face's does not."""
+        return self.models[self.model].llama_version if self.model in self.models else None
 
     @model_validator(mode="after")
     def _require_consistent_keys(self) -> Self:
         """Rules about two keys. The ValueError has one line for each broken rule."""
         errors = []
-        if self.model not in self.models:
-            known = ", ".join(self.models)
-            errors.append(f"model is {self.model!r}; models has only {known}. Add an entry with its llama_version.")
         if self.split.test_fraction + self.split.validation_fraction >= 1:
             errors.append(
                 f"split.test_fraction is {self.split.test_fraction} and split.validation_fraction is "
