@@ -41,6 +41,12 @@ class Extract(Section):
     memory_gib: Annotated[float, Field(ge=0.5)]
     clean: bool
     min_characters: Positive
+    ocr: Literal["auto", "rapidocr", "none"]
+    """Reads the pages without readable text. auto: by RapidOCR if it is installed. rapidocr: it must be installed."""
+    ocr_timeout_s: Annotated[float, Field(gt=0)]
+    """Processor time for the OCR of one page, in seconds. A page that needs more ends the OCR of its document."""
+    ocr_memory_gib: Annotated[float, Field(ge=2)]
+    """Address space of one OCR worker, in GiB. A page at 200 dpi needs about 2 GiB."""
 
 
 class Split(Section):
