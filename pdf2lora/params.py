@@ -64,6 +64,12 @@ class Extract(Section):
     """Removes page headers, page numbers, hyphenation, ligatures and control characters."""
     min_characters: Positive
     """Documents with less text, in characters, are left out."""
+    ocr: Literal["auto", "rapidocr", "none"]
+    """Reads the pages without readable text. auto: by RapidOCR if it is installed. rapidocr: it must be installed."""
+    ocr_timeout_s: Annotated[float, Field(gt=0)]
+    """Processor time for the OCR of one page, in seconds. A page that needs more ends the OCR of its document."""
+    ocr_memory_gib: Annotated[float, Field(ge=2)]
+    """Address space of one OCR worker, in GiB. A page at 200 dpi needs about 2 GiB."""
 
 
 class Split(Section):
