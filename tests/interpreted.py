@@ -5,6 +5,7 @@ conftest.py turns the interpreter on if there is no CUDA driver. With one, use `
 
 import os
 
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
@@ -61,3 +62,15 @@ def relative_error(found, expected):
 def scaled_product(left, right):
     """_scaled_mm without the rounding to bfloat16. The CPU's kernel does not support rowwise scales."""
     return (left.fp8.float() * left.scale) @ (right.fp8.float() * right.scale).t()
+
+
+def linear4bit(out_features, in_features, *, quant_type="nf4", double=True, seed=0):
+    linear = bnb.nn.Linear4bit(
+        in_features, out_features, bias=False, quant_type=quant_type, compress_statistics=double,
+        compute_dtype=torch.float32,
+    )  # fmt: skip
+    linear.weight = bnb.nn.Params4bit(
+        random(out_features, in_features, seed=seed), quant_type=quant_type, compress_statistics=double,
+        requires_grad=False, module=linear,
+    )  # fmt: skip
+    return linear.to("cpu")

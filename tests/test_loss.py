@@ -31,7 +31,7 @@ def whole(hidden, weight, targets):
 
 @pytest.fixture
 def chunk(monkeypatch, positions_of_a_chunk):
-    monkeypatch.setattr(loss, "LOGITS_OF_A_CHUNK", positions_of_a_chunk * VOCABULARY + 3)
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", positions_of_a_chunk * VOCABULARY + 3)
 
 
 @CHUNKS
@@ -131,7 +131,7 @@ def test_gradient_is_there_once():
 
 
 def test_logits_of_a_chunk_are_all_that_exist_at_once(monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS_OF_A_CHUNK", 5 * VOCABULARY)
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 5 * VOCABULARY)
     sizes = []
     cross_entropy_ = loss._cross_entropy_
 

@@ -1,7 +1,4 @@
-"""A tiny random Llama in Hugging Face's layout, made in a blink: 2 layers, hidden size 64, a byte-level tokenizer.
-
-With it go settings to train it with, documents to train it on, and what tests ask of a trained one.
-"""
+"""Settings, documents and a tiny random Llama in Hugging Face's layout (2 layers, hidden size 64, byte tokenizer)."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,22 +54,22 @@ TRAIN = Train(
 )
 S = TypeVar("S", bound=Section)
 
-# What PEFT says of a base elsewhere than in models/base, transformers 5.23 of names that 5.17 has no others for, and
-# bitsandbytes of paged optimizers on a CPU.
+# Irrelevant warnings: PEFT, of a base model outside of models/base; transformers 5.23, of the names that 5.17 knows;
+# bitsandbytes, of paged optimizers on a CPU.
 quiet = pytest.mark.filterwarnings(
     "ignore:The PEFT config's", "ignore:`(gradient|is_gradient)_checkpointing:FutureWarning", "ignore:Paged optimizers"
 )
 
 
 def changed(section: S, **changes: object) -> S:
-    """A section of the settings with changes, checked like params.yaml."""
+    """The section with changes, validated like params.yaml."""
     return type(section)(**(section.model_dump() | changes))
 
 
 def write_tiny_llama(folder: Path, *, seed: int = 0, eos: int | list[int] = EOS, **changes: Any) -> Path:
-    """config.json, model.safetensors, tokenizer.json, the manifest; random weights that are large enough to matter.
+    """Writes config.json, model.safetensors, tokenizer.json and the manifest. The weights are random and not small.
 
-    changes: of the LlamaConfig.
+    changes: keys of the LlamaConfig.
     """
     settings = {
         "vocab_size": VOCABULARY_SIZE,
@@ -98,9 +95,9 @@ def write_tiny_llama(folder: Path, *, seed: int = 0, eos: int | list[int] = EOS,
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A token for each byte, numbered in the order of ByteLevel's alphabet, then the special tokens."""
+    """One token per byte, in the order of ByteLevel's alphabet, then the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={sign: number for number, sign in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={character: number for number, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
@@ -108,7 +105,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def write_texts(file: Path, texts: list[str]) -> Path:
-    """The texts as documents of one side of the split."""
+    """Writes the texts as documents of one split."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_documents(file, [make_document(f"{file.stem}-{number}.pdf", text) for number, text in enumerate(texts)])
     return file
@@ -130,16 +127,16 @@ def make_document(name: str, text: str) -> Document:
 
 
 def random_sequences(num_sequences: int, *, seq_length: int = 32, seed: int = 0) -> Sequences:
-    """Rows of random bytes, all of which are learned."""
+    """Rows of random bytes. All of them are targets."""
     rows = np.random.default_rng(seed).integers(0, BOS, size=(num_sequences, seq_length))
     return Sequences(rows, rows.copy())
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the parameters that training changes, by name."""
+    """A copy of the trainable parameters, by name."""
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Bit for bit."""
+    """Whether all tensors are equal bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
