@@ -22,6 +22,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # a folder, and a wor
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
+ALL_LINEAR = "all-linear"
 
 
 class Section(BaseModel):
@@ -64,9 +66,7 @@ class Lora(Section):
     r: Positive
     lora_alpha: Positive
     lora_dropout: Fraction
-    target_modules: Annotated[
-        list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]], Field(min_length=1)
-    ]
+    target_modules: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1)]
     use_dora: bool
     use_rslora: bool
 
@@ -74,7 +74,7 @@ class Lora(Section):
 class Compute(Section):
     seq_length: Annotated[int, Field(ge=8)]
     kernels: Literal["auto", "reference", "fused", "fp8"]
-    compute_dtype: Literal["auto", "bfloat16", "float32"]
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"]
     attention: Literal["auto", "flash_attention_2", "sdpa"]
     deterministic: bool
 

@@ -37,18 +37,18 @@ def cpu_kernels(monkeypatch):
     monkeypatch.setattr(attention, "backward", attention_backward)
 
 
-def attention_forward(qkv, heads):
+def attention_forward(parts, heads):
     """PyTorch's attention. The context is its autograd graph."""
     with torch.enable_grad():
-        parts = tuple(part.detach().requires_grad_() for part in heads.split(qkv))
-        output = functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
-    return attention.Attended(output.detach(), False, (output, parts))
+        leaves = tuple(part.detach().requires_grad_() for part in parts)
+        output = functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+    return attention.Attended(output.detach(), False, (output, leaves))
 
 
-def attention_backward(grad, qkv, attended, heads):
-    output, parts = attended.context
+def attention_backward(grad, parts, attended, heads):
+    output, leaves = attended.context
     by_head = grad.view(-1, heads.seq_length, heads.num_queries, heads.head_dim).transpose(1, 2)
-    return torch.autograd.grad(output, parts, by_head)
+    return torch.autograd.grad(output, leaves, by_head)
 
 
 def random(*shape, seed=0):

@@ -11,32 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdf2lora.model.head import Head
 from pdf2lora.tokens import IGNORED
 
 LOGITS_PER_CHUNK = 2**28  # 0.5 GiB in bfloat16
 TILE = 256  # the positions of a chunk are a multiple of it, for tensor cores
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     """The sum of the targets' nats, a float32 scalar. Allows one backward pass, to `hidden`.
 
-    hidden: (positions, hidden); weight: of the frozen head, (vocabulary, hidden); targets: (positions,), token ids or
-    IGNORED.
+    hidden: (positions, hidden); targets: (positions,), token ids or IGNORED.
     """
-    nats: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
+    nats: Tensor = _LinearCrossEntropy.apply(hidden, head, targets)
     return nats
 
 
-def nats_per_target(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def nats_per_target(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     """-log p of each target, (positions,), float32. The arguments are those of linear_cross_entropy."""
     nats = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-    for logits, part in _chunks(hidden, weight):
-        nats[part] = _cross_entropy_(logits, targets[part], gradient=False)
+    for product, part in _chunks(hidden, head.weight):
+        nats[part] = _cross_entropy_(head.transform_(product), targets[part], gradient=False)
     return nats
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """Chunks of logits, (positions, vocabulary), and their positions. All chunks share one buffer."""
+    """Chunks of hidden W^T, (positions, vocabulary), and their positions. All chunks share one buffer."""
     rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
     rows = min(rows // TILE * TILE or rows, hidden.shape[0])
     logits = hidden.new_empty(rows, weight.shape[0])
@@ -47,12 +47,18 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, slice]]:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
         ctx.gradient = torch.empty_like(hidden)
         nats = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for logits, part in _chunks(hidden, weight):
+        for product, part in _chunks(hidden, head.weight):
+            logits = head.transform_(product)
+            slope = None if head.softcap is None else (logits / head.softcap).square_().neg_().add_(1)  # of the cap
             nats += _cross_entropy_(logits, targets[part], gradient=True).sum()
-            torch.mm(logits, weight, out=ctx.gradient[part])
+            if slope is not None:
+                logits *= slope
+            if head.scale != 1.0:
+                logits *= head.scale
+            torch.mm(logits, head.weight, out=ctx.gradient[part])
         return nats
 
     @staticmethod

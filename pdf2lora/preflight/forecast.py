@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pdf2lora.params import Lora, Params, Quantization
+from pdf2lora.params import ALL_LINEAR, Lora, Params, Quantization
 from pdf2lora.preflight.environment import GIB, Gpu
 from pdf2lora.training.throughput import peak_flop_per_s
 
@@ -63,7 +63,8 @@ class Shape:
 
     def lora_parameters(self, lora: Lora) -> int:
         """A and B of each target: r x (in + out); DoRA adds out magnitudes."""
-        targets = [self.layers[name] for name in lora.target_modules]
+        names = self.layers if lora.target_modules == ALL_LINEAR else lora.target_modules
+        targets = [self.layers[name] for name in names if name in self.layers]
         return self.num_layers * sum(lora.r * (i + o) + (o if lora.use_dora else 0) for i, o in targets)
 
     def base_gib(self, quantization: Quantization) -> float:

@@ -28,6 +28,13 @@ class Heads(NamedTuple):
         query, key, value = heads.split([self.num_queries, self.num_keys, self.num_keys], dim=1)
         return query, key, value
 
+    def split_queries_and_keys(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, for rows without values: (tokens, (num_queries + num_keys) * head_dim)."""
+        num_heads = self.num_queries + self.num_keys
+        heads = rows.view(-1, self.seq_length, num_heads, self.head_dim).transpose(1, 2)
+        query, key = heads.split([self.num_queries, self.num_keys], dim=1)
+        return query, key
+
     def rows(self, attended: Tensor) -> Tensor:
         """(batch, heads, seq_length, head_dim) -> (tokens, heads * head_dim)."""
         return attended.transpose(1, 2).reshape(-1, self.num_queries * self.head_dim)
@@ -47,28 +54,31 @@ def cudnn_is_better(head_dim: int) -> bool:
     return hopper and head_dim <= 128 and not torch.are_deterministic_algorithms_enabled()
 
 
-def forward(qkv: Tensor, heads: Heads) -> Attended:
-    """qkv: (tokens, heads.width), after the rotary embedding."""
+Parts = tuple[Tensor, Tensor, Tensor]  # queries, keys and values, (batch, heads, seq_length, head_dim) each
+
+
+def forward(parts: Parts, heads: Heads) -> Attended:
+    """parts: after the rotary embedding."""
     operators = torch.ops.aten
     if cudnn_is_better(heads.head_dim):
         output, *context, _ = operators._scaled_dot_product_cudnn_attention(
-            *heads.split(qkv), None, compute_log_sumexp=True, is_causal=True
+            *parts, None, compute_log_sumexp=True, is_causal=True
         )
         return Attended(output, True, tuple(context))
-    output, *context, _ = operators._scaled_dot_product_flash_attention(*heads.split(qkv), is_causal=True)
+    output, *context, _ = operators._scaled_dot_product_flash_attention(*parts, is_causal=True)
     return Attended(output, False, tuple(context))
 
 
-def backward(grad: Tensor, qkv: Tensor, attended: Attended, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, parts: Parts, attended: Attended, heads: Heads) -> Parts:
     """Gradients of queries, keys and values, each (batch, heads, seq_length, head_dim).
 
     grad: gradient of the output's rows, (tokens, heads * head_dim).
     """
     logsumexp, start_q, start_k, max_q, max_k, seed, offset = attended.context
     by_head = grad.view(-1, heads.seq_length, heads.num_queries, heads.head_dim).transpose(1, 2)
-    tensors = (by_head, *heads.split(qkv), attended.output, logsumexp)
+    tensors = (by_head, *parts, attended.output, logsumexp)
     lengths = (start_q, start_k, max_q, max_k, 0.0, True)  # no dropout, causal
-    gradients: tuple[Tensor, Tensor, Tensor]
+    gradients: Parts
     if attended.by_cudnn:
         gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(*tensors, seed, offset, None, *lengths)
     else:

@@ -57,7 +57,7 @@ def dequantize(weight: Any, out: Tensor) -> None:
 
 
 class Frozen:
-    """The weights of one or more bitsandbytes Linear4bit, stacked: (features out, features in)."""
+    """The weights of one or more bitsandbytes Linear4bit, stacked: (features out, features in), and their biases."""
 
     def __init__(self, linears: Sequence[Any], dtype: torch.dtype):
         self.linears = linears
@@ -65,6 +65,13 @@ class Frozen:
         self.rows = [linear.out_features for linear in linears]
         self.shape = (sum(self.rows), linears[0].in_features)
         self.fp8: tuple[Rows, Rows] | None = None
+        self.bias: Tensor | None = None  # (features out,); zeros for a layer without
+        if any(linear.bias is not None for linear in linears):
+            weight = linears[0].weight
+            self.bias = torch.zeros(self.shape[0], dtype=dtype, device=weight.device)
+            for linear, part in zip(linears, self.bias.split(self.rows), strict=True):
+                if linear.bias is not None:
+                    part.copy_(linear.bias.detach())
 
     def to_fp8(self) -> None:
         """Quantizes the weights for both directions. Products of Rows with fp8 use them."""
@@ -80,12 +87,17 @@ class Frozen:
         return weight
 
     def forward(self, x: Rows) -> Tensor:
-        """x W^T: (tokens, features in) -> (tokens, features out)."""
+        """x W^T + bias: (tokens, features in) -> (tokens, features out)."""
         if x.fp8 is not None:
             assert self.fp8 is not None
-            return _product_fp8(x, self.fp8[0])
+            product = _product_fp8(x, self.fp8[0])
+            return product if self.bias is None else product.add_(self.bias)
         assert x.values is not None
-        return x.values @ self.weight().t()
+        return self.add_bias(x.values, self.weight().t())
+
+    def add_bias(self, left: Tensor, right: Tensor) -> Tensor:
+        """left right + bias; right: (any, features out)."""
+        return left @ right if self.bias is None else torch.addmm(self.bias, left, right)
 
     def backward(self, grad: Rows) -> Tensor:
         """grad W: (tokens, features out) -> (tokens, features in)."""
