@@ -25,7 +25,7 @@ BASE, TRAIN, METRICS = Path("models/base"), Path("data/split/train.jsonl"), Path
 
 def main() -> None:
     params, chosen = read_params(), json.loads(METRICS.read_text())
-    encoder = Encoder.of(BASE)
+    encoder = Encoder.load(BASE)
     texts = [document.text for document in read_documents(TRAIN)]
     sequences = encoder.sequences(texts, seq_length=params.compute.seq_length)
     prepared = prepare(BASE, params, sequences, chosen["kernels"])

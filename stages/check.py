@@ -1,15 +1,15 @@
 """check: params.yaml -> data/checked
 
-Runs before the first stage whenever params.yaml has changed: what is wrong with it is said in the first second, not by
-the first stage that imports torch, and not by DVC, which would find a missing folder itself, name it and nothing else,
-and have deleted the stage's old outputs by then. The output never changes, so that no stage runs again because of it.
+Runs before the other stages whenever params.yaml has changed. It reports invalid settings and missing folders within
+a second, before a later stage imports torch, and before DVC deletes the old outputs of a stage. The output never
+changes, so this stage re-runs no other one.
 """
 
 from pathlib import Path
 
 from pdf2lora.errors import report_input_errors
 from pdf2lora.params import read_params
-from pdf2lora.preflight.folders import CORPORA, SOURCES, require_folder
+from pdf2lora.preflight.folders import require_folders
 from pdf2lora.runtime.files import atomic_write
 from pdf2lora.runtime.processes import single_instance
 
@@ -20,9 +20,7 @@ CHECKED = Path("data/checked")
 @single_instance
 def main() -> None:
     params = read_params()
-
-    require_folder("corpus", CORPORA / params.corpus, "put your PDFs there")
-    require_folder("model", SOURCES / params.model, "put the checkpoint there")
+    require_folders(params)
 
     with atomic_write(CHECKED) as partial:
         partial.write_text("params.yaml is valid, and the folders that it names are there\n")

@@ -1,6 +1,6 @@
 """extract: data/pdfs/<corpus>/ -> data/documents.jsonl, metrics/extract.json
 
-One record for each PDF: its text, or the reason why it is left out.
+Writes one record per PDF: its text, or the reason why it is left out.
 """
 
 from collections.abc import Mapping
@@ -26,29 +26,27 @@ def main() -> None:
     params = read_params()
     folder = CORPORA / params.corpus
     files = find_pdfs(folder)
-    print(f"extract: {len(files)} PDFs in {folder}", flush=True)  # before the work, which can take long
+    print(f"extract: {len(files)} PDFs in {folder}", flush=True)  # first, because the extraction can take long
 
     settings = params.extract.model_dump()
-    libraries = [version(name) for name in ("PyPDF2", "pypdfium2")]
-    cache = scratch_folder("extract", fingerprint(settings, *stage_code("extract"), *libraries))
+    engine_versions = [version(name) for name in ("PyPDF2", "pypdfium2")]
+    cache = scratch_folder("extract", fingerprint(settings, *stage_code("extract"), *engine_versions))
     documents = extract_corpus(folder, files, cache, settings)
     metrics = summarize(documents)
-    left_out = in_words(metrics["left_out"])
+    left_out = describe(metrics["left_out"])
     print(
         f"extract: {metrics['kept']} of {metrics['documents']} PDFs kept, {metrics['pages_read']} pages, "
         f"{metrics['characters']:,} characters; left out: {left_out}"
     )
     if not metrics["kept"]:
-        raise InputError(
-            f"{folder}: none of its {len(files)} PDFs can be used ({left_out}); add PDFs with a text layer"
-        )
+        raise InputError(f"{folder}: none of the {len(files)} PDFs is usable ({left_out}). Add PDFs with a text layer.")
 
     with atomic_write(DOCUMENTS) as partial:
         write_documents(partial, documents)
     write_json(METRICS, metrics)
 
 
-def in_words(left_out: Mapping[str, int]) -> str:
+def describe(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
 
 

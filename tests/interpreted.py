@@ -64,9 +64,9 @@ def scaled_product(left, right):
     return (left.fp8.float() * left.scale) @ (right.fp8.float() * right.scale).t()
 
 
-def linear4bit(out_features, in_features, *, quant_type="nf4", double=True, seed=0):
+def linear4bit(out_features, in_features, *, quant_type="nf4", double=True, bias=False, seed=0):
     linear = bnb.nn.Linear4bit(
-        in_features, out_features, bias=False, quant_type=quant_type, compress_statistics=double,
+        in_features, out_features, bias=bias, quant_type=quant_type, compress_statistics=double,
         compute_dtype=torch.float32,
     )  # fmt: skip
     linear.weight = bnb.nn.Params4bit(

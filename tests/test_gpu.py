@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, prose
+from pdf2lora.training.trainer import build_model, build_trainer
 from tiny_llama import (
     BOS,
     COMPUTE,
@@ -43,7 +44,6 @@ from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.model.loading import add_lora, load_adapter, load_base
 from pdf2lora.model.loss import linear_cross_entropy, nats_per_target
 from pdf2lora.tokens import IGNORED, windows
-from pdf2lora.training.trainer import build_model, build_trainer
 
 HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 CAPABILITY = torch.cuda.get_device_capability() if HAS_GPU else (0, 0)

@@ -53,3 +53,20 @@ def test_fp8_products_in_both_directions(monkeypatch):
     assert forward.values is backward.values is None
     assert 0.01 < relative_error(weights.forward(quantize(x)), x @ exact.t()) < 0.06
     assert 0.01 < relative_error(weights.backward(quantize(grad)), grad @ exact) < 0.06
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_biases_are_added_to_the_product(monkeypatch, fp8):
+    """The second layer has none."""
+    monkeypatch.setattr(frozen, "_product_fp8", scaled_product)
+    linears = [linear4bit(40, 128, bias=True), linear4bit(24, 128, seed=1)]
+    weights = frozen.Frozen(linears, torch.float32)
+    if fp8:
+        weights.to_fp8()
+    x = random(9, 128, seed=2)
+    rows = quantize(x) if fp8 else Rows(x)
+    bias = torch.cat([linears[0].bias.detach(), torch.zeros(24)])
+    without = frozen.Frozen(linears, torch.float32)
+    without.bias, without.fp8 = None, weights.fp8
+
+    torch.testing.assert_close(weights.forward(rows), without.forward(rows) + bias)

@@ -5,15 +5,19 @@ import weakref
 import pytest
 import torch
 from interpreted import NEAR, attention_forward, cpu_kernels, needs_interpreter, relative_error, scaled_product  # noqa: F401
+from tiny_families import write_tiny_family
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, quiet, write_tiny_llama
 from torch import nn
 from torch.nn import functional
 
+from pdf2lora.errors import InputError
+from pdf2lora.model.architectures import fused_obstacle
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.kernels import attention, frozen
-from pdf2lora.model.kernels.llama import FusedLlama
+from pdf2lora.model.kernels.fused import FusedForward
 from pdf2lora.model.loading import add_lora, load_base
 from pdf2lora.model.loss import linear_cross_entropy
+from pdf2lora.runtime.manifest import write_manifest
 from pdf2lora.tokens import IGNORED
 
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels"), quiet]
@@ -21,6 +25,11 @@ NO_DROPOUT = changed(LORA, lora_dropout=0.0)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 MODES = ("none", "mlp", "full")
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}  # fmt: skip
+YARN = {"rope_theta": 1e4, "original_max_position_embeddings": 8}
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +107,65 @@ def test_fused_layers_equal_the_reference(base, targets, r, batch, seq_length):
         assert len(found) == 2 * 2 * len(targets)
 
 
+FAMILIES = {
+    "attention and MLP biases": ("LlamaForCausalLM", "llama", {"attention_bias": True, "mlp_bias": True}),
+    "no key heads to share": ("LlamaForCausalLM", "llama", {"num_key_value_heads": 4}),
+    "mistral": ("MistralForCausalLM", "mistral", {"head_dim": 24, "sliding_window": 16}),
+    "ministral": ("MinistralForCausalLM", "ministral", {"head_dim": 24}),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2", {}),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3", {"head_dim": 24}),
+    "smollm3": ("SmolLM3ForCausalLM", "smollm3", {}),
+    "llama3 angles": ("LlamaForCausalLM", "llama", {"rope_parameters": LLAMA3}),
+    "yarn angles": ("LlamaForCausalLM", "llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **YARN}}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fused_layers_of_each_family_equal_the_reference(name, tmp_path):
+    """Hidden states, gradients of A and B, and of the embeddings: the gradient of x of the first layer."""
+    architecture, model_type, changes = FAMILIES[name]
+    folder = write_tiny_family(tmp_path / "base", architecture, model_type, **changes)
+    write_manifest(folder)
+    model = adapted(folder, target_modules=ALL_LINEAR)
+    assert fused_obstacle(model.config, 16) == ""
+    embeddings = model.get_input_embeddings().weight.requires_grad_()
+    ids = some_ids(2, 13)
+    expected_hidden, expected = hidden_and_gradients(build_forward(model, "reference"), ids)
+
+    for mode in ("none", "full"):
+        hidden, found = hidden_and_gradients(build_forward(model, "fused", mode), ids)
+
+        assert relative_error(hidden, expected_hidden) < NEAR, mode
+        errors = {parameter: relative_error(found[parameter], expected[parameter]) for parameter in expected}
+        assert max(errors.values()) < 2 * NEAR, (mode, max(errors, key=errors.get))
+    assert embeddings.grad is not None
+
+
+def test_modules_that_the_kernels_do_not_compute_are_refused(base):
+    def refusal(change):
+        model = adapted(base)
+        change(model.get_base_model().model.layers[1])
+        with pytest.raises(InputError) as caught:
+            FusedForward(model)
+        return str(caught.value)
+
+    def add_norm(layer):
+        layer.post_feedforward_layernorm = nn.Identity()
+
+    def change_scaling(layer):
+        layer.self_attn.scaling = 0.1
+
+    def replace_layer(layer):
+        layer.mlp.up_proj = nn.Linear(72, 88)
+
+    assert "the module post_feedforward_layernorm" in refusal(add_norm)
+    assert "not by 0.1" in refusal(change_scaling)
+    assert "the model has a Linear" in refusal(replace_layer)
+
+
 def test_recomputation_draws_the_same_dropout(base):
-    model = adapted(base, lora_dropout=0.3, target_modules=ALL_LINEAR)
-    ids = some_ids(2, 9)
+    model = adapted(base, lora_dropout=0.3, target_modules=["v_proj", "up_proj", "down_proj"])
+    ids = some_ids(1, 5)
     hidden, expected = hidden_and_gradients(build_forward(model, "fused", "none"), ids, seed=3)
 
     for mode in MODES[1:]:
@@ -108,11 +173,17 @@ def test_recomputation_draws_the_same_dropout(base):
         assert torch.equal(same_hidden, hidden), mode
         assert all(torch.equal(found[name], expected[name]) for name in expected), mode
 
-    forward = build_forward(model, "fused")
-    other_hidden, _ = hidden_and_gradients(forward, ids, seed=4)
-    assert relative_error(other_hidden, hidden) > 1e-3
-    model.eval()
+
+def test_dropout_depends_on_the_seed_and_is_off_in_evaluation(base):
+    model = adapted(base, lora_dropout=0.3)
+    forward, ids = build_forward(model, "fused"), some_ids(1, 5)
     with torch.no_grad():
+        model.train()
+        forward.set_dropout(3, 0)
+        hidden = forward(ids)
+        forward.set_dropout(4, 0)
+        assert relative_error(forward(ids), hidden) > 1e-3
+        model.eval()
         evaluated = forward(ids)
         assert relative_error(evaluated, build_forward(model, "reference")(ids)) < NEAR
         assert torch.equal(forward(ids), evaluated)
@@ -190,7 +261,7 @@ def test_fp8_layers_are_near_and_for_training_only(base, monkeypatch):
     model = adapted(base, target_modules=ALL_LINEAR)
     ids = some_ids(2, 16)
     expected_hidden, expected = hidden_and_gradients(build_forward(model, "fused"), ids)
-    forward = FusedLlama(model, fp8=True)
+    forward = FusedForward(model, fp8=True)
 
     hidden, found = hidden_and_gradients(forward, ids)
 

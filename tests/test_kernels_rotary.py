@@ -3,7 +3,7 @@ import torch
 from interpreted import cpu_kernels, needs_interpreter, random  # noqa: F401
 
 from pdf2lora.model.kernels import attention
-from pdf2lora.model.kernels.rotary import Angles, Up, rotary_backward, rotate_
+from pdf2lora.model.kernels.rotary import Angles, HeadNorm, Up, normalize_and_rotate, rotary_backward, rotate_
 
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
 
@@ -77,3 +77,34 @@ def test_rows_of_heads_are_in_the_order_of_the_output_projection():
 
     assert rows.shape == (2 * HEADS.seq_length, HEADS.num_queries * HEADS.head_dim)
     assert torch.equal(rows[HEADS.seq_length + 3, 24:48], attended[1, 1, 3])
+
+
+def normalized(x, weight, eps):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+@pytest.mark.parametrize("is_rotated", [True, False])
+@pytest.mark.parametrize("first_ranks", [None, (0, 16, 32)])
+def test_head_norm_and_its_gradient(first_ranks, is_rotated):
+    rows, adapter = random(TOKENS, HEADS.width).requires_grad_(), first_ranks and up(first_ranks)
+    norm = HeadNorm(1 + 0.5 * random(2, HEADS.head_dim, seed=7), 1e-5)
+    low_rank = adapter and random(TOKENS, adapter.b.shape[1], seed=1).requires_grad_()
+    product = rows if adapter is None else rows + low_rank @ adapter.b.t()
+    parts = HEADS.split(product)
+    outputs = [normalized(part, weight, 1e-5) for part, weight in zip(parts, norm.weight, strict=False)]
+    used_angles = angles(HEADS) if is_rotated else None
+    if used_angles:
+        outputs = [rotated(part, *used_angles) for part in outputs]
+    gradients = tuple(random(*part.shape, seed=seed) for seed, part in enumerate(parts))
+    torch.autograd.backward((*outputs, parts[2]), gradients)
+    qkv = product.detach().clone()
+
+    query_and_key = normalize_and_rotate(qkv, used_angles, HEADS, norm)
+    grad_rows, grad_low_rank = rotary_backward(gradients, used_angles, HEADS, adapter, qkv, norm)
+
+    assert torch.equal(qkv, product)
+    for part, expected in zip(HEADS.split_queries_and_keys(query_and_key), outputs, strict=True):
+        torch.testing.assert_close(part, expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_rows, rows.grad, rtol=1e-4, atol=1e-5)
+    if adapter is not None:
+        torch.testing.assert_close(grad_low_rank, low_rank.grad, rtol=1e-4, atol=1e-4)

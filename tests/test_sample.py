@@ -1,4 +1,4 @@
-"""sample: openings of test documents, what both models write after them, how the true text surprises them."""
+"""sample: continuations of both models and the nats of prompt and reference."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def project(tmp_path, monkeypatch, write_params, models):
     return SimpleNamespace(run=run, folder=tmp_path)
 
 
-def test_each_sample_has_prompt_truth_and_both_continuations(project):
+def test_a_sample_has_prompt_reference_and_both_continuations(project):
     first, second = project.run()
 
     assert (first["document"], second["document"]) == ("test-0.pdf", "test-1.pdf")
@@ -50,7 +50,7 @@ def test_each_sample_has_prompt_truth_and_both_continuations(project):
     assert ("Glaciers € " + prose(1)).startswith(first["prompt"] + first["truth"])
 
 
-def test_a_document_shorter_than_the_prompt_is_no_error(project):
+def test_a_document_can_be_shorter_than_the_prompt(project):
     _, tiny = project.run()
 
     assert (tiny["prompt"], tiny["truth"]) == ("Tiny.", "")
@@ -58,14 +58,14 @@ def test_a_document_shorter_than_the_prompt_is_no_error(project):
     assert tiny["adapted"]
 
 
-def test_the_same_again_and_other_draws_with_another_seed(project):
+def test_the_seed_decides_the_continuations(project):
     first = project.run()
 
     assert project.run() == first
     assert project.run(seed=1)[0]["base"] != first[0]["base"]
 
 
-def test_nats_are_those_of_each_model(project):
+def test_each_token_has_the_nats_of_both_models(project):
     tokens = project.run()[0]["tokens"]
 
     assert len(tokens) == 22
@@ -73,10 +73,8 @@ def test_nats_are_those_of_each_model(project):
     assert any(abs(token["base_nats"] - token["adapted_nats"]) > 0.01 for token in tokens)
 
 
-def test_more_tokens_than_the_context_holds_are_refused(project):
+def test_more_tokens_than_the_context_are_refused(project):
     with pytest.raises(SystemExit) as stopped:
         project.run(max_new_tokens=200)
 
-    assert "sample.max_new_tokens: 210 must not be greater than the context of the base model (128 tokens)" in str(
-        stopped.value
-    )
+    assert "sample.max_new_tokens is 210; the base model's context is 128 tokens" in str(stopped.value)

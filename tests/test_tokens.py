@@ -10,7 +10,7 @@ from pdf2lora.tokens import IGNORED, Encoder, pack, windows
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    return Encoder.of(write_tiny_llama(tmp_path_factory.mktemp("base")))
+    return Encoder.load(write_tiny_llama(tmp_path_factory.mktemp("base")))
 
 
 def numbered(*lengths):
@@ -26,8 +26,8 @@ def test_encoder_reads_ids_and_context_length(encoder):
     assert (encoder.bos, encoder.eos, encoder.context_length) == (BOS, EOS, CONTEXT_LENGTH)
 
 
-def test_encoder_takes_the_first_of_several_eos(tmp_path):
-    encoder = Encoder.of(write_tiny_llama(tmp_path, eos=[EOS, END_OF_TURN]))
+def test_encoder_uses_the_first_of_several_eos(tmp_path):
+    encoder = Encoder.load(write_tiny_llama(tmp_path, eos=[EOS, END_OF_TURN]))
 
     assert encoder.eos == EOS
 
@@ -40,7 +40,7 @@ def test_encode_adds_no_special_tokens(encoder):
     assert encoder.encode([""])[0].shape == (0,)
 
 
-def test_special_token_in_a_document_stays_text(encoder):
+def test_special_token_in_a_document_is_encoded_as_text(encoder):
     text = "the sea <|end_of_text|> rises <|begin_of_text|>"
 
     (tokens,) = encoder.encode([text])
@@ -51,7 +51,7 @@ def test_special_token_in_a_document_stays_text(encoder):
 
 @settings(deadline=None)
 @given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=4))
-def test_every_text_is_encoded_by_itself_and_without_loss(encoder, texts):
+def test_texts_are_encoded_independently_and_without_loss(encoder, texts):
     encoded = encoder.encode(texts)
 
     assert [encoder.tokenizer.decode(tokens.tolist()) for tokens in encoded] == texts
@@ -59,17 +59,17 @@ def test_every_text_is_encoded_by_itself_and_without_loss(encoder, texts):
         np.testing.assert_array_equal(tokens, encoder.encode([text])[0])
 
 
-def test_seq_length_may_be_as_long_as_the_context(encoder):
+def test_seq_length_may_equal_the_context(encoder):
     encoder.require_context(CONTEXT_LENGTH)
 
 
-def test_seq_length_longer_than_the_context_is_refused(encoder):
+def test_seq_length_longer_than_the_context_is_an_error(encoder):
     with pytest.raises(InputError) as caught:
         encoder.require_context(CONTEXT_LENGTH + 1)
 
     assert str(caught.value) == (
-        "compute.seq_length: 129 must not be greater than the context of the base model (128 tokens); "
-        "change it in params.yaml or with -S compute.seq_length=..."
+        "compute.seq_length is 129; the base model's context is 128 tokens. "
+        "Use a smaller value in params.yaml or with -S compute.seq_length=..."
     )
 
 
@@ -87,7 +87,7 @@ def test_pack_puts_bos_and_eos_around_each_document():
     ("length", "num_rows", "num_padding"),
     [(0, 1, 6), (1, 1, 5), (5, 1, 1), (6, 1, 0), (7, 2, 7), (14, 2, 0), (15, 3, 7)],
 )
-def test_last_row_is_filled_up_with_eos_that_is_not_learned(length, num_rows, num_padding):
+def test_last_row_is_padded_with_eos_and_padding_has_no_label(length, num_rows, num_padding):
     packed = pack(numbered(length), bos=98, eos=99, seq_length=8)
 
     assert len(packed) == num_rows
@@ -97,7 +97,7 @@ def test_last_row_is_filled_up_with_eos_that_is_not_learned(length, num_rows, nu
     assert (packed.input_ids.ravel()[padding] == 99).all()
 
 
-def test_rows_are_given_by_number():
+def test_indexing_returns_one_row():
     packed = pack(numbered(9), bos=98, eos=99, seq_length=8)
 
     assert {key: row.tolist() for key, row in packed[1].items()} == {
@@ -158,10 +158,10 @@ def test_document_as_long_as_a_window_is_one_window():
     assert len(windows(0, np.arange(7), bos=9, seq_length=6, stride=2)) == 2
 
 
-def test_stride_of_a_whole_window_scores_each_window_in_full():
-    made = windows(0, np.arange(8), bos=9, seq_length=4, stride=4)
+def test_stride_of_a_whole_window_scores_every_position():
+    document_windows = windows(0, np.arange(8), bos=9, seq_length=4, stride=4)
 
-    assert [list(scored(window).values()) for window in made] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [list(scored(window).values()) for window in document_windows] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_empty_document_has_no_window():
@@ -173,10 +173,10 @@ def test_empty_document_has_no_window():
 def test_each_token_is_scored_once_after_enough_context(length, seq_length, data):
     stride = data.draw(st.integers(1, seq_length), label="stride")
 
-    made = windows(0, np.arange(length), bos=NUMBERED_BOS, seq_length=seq_length, stride=stride)
+    document_windows = windows(0, np.arange(length), bos=NUMBERED_BOS, seq_length=seq_length, stride=stride)
 
-    assert [target for window in made for target in scored(window).values()] == list(range(length))
-    for window in made:
+    assert [target for window in document_windows for target in scored(window).values()] == list(range(length))
+    for window in document_windows:
         assert window.input_ids.shape == window.targets.shape == (seq_length,)
         for position, target in scored(window).items():
             read = window.input_ids[: position + 1].tolist()
@@ -187,14 +187,14 @@ def test_each_token_is_scored_once_after_enough_context(length, seq_length, data
 
 @settings(deadline=None)
 @given(length=st.integers(1, 90), seq_length=st.integers(1, 24), data=st.data())
-def test_filled_up_positions_come_last_and_are_not_counted(length, seq_length, data):
+def test_padding_comes_last_and_is_not_scored(length, seq_length, data):
     stride = data.draw(st.integers(1, seq_length), label="stride")
 
     *whole, last = windows(0, np.arange(length), bos=NUMBERED_BOS, seq_length=seq_length, stride=stride)
 
-    num_filled = max(0, seq_length - length)
-    assert (last.targets[seq_length - num_filled :] == IGNORED).all()
-    assert (last.input_ids[seq_length - num_filled :] == NUMBERED_BOS).all()
-    assert max(scored(last)) == seq_length - num_filled - 1
+    num_padding = max(0, seq_length - length)
+    assert (last.targets[seq_length - num_padding :] == IGNORED).all()
+    assert (last.input_ids[seq_length - num_padding :] == NUMBERED_BOS).all()
+    assert max(scored(last)) == seq_length - num_padding - 1
     for window in whole:
         assert max(scored(window)) == seq_length - 1

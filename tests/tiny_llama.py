@@ -1,4 +1,7 @@
-"""Settings, documents and a tiny random Llama in Hugging Face's layout (2 layers, hidden size 64, byte tokenizer)."""
+"""A tiny random Llama in Hugging Face's layout, made in a blink: 2 layers, hidden size 64, a byte-level tokenizer.
+
+With it go settings to train it with, documents to train it on, and what tests ask of a trained one.
+"""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +33,7 @@ LORA = Lora(
     use_rslora=False,
 )
 COMPUTE = Compute(
+    num_processes=1,
     seq_length=32,
     kernels="reference",
     compute_dtype="float32",
@@ -50,26 +54,28 @@ TRAIN = Train(
     eval_steps=2,
     save_steps=2,
     seed=0,
+    keep="last",
+    early_stopping_patience="none",
     report_to="none",
 )
 S = TypeVar("S", bound=Section)
 
-# Irrelevant warnings: PEFT, of a base model outside of models/base; transformers 5.23, of the names that 5.17 knows;
-# bitsandbytes, of paged optimizers on a CPU.
+# What PEFT says of a base elsewhere than in models/base, transformers 5.23 of names that 5.17 has no others for, and
+# bitsandbytes of paged optimizers on a CPU.
 quiet = pytest.mark.filterwarnings(
     "ignore:The PEFT config's", "ignore:`(gradient|is_gradient)_checkpointing:FutureWarning", "ignore:Paged optimizers"
 )
 
 
 def changed(section: S, **changes: object) -> S:
-    """The section with changes, validated like params.yaml."""
+    """A section of the settings with changes, checked like params.yaml."""
     return type(section)(**(section.model_dump() | changes))
 
 
 def write_tiny_llama(folder: Path, *, seed: int = 0, eos: int | list[int] = EOS, **changes: Any) -> Path:
-    """Writes config.json, model.safetensors, tokenizer.json and the manifest. The weights are random and not small.
+    """config.json, model.safetensors, tokenizer.json, the manifest; random weights that are large enough to matter.
 
-    changes: keys of the LlamaConfig.
+    changes: of the LlamaConfig.
     """
     settings = {
         "vocab_size": VOCABULARY_SIZE,
@@ -95,9 +101,9 @@ def write_tiny_llama(folder: Path, *, seed: int = 0, eos: int | list[int] = EOS,
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token per byte, in the order of ByteLevel's alphabet, then the special tokens."""
+    """A token for each byte, numbered in the order of ByteLevel's alphabet, then the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={character: number for number, character in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={sign: number for number, sign in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
@@ -128,15 +134,15 @@ def make_document(name: str, text: str) -> Document:
 
 def random_sequences(num_sequences: int, *, seq_length: int = 32, seed: int = 0) -> Sequences:
     """Rows of random bytes. All of them are targets."""
-    rows = np.random.default_rng(seed).integers(0, BOS, size=(num_sequences, seq_length))
-    return Sequences(rows, rows.copy())
+    tokens = np.random.default_rng(seed).integers(0, BOS, size=(num_sequences, seq_length + 1))
+    return Sequences(tokens[:, :-1], tokens[:, 1:].copy())
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the trainable parameters, by name."""
+    """A copy of the parameters that training changes, by name."""
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Whether all tensors are equal bit for bit."""
+    """Bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

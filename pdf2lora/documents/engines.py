@@ -1,13 +1,13 @@
-"""PDF engines: each opens a file and reads its pages one by one."""
+"""The PDF engines. Each opens a file and reads the text of single pages."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-PageReader = Callable[[int], str]
+PageReader = Callable[[int], str]  # page number, from 0 -> text
 
 
 class Encrypted(Exception):
-    """The document asks for a password, or for a cipher that the engine does not have."""
+    """The document needs a password, or a cipher that the engine does not have."""
 
 
 def _open_pypdf2(file: Path) -> tuple[int, PageReader]:
@@ -16,10 +16,10 @@ def _open_pypdf2(file: Path) -> tuple[int, PageReader]:
     reader = PyPDF2.PdfReader(file)
     if reader.is_encrypted:
         try:
-            opened = reader.decrypt("")  # many documents restrict printing and open without a password
+            is_open = reader.decrypt("")  # many documents only restrict printing and open with a blank password
         except Exception as error:
             raise Encrypted from error
-        if not opened:
+        if not is_open:
             raise Encrypted
     return len(reader.pages), lambda number: reader.pages[number].extract_text()
 
@@ -43,4 +43,5 @@ def _open_pdfium(file: Path) -> tuple[int, PageReader]:
     return len(document), read_page
 
 
-OPEN: dict[str, Callable[[Path], tuple[int, PageReader]]] = {"pypdf2": _open_pypdf2, "pdfium": _open_pdfium}
+# engine name -> function that opens a file; it returns the number of pages and a page reader
+ENGINES: dict[str, Callable[[Path], tuple[int, PageReader]]] = {"pypdf2": _open_pypdf2, "pdfium": _open_pdfium}

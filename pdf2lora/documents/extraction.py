@@ -1,4 +1,4 @@
-"""PDFs -> text, in parallel."""
+"""Text of many PDFs, in parallel worker processes."""
 
 import os
 import threading
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pdf2lora.documents.quality import is_readable, judge
+from pdf2lora.documents.quality import is_readable, select
 from pdf2lora.documents.records import COMPLETE, Extraction, Reason
 from pdf2lora.documents.worker import Worker
 
@@ -22,26 +22,29 @@ def extract(
     min_characters: int,
     num_workers: int | None = None,
 ) -> Iterator[tuple[Path, Extraction]]:
-    """Extracts each file, in parallel; yields in the order of `files`. The results do not depend on num_workers."""
-    idle = threading.local()
+    """Yields (file, extraction) in the order of `files`. The results do not depend on num_workers.
+
+    The settings are those of the section `extract` of params.yaml. num_workers: None starts one worker per core.
+    """
+    local = threading.local()
 
     def extract_one(file: Path) -> tuple[Path, Extraction]:
-        if not hasattr(idle, "worker"):
-            idle.worker = Worker(timeout_s=timeout_s, memory_gib=memory_gib)
+        if not hasattr(local, "worker"):
+            local.worker = Worker(timeout_s=timeout_s, memory_gib=memory_gib)
         attempts = []
         for engine in engines:
-            attempt = idle.worker.read(file, engine, max_pages)
-            if attempt.outcome == Reason.CRASHED:  # by the machine (its memory, kill -9)? the file's fault comes again
-                attempt = idle.worker.read(file, engine, max_pages)
+            attempt = local.worker.read(file, engine, max_pages)
+            if attempt.outcome == Reason.CRASHED:  # the machine can be the cause (memory, kill -9): try once more
+                attempt = local.worker.read(file, engine, max_pages)
             attempts.append(attempt)
-            if attempts[-1].outcome == COMPLETE and is_readable("\n".join(attempts[-1].pages)):
+            if attempt.outcome == COMPLETE and is_readable("\n".join(attempt.pages)):
                 break
-        return file, judge(attempts, clean=clean, min_characters=min_characters)
+        return file, select(attempts, clean=clean, min_characters=min_characters)
 
     with ThreadPoolExecutor(num_workers or num_cores()) as threads:
         yield from threads.map(extract_one, files)
 
 
 def num_cores() -> int:
-    """Those that this process may use: on a shared machine fewer than there are."""
+    """Returns the number of cores that this process may use; the machine can have more."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

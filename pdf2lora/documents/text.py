@@ -1,4 +1,4 @@
-"""Words and hashes of a text."""
+"""The words and the hash of a text."""
 
 import hashlib
 import re
@@ -9,4 +9,5 @@ def text_sha256(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
+    """Returns the words in lower case, without punctuation."""
     return re.findall(r"\w+", text.lower())

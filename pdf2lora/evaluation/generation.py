@@ -1,4 +1,4 @@
-"""Text that a model writes after a prompt, and how much each token of a given text surprises it."""
+"""Text that a model generates from a prompt, and the negative log-likelihood of each token of a text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from pdf2lora.tokens import Encoder, Tokens
 
 
 @torch.no_grad()
-def continuation(
+def generate(
     model: Any,
     prompt: Tokens,
     encoder: Encoder,
@@ -23,21 +23,21 @@ def continuation(
     seed: int,
     on_text: Callable[[str], object] = lambda piece: None,
 ) -> str:
-    """What the model writes after bos and the prompt, (num_tokens,), until it ends the text or reaches max_new_tokens.
+    """The continuation of bos and the prompt, (num_tokens,), until an end token or max_new_tokens.
 
-    model: a PeftModel or a LlamaForCausalLM, left in eval mode.
-    temperature: 0 takes the likeliest token each time; above it, tokens are drawn from the whole distribution, the
-        same draws for the same seed on one kind of machine.
-    on_text: gets each piece of text as soon as it is there.
+    model: a PeftModel or a LlamaForCausalLM. It is in eval mode afterwards.
+    temperature: 0 takes the most probable token. A higher value draws from the whole distribution; one seed gives the
+        same draws on one kind of machine.
+    on_text: receives each piece of text as soon as it is generated.
     """
     model.eval()
     device = model.get_input_embeddings().weight.device
     input_ids = torch.from_numpy(np.concatenate([[encoder.bos], prompt])).to(device)[None]
-    # What the checkpoint's own generation_config.json says of these is not wanted: both models are asked alike.
-    how: dict[str, Any] = {"do_sample": False}
+    # These values replace those of the model's own generation_config.json: base and adapted model use the same ones.
+    sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    streamer = _Pieces(encoder, on_text)
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    streamer = _TextStreamer(encoder, on_text)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -50,32 +50,32 @@ def continuation(
             eos_token_id=model.config.eos_token_id,
             pad_token_id=encoder.eos,
             streamer=streamer,
-            **how,
+            **sampling,
         )
     return streamer.text
 
 
-class _Pieces(BaseStreamer):  # type: ignore[misc]
-    """Hands on text as tokens come; bytes that are not yet a whole character wait for the next token."""
+class _TextStreamer(BaseStreamer):  # type: ignore[misc]
+    """Passes text on token by token. The bytes of an incomplete character wait for the next token."""
 
     def __init__(self, encoder: Encoder, on_text: Callable[[str], object]):
         self.tokenizer = encoder.tokenizer
         self.on_text = on_text
-        self.prompt_is_in = False
+        self.received_prompt = False
         self.tokens: list[int] = []
         self.text = ""
 
     def put(self, value: torch.Tensor) -> None:
-        if not self.prompt_is_in:
-            self.prompt_is_in = True
+        if not self.received_prompt:
+            self.received_prompt = True
             return
         self.tokens += value.flatten().tolist()
-        self._hand_on(self.tokenizer.decode(self.tokens))
+        self._pass_on(self.tokenizer.decode(self.tokens))
 
     def end(self) -> None:
-        self._hand_on(self.tokenizer.decode(self.tokens), is_last=True)
+        self._pass_on(self.tokenizer.decode(self.tokens), is_last=True)
 
-    def _hand_on(self, text: str, *, is_last: bool = False) -> None:
+    def _pass_on(self, text: str, *, is_last: bool = False) -> None:
         if len(text) > len(self.text) and (is_last or not text.endswith("\N{REPLACEMENT CHARACTER}")):
             self.on_text(text[len(self.text) :])
             self.text = text
@@ -83,7 +83,7 @@ class _Pieces(BaseStreamer):  # type: ignore[misc]
 
 @torch.no_grad()
 def nats_per_token(causal_lm: Any, tokens: Tokens, encoder: Encoder) -> NDArray[np.float64]:
-    """-log p of each token of a short text, (num_tokens,), given bos and the tokens before it."""
+    """-log p of each token of a short text, (num_tokens,), given bos and the earlier tokens."""
     causal_lm.eval()
     device = causal_lm.get_input_embeddings().weight.device
     ids = torch.from_numpy(np.concatenate([[encoder.bos], tokens])).to(device)

@@ -1,4 +1,4 @@
-"""Negative log-likelihood of documents, window by window."""
+"""Negative log-likelihood of windows, dealt over the processes of a job."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,32 +8,66 @@ from numpy.typing import NDArray
 
 from pdf2lora.model.forward import Forward
 from pdf2lora.model.loss import nats_per_target
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.tokens import IGNORED, Window
+
+Nats = NDArray[np.float64]
 
 
 @torch.no_grad()
+def nats_per_window(
+    forward: Forward,
+    windows: Sequence[Window],
+    *,
+    per_device_batch: int,
+    processes: Processes,
+    progress: Callable[[int], object] = lambda num_windows: None,
+) -> Nats:
+    """Summed nats of each window's targets, (num_windows,), the same in each process.
+
+    Whole batches are dealt in turn, without padding or repetition, so a window is scored in the same batch for any
+    number of processes, and the result has the same bytes on a CPU. The model is left in eval mode.
+
+    progress: receives the number of windows of each finished batch.
+    """
+    forward.model.eval()
+    device = forward.head.device
+    nats = torch.zeros(len(windows), dtype=torch.float64, device=device)
+    batches = range(0, len(windows), per_device_batch)
+    for first in batches[processes.index :: processes.count]:
+        batch = windows[first : first + per_device_batch]
+        inputs = torch.from_numpy(np.stack([window.input_ids for window in batch])).to(device)
+        targets = torch.from_numpy(np.stack([window.targets for window in batch])).to(device)
+        is_target = targets != IGNORED
+        scores = torch.zeros(targets.shape, dtype=torch.float64, device=device)
+        scores[is_target] = nats_per_target(forward(inputs)[is_target], forward.head, targets[is_target]).double()
+        nats[first : first + len(batch)] = scores.sum(1)
+        progress(len(batch))
+    processes.sum_(nats)
+    return nats.cpu().numpy()
+
+
 def nats_per_document(
     forward: Forward,
     windows: Sequence[Window],
     *,
     num_documents: int,
     per_device_batch: int,
+    processes: Processes,
     progress: Callable[[int], object] = lambda num_windows: None,
-) -> NDArray[np.float64]:
-    """Negative log-likelihood of each document, (num_documents,), summed over the targets of its windows.
+) -> Nats:
+    """Summed nats of each document's targets, (num_documents,); see nats_per_window."""
+    scores = nats_per_window(
+        forward, windows, per_device_batch=per_device_batch, processes=processes, progress=progress
+    )
+    nats = np.zeros(num_documents)
+    np.add.at(nats, [window.document for window in windows], scores)
+    return nats
 
-    The model is left in eval mode.
-    """
-    forward.model.eval()
-    head = forward.head
-    nats = torch.zeros(num_documents, dtype=torch.float64, device=head.device)
-    for first in range(0, len(windows), per_device_batch):
-        batch = windows[first : first + per_device_batch]
-        inputs = torch.from_numpy(np.stack([window.input_ids for window in batch])).to(head.device)
-        targets = torch.from_numpy(np.stack([window.targets for window in batch])).to(head.device)
-        owners = torch.tensor([window.document for window in batch], device=head.device)
-        counted = targets != IGNORED
-        scores = nats_per_target(forward(inputs)[counted], head, targets[counted])
-        nats.index_add_(0, owners[:, None].expand_as(targets)[counted], scores.double())
-        progress(len(batch))
-    return nats.cpu().numpy()
+
+def nats_per_token(
+    forward: Forward, windows: Sequence[Window], *, per_device_batch: int, processes: Processes
+) -> float:
+    """Mean nats of the windows' targets; see nats_per_window."""
+    scores = nats_per_window(forward, windows, per_device_batch=per_device_batch, processes=processes)
+    return float(scores.sum()) / sum(int((window.targets != IGNORED).sum()) for window in windows)

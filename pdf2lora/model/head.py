@@ -23,6 +23,14 @@ class Head(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
     @classmethod
     def of(cls, causal_lm: Any) -> "Head":
         """Reads the head from a transformers model. check_causal_lm() proves that the model has no other step."""

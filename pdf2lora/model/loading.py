@@ -8,6 +8,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from pdf2lora.errors import InputError
@@ -47,7 +48,7 @@ def load_base(base: Path, quantization: Quantization, compute: Compute) -> PreTr
     dtype = compute_dtype(compute)
     require_quantization(quantization.bits)
     config = read_config(base)
-    attention = choose_attention(compute)
+    attention = choose_attention(compute, _model_class(config))
     quantization_config = _quantization_config(config, quantization, bitsandbytes_config(quantization, dtype))
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -71,8 +72,34 @@ def load_base(base: Path, quantization: Quantization, compute: Compute) -> PreTr
         layer.compute_dtype, layer.compute_type_is_set = dtype, True
     model.requires_grad_(False)
     model.config.use_cache = False
+    _disable_dropout(model)
     check_causal_lm(model)
     return model
+
+
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """transformers' class of the causal language model.
+
+    Raises:
+        InputError: the architecture has none.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"models/base has the architecture {config.model_type!r}, which is not a causal language model. "
+            "Use another base model."
+        )
+    model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model_class
+
+
+def _disable_dropout(model: PreTrainedModel) -> None:
+    """Turns off the base model's own dropout, as in GPT-2: its masks would depend on the number of processes."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+                setattr(module, name, 0.0)
 
 
 def _quantization_config(

@@ -1,8 +1,9 @@
 """Which batch fits and which is fastest: a memory model, the search, the choice."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pdf2lora.errors import InputError
 
@@ -113,7 +114,12 @@ def search_modes(
     return searched
 
 
-def choose(modes: Sequence[Mode], effective_batch: int | str, tokens_per_s: Callable[[str, int], float]) -> Choice:
+def choose(
+    modes: Sequence[Mode],
+    effective_batch: int | Literal["auto"],
+    tokens_per_s: Callable[[str, int], float],
+    num_processes: int,
+) -> Choice:
     """The fastest of what fits: of each mode the largest batch that divides effective_batch (`auto`: the largest).
 
     tokens_per_s(mode, batch) is asked for only where there is more than one to choose from. Of those that are equally
@@ -122,7 +128,9 @@ def choose(modes: Sequence[Mode], effective_batch: int | str, tokens_per_s: Call
     Raises:
         InputError: no probe of any mode fits.
     """
-    candidates = [(mode, _largest_divisor(mode.largest, effective_batch)) for mode in modes if mode.largest]
+    candidates = [
+        (mode, per_device_batch(mode.largest, effective_batch, num_processes)) for mode in modes if mode.largest
+    ]
     if not candidates:
         first = modes[-1].probes[0]
         peak = f"needs {first.peak_gib:.2f} GiB" if first.peak_gib else "runs out of memory"
@@ -137,12 +145,18 @@ def choose(modes: Sequence[Mode], effective_batch: int | str, tokens_per_s: Call
         fast = [candidate for candidate, speed in zip(candidates, speeds, strict=True) if speed >= AS_FAST * fastest]
         candidates = sorted(fast, key=lambda candidate: candidate[0].peak_gib(candidate[1]) or 0.0)
     mode, batch = candidates[0]
-    accumulation = 1 if effective_batch == "auto" else int(effective_batch) // batch
+    accumulation = 1 if effective_batch == "auto" else math.ceil(_share(effective_batch, num_processes) / batch)
     return Choice(mode.gradient_checkpointing, batch, accumulation)
 
 
-def _largest_divisor(largest: int, effective_batch: int | str) -> int:
+def per_device_batch(largest: int, effective_batch: int | Literal["auto"], num_processes: int) -> int:
+    """Sequences of one micro-batch: the fewest micro-batches that fit, as equal as possible."""
     if effective_batch == "auto":
         return largest
-    assert isinstance(effective_batch, int)
-    return next(batch for batch in range(min(largest, effective_batch), 0, -1) if effective_batch % batch == 0)
+    share = _share(effective_batch, num_processes)
+    return math.ceil(share / math.ceil(share / largest))
+
+
+def _share(effective_batch: int, num_processes: int) -> int:
+    """The largest number of sequences that one process computes of a step."""
+    return math.ceil(effective_batch / num_processes)

@@ -1,109 +1,55 @@
-"""Checkpoints that can be trusted: which one a training goes on from, and one more when it is told to stop.
+"""Checkpoints: the state of a training after some step, written by the main process.
 
-A checkpoint has a manifest (manifest.py), written when all else is written. Training goes on from the newest one that
-holds what its manifest says.
+A checkpoint holds nothing that depends on the number of processes: dropout masks and the data order follow from the
+seed and the step. Its manifest is written last; training resumes from the newest checkpoint whose files match it.
 """
 
-import json
 import shutil
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+import torch
 
-from pdf2lora.runtime.manifest import fault, read_manifest, write_manifest
+from pdf2lora.runtime.manifest import find_damage, write_manifest
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STATE = "state.pt"
+NUM_KEPT = 2
 
 
-def latest_valid(folder: Path) -> str | None:
-    """The newest whole checkpoint-<step> of the folder; one that cannot be used is removed, and a line says so.
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Writes checkpoint-<step> and removes all but the newest NUM_KEPT.
 
-    None: training starts from the base model.
+    state: numbers, texts, lists, dicts and tensors.
     """
-    faults = {}
-    chosen = None
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
-        wrong = _fault(checkpoint)
-        if wrong is None:
-            chosen = checkpoint
-            break
-        faults[checkpoint] = wrong
-    for checkpoint, wrong in faults.items():
-        goes_on_from = chosen.name if chosen else "the base model"
-        print(f"train: {checkpoint.name} is not used, {wrong}; goes on from {goes_on_from}", flush=True)
+    checkpoint = folder / f"checkpoint-{step}"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    checkpoint.mkdir(parents=True)
+    torch.save(state, checkpoint / STATE)
+    write_manifest(checkpoint)
+    for old in _by_step(folder)[:-NUM_KEPT]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """The state that save_checkpoint wrote, with its tensors on the CPU."""
+    state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    return state
+
+
+def latest_valid(folder: Path) -> Path | None:
+    """The newest intact checkpoint of the folder; None if there is none. Corrupt ones are removed with one line."""
+    for checkpoint in reversed(_by_step(folder)):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        print(f"train: {checkpoint.name} is corrupt ({damage}) and is removed", flush=True)
         shutil.rmtree(checkpoint)
-    return str(chosen) if chosen else None
-
-
-def step_of(checkpoint: Path | str | None) -> int:
-    return int(str(checkpoint).rpartition("-")[2]) if checkpoint else 0
-
-
-def _fault(checkpoint: Path) -> str | None:
-    """Why training cannot go on from a checkpoint, in words; None = it can."""
-    if wrong := fault(checkpoint):
-        return wrong
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    if state["global_step"] >= state["max_steps"] and state["epoch"] % 1:
-        return "it is the last one and the Trainer (5.23) would add a step to it in an epoch that is cut short"
     return None
 
 
-class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
-    """Writes each checkpoint's manifest, and saves one more on SIGTERM, Ctrl-C or the end of the terminal.
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
-    The manifest also holds the sum of the losses since the last log entry, which the Trainer keeps in memory alone: the
-    curve of a resumed run has the same points wherever the steps of `logging_steps` and the checkpoints fall.
 
-    While it saves, a second Ctrl-C ends the process at once; SIGTERM and SIGHUP do not. They follow the first signal
-    where that went to all processes: dvc ends by it, and so the watch of orphans.py sends another.
-    """
-
-    def __init__(self, trainer: Trainer, resumes_from: str | None):
-        self.trainer, self.resumes_from = trainer, resumes_from
-        self.received: signal.Signals | None = None
-        self.handlers: dict[signal.Signals, Any] = {}
-        trainer.add_callback(self)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: the end of the terminal is no end
-                self.handlers[number] = signal.signal(number, self._stop)
-        if self.resumes_from:
-            manifest = read_manifest(Path(self.resumes_from))
-            self.trainer._tr_loss += manifest["loss_since_log"]
-            self.trainer._globalstep_last_logged = manifest["logged_step"]
-
-    def _stop(self, number: int, frame: object) -> None:
-        self.received = signal.Signals(number)
-        for other, before in self.handlers.items():
-            signal.signal(other, before if other == signal.SIGINT else signal.SIG_IGN)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.received:
-            control.should_save = control.should_training_stop = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        write_manifest(
-            Path(args.output_dir) / f"checkpoint-{state.global_step}",
-            loss_since_log=self.trainer._tr_loss.item(),
-            logged_step=self.trainer._globalstep_last_logged,
-        )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._restore_handlers()
-
-    def _restore_handlers(self) -> None:
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
-
-    def exit_if_interrupted(self) -> None:
-        """After train(): ends the process, exit status 1, where a signal stopped the training before its last step."""
-        if self.received and self.trainer.state.global_step < self.trainer.state.max_steps:
-            sys.exit(
-                f"train: ended by {self.received.name} after step {self.trainer.state.global_step}, checkpoint saved; "
-                "dvc repro goes on from there"
-            )
+def _by_step(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"), key=step_of)

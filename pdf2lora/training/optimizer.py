@@ -1,42 +1,67 @@
-"""All trainable matrices as one flat parameter, for one optimizer launch a step instead of one for each matrix.
+"""All LoRA matrices as one flat parameter, its gradient as one flat buffer, and the optimizers of train.optim.
 
-bitsandbytes' optimizers wait for the GPU after every parameter: 224 LoRA matrices of a 3B Llama cost 25 ms a step in
-which the GPU does nothing, three percent of a large batch's step and a fifth of a small one's. Adam works number by
-number, so the result is the same; only the blocks of the 8-bit states (Dettmers et al. 2022) begin elsewhere where a
-matrix is not a multiple of 256 numbers.
+One parameter means one optimizer launch per step. bitsandbytes' optimizers wait for the GPU after each parameter: 224
+LoRA matrices of a 3B Llama cost 25 ms per step. AdamW works number by number, so the result is the same; only the
+blocks of the 8-bit moments (Dettmers et al. 2022) start elsewhere. One gradient buffer means one all-reduce per step.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pdf2lora.params import Train
 
-class FlatParameter:
-    """`parameter` holds the numbers of all `parameters`, which become views of it; gradients stay where they are."""
+NUM_SUMS = 2  # numbers that are reduced with the gradient: loss, processes that received a stop signal
+
+
+class FlatParameters:
+    """`parameter` holds the numbers of all `parameters`, and `buffer` their gradients and the step's sums.
+
+    The given parameters and their gradients become views: backward passes add to `buffer` directly.
+    """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]):
         self.parameters = list(parameters)
-        numbers = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
+        numbers = torch.cat([parameter.detach().float().flatten() for parameter in self.parameters])
         self.parameter = torch.nn.Parameter(numbers)
-        self.parameter.grad = torch.zeros_like(numbers)
-        self.gradients = self._views(self.parameter.grad)
-        for parameter, view in zip(self.parameters, self._views(numbers), strict=True):
-            parameter.data = view
+        self.buffer = torch.zeros(len(numbers) + NUM_SUMS, device=numbers.device)
+        self.gradient, self.sums = self.buffer.split([len(numbers), NUM_SUMS])
+        self.parameter.grad = self.gradient
+        sizes = [parameter.numel() for parameter in self.parameters]
+        for parameter, values, gradient in zip(
+            self.parameters, numbers.split(sizes), self.gradient.split(sizes), strict=True
+        ):
+            parameter.data = values.view_as(parameter)
+            parameter.grad = gradient.view_as(parameter)
 
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split([parameter.numel() for parameter in self.parameters])
-        return [part.view_as(parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
+    @property
+    def loss(self) -> Tensor:
+        """The step's loss, a scalar."""
+        return self.sums[0]
 
-    @torch.no_grad()
-    def gather_gradients(self, *step: Any) -> None:
-        """Before each optimizer step."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        torch._foreach_copy_(self.gradients, gradients)
+    @property
+    def stop_requests(self) -> Tensor:
+        """How many processes received a stop signal, a scalar."""
+        return self.sums[1]
 
 
-def clear_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """What model.zero_grad() does, without its walk through all modules to find the few parameters that train."""
-    for parameter in parameters:
-        parameter.grad = None
+def build_optimizer(parameter: torch.nn.Parameter, train: Train) -> torch.optim.Optimizer:
+    """The optimizer that train.optim names, with the betas and epsilon of the Hugging Face Trainer."""
+    settings: dict[str, Any] = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
+    if train.optim.startswith("adamw_torch"):
+        return torch.optim.AdamW([parameter], fused=train.optim == "adamw_torch_fused", **settings)
+    import bitsandbytes as bnb
+
+    bits = 32 if train.optim.endswith("32bit") else 8
+    optimizer: torch.optim.Optimizer = bnb.optim.AdamW(
+        [parameter], optim_bits=bits, is_paged=train.optim.startswith("paged"), **settings
+    )
+    return optimizer
+
+
+def num_warmup_steps(warmup_steps: float, num_steps: int) -> int:
+    """train.warmup_steps in optimizer steps: a value under 1 is a share of all steps, rounded up."""
+    return int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * num_steps)

@@ -1,116 +1,152 @@
-"""What find_batch's child process does: a probe is a training step, with what it takes of memory and time.
+"""A probe: a few optimizer steps of one micro-batch size, with their peak memory and their time.
 
-The parent knows these functions by their names (memory.Child): only the child imports torch, transformers and peft.
+It runs the step that train runs, in as many processes. A probe that runs out of memory in one process must not leave
+the others waiting in a collective: that process still joins one all-reduce, with a buffer of NaN, and all see it.
 """
 
+import gc
 import logging
 import time
 import warnings
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import TrainerCallback
 
 from pdf2lora.model.device import limit_gpu_memory
 from pdf2lora.model.gradient_checkpointing import gradient_checkpointing_choices
-from pdf2lora.model.kernel_choice import Kernels, choose_kernels
+from pdf2lora.model.kernel_choice import choose_kernels
+from pdf2lora.model.loading import read_config
 from pdf2lora.params import Params
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.monitor import device_name
-from pdf2lora.tokens import Sequences
+from pdf2lora.tokens import Sequences, Window
 from pdf2lora.training.batch_search import Measurement
-from pdf2lora.training.trainer import build_model, build_trainer
+from pdf2lora.training.job import BASE, build_model
+from pdf2lora.training.loop import VALIDATION_BATCH, BatchPlan, Learner
+from pdf2lora.training.probe_processes import Capabilities, OutOfMemory
+
+WARM_UP_STEPS = 1  # compile kernels and fill the allocator
+MAX_LEFT_BYTES = 64 * 2**20  # more reserved memory than this after a failed probe needs a new process
 
 
-def possibilities(params: Params) -> tuple[str, Kernels, tuple[str, ...]]:
-    """The device, the kernels that train will run on it, and the ways of gradient checkpointing to choose among.
+class Prober:
+    """Measures probes of one model in one process of the job."""
 
-    Raises:
-        InputError: what params ask for cannot run here.
-    """
-    kernels = choose_kernels(params.compute, params.quantization, params.lora)
-    return device_name(), kernels, gradient_checkpointing_choices(params.train, kernels)
+    def __init__(self, params: Params):
+        logging.disable()
+        warnings.simplefilter("ignore")  # train logs these once; a probe need not
+        self.params = params
+        self.processes = Processes()
+        self.model: Any = None
+        self.reserved_bytes = 0  # after the last probe that ended well, with the workspaces that cuBLAS keeps
+
+    def capabilities(self) -> Capabilities:
+        """Raises:
+        InputError: the settings ask for something that this machine cannot run.
+        """
+        kernels = choose_kernels(self.params.compute, self.params.quantization, self.params.lora, read_config(BASE))
+        free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0.0
+        return Capabilities(
+            device=device_name(),
+            kernels=kernels,
+            gradient_checkpointing=tuple(gradient_checkpointing_choices(self.params.train, kernels)),
+            free_gib=min(self.processes.gather(free)),
+        )
+
+    def measure(
+        self, base: Path, sequences: Sequences, gradient_checkpointing: str, batch: int, budget_gib: float
+    ) -> Measurement | OutOfMemory:
+        """Peak of the fullest process, and throughput of all, of find_batch.steps optimizer steps."""
+        limit_gpu_memory(budget_gib)
+        try:
+            if self.model is None:
+                self.model = build_model(base, self.params)
+            measurement = self._measure(sequences, gradient_checkpointing, batch)
+        except torch.OutOfMemoryError:
+            measurement = None
+        if measurement is not None:
+            self.reserved_bytes = _reserved_bytes()
+            return measurement
+        is_clean = torch.cuda.is_available() and _reserved_bytes() - self.reserved_bytes < MAX_LEFT_BYTES
+        return OutOfMemory(all(self.processes.gather(is_clean)))
+
+    def _measure(self, sequences: Sequences, gradient_checkpointing: str, batch: int) -> Measurement | None:
+        params, processes = self.params, self.processes
+        seq_length = params.compute.seq_length
+        rows = np.arange(batch * processes.count * params.find_batch.steps) % len(sequences)
+        ends = []
+        with PeakMemory() as peak:
+            kernels = choose_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
+            plan = BatchPlan(kernels, gradient_checkpointing, batch, batch * processes.count)
+            learner = Learner(
+                self.model,
+                train=params.train,
+                compute=params.compute,
+                plan=plan,
+                num_steps=params.find_batch.steps,
+                processes=processes,
+            )
+            buffer = learner.parameters.buffer
+            failed = False
+            try:
+                for step, step_rows in enumerate(rows.reshape(params.find_batch.steps, -1)):
+                    learner.step(sequences, step_rows, step)
+                    if processes.count > 1 and learner.parameters.loss.isnan():
+                        failed = True
+                        break
+                    ends.append(_now())
+                if not learner.micro_batch.graph_obstacle:  # a graph keeps its memory while train validates
+                    learner.processes = Processes.alone(processes.device)
+                    learner.validate(_windows(sequences, seq_length))
+            except torch.OutOfMemoryError:
+                failed = True
+                if processes.count > 1:
+                    buffer.fill_(torch.nan)
+                    processes.sum_(buffer)
+            else:
+                if processes.count > 1 and not failed:  # a process that failed after its last reduction joins here
+                    buffer.zero_()
+                    processes.sum_(buffer)
+                    failed = bool(buffer.isnan().any())
+            uses_graph = learner.micro_batch.graph is not None
+        del learner, buffer
+        if failed:
+            return None
+        peak_gib = max(processes.gather(peak.reserved_gib if uses_graph else peak.gib))
+        step_s = (ends[-1] - ends[WARM_UP_STEPS - 1]) / (len(ends) - WARM_UP_STEPS)
+        return Measurement(round(peak_gib, 3), batch * processes.count * seq_length / step_s)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    params: Params
-    sequences: Sequences
-    kernels: Kernels
-    model: PeftModel
-    free_gib: float  # of the GPU, before the model was loaded
+def _windows(sequences: Sequences, seq_length: int) -> list[Window]:
+    return [Window(0, sequences.inputs[0], sequences.inputs[0])] * VALIDATION_BATCH
 
 
-def prepare(base: Path, params: Params, sequences: Sequences, kernels: Kernels) -> Prepared:
-    """Loads the model that all probes train.
-
-    Raises:
-        InputError: from model.py, where the machine cannot do what is asked.
-    """
-    logging.disable()
-    warnings.simplefilter("ignore")  # train says these things once, a probe need not
-    free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0.0
-    model = build_model(base, params.quantization, params.lora, params.compute, seed=params.train.seed)
-    return Prepared(params, sequences, kernels, model, free)
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def free_gib(prepared: Prepared) -> float:
-    return prepared.free_gib
-
-
-def training_step(prepared: Prepared, gradient_checkpointing: str, batch: int, budget_gib: float) -> Measurement:
-    """Peak and throughput of `find_batch.steps` optimizer steps: the step that train runs, nothing left out."""
-    params, sequences = prepared.params, prepared.sequences
-    limit_gpu_memory(budget_gib)
-    rows = np.arange(batch * params.find_batch.steps) % len(sequences)
-    clock = StepClock()
-    with TemporaryDirectory() as folder, PeakMemory() as peak:
-        build_trainer(
-            prepared.model,
-            Sequences(sequences.input_ids[rows], sequences.labels[rows]),
-            train=params.train,
-            compute=params.compute,
-            kernels=prepared.kernels,
-            gradient_checkpointing=gradient_checkpointing,
-            per_device_batch=batch,
-            gradient_accumulation_steps=1,
-            checkpoints=Path(folder),
-            callbacks=[clock],
-            max_steps=params.find_batch.steps,
-        ).train()
-        return Measurement(round(peak.gib, 3), batch * params.compute.seq_length / clock.seconds_of_a_step)
-
-
-class StepClock(TrainerCallback):  # type: ignore[misc]
-    """Times the steps after the first ones, which compile kernels and fill the allocator."""
-
-    def __init__(self, steps_to_warm_up: int = 1) -> None:
-        self.steps_to_warm_up = steps_to_warm_up
-        self.ends: list[float] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-
-    @property
-    def seconds_of_a_step(self) -> float:
-        return (self.ends[-1] - self.ends[self.steps_to_warm_up - 1]) / (len(self.ends) - self.steps_to_warm_up)
+def _reserved_bytes() -> int:
+    """What the GPU's allocator holds after all that is free has been given back."""
+    if not torch.cuda.is_available():
+        return 0
+    gc.collect()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.memory_reserved())
 
 
 class PeakMemory:
     """Peak GiB of the tensors that exist inside the block, on the GPU or the CPU.
 
-    On a GPU: what the allocator gave out. On a CPU: the bytes of all tensors, counted as operations make them and as
-    they are freed. The resident size of the process would also hold the libraries and each kernel's scratch space,
-    which differ from one CPU to the next; these bytes do not.
+    On a GPU: what the allocator handed out. On a CPU: the bytes of all tensors, counted as operations create them and
+    as they are freed. The resident size of the process would also hold libraries and scratch space of kernels, which
+    differ from one CPU to the next.
     """
 
     def __init__(self) -> None:
@@ -119,6 +155,8 @@ class PeakMemory:
 
     def __enter__(self) -> "PeakMemory":
         if self.on_gpu:
+            gc.collect()
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
             self.counter.__enter__()
@@ -132,9 +170,14 @@ class PeakMemory:
     def gib(self) -> float:
         return float(torch.cuda.max_memory_allocated() if self.on_gpu else self.counter.peak) / 2**30
 
+    @property
+    def reserved_gib(self) -> float:
+        """With the unused part of the pool of a CUDA graph, which nothing else can use."""
+        return float(torch.cuda.max_memory_reserved()) / 2**30
+
 
 class _TensorBytes(TorchDispatchMode):
-    """Sees every operation, its autograd and recomputation too, and follows the storages that come out of it."""
+    """Sees every operation, also those of autograd, and follows the storages of their results."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,13 +1,15 @@
-"""What is written down while a model trains: dvclive's metrics, the log file and, if wanted, a run at Weights & Biases.
+"""What a training writes down: dvclive's curves, the log file, a progress bar and, on request, accelerate's trackers.
 
-metrics/train holds what a repeated run gives again: losses, learning rates, the peak of allocated GPU memory; it is an
-output of the pipeline, the last values in git and the curves in DVC's cache. What no two runs share is machine.py's.
+metrics/train holds what a repeated run gives again: losses, learning rates, the peak of allocated GPU memory. It is an
+output of the pipeline: the last values are in git, the curves in DVC's cache. Numbers of one machine are monitor.py's.
 """
 
+import importlib.util
 import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,25 +18,20 @@ import numpy as np
 import torch
 from dvclive import Live
 from tqdm import tqdm
-from transformers import LlamaConfig, TrainerCallback
 
 from pdf2lora.errors import InputError
 from pdf2lora.params import Params
-from pdf2lora.runtime.monitor import device_name
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.scratch import project_root
-from pdf2lora.training.throughput import model_flops_utilization
 
-# The Trainer's names for what it logs -> ours, which are also the names of the plots' files.
-METRIC_NAMES = {
-    "loss": "train/loss",
-    "eval_loss": "validation/loss",
-    "learning_rate": "learning_rate",
-    "grad_norm": "gradient_norm",
-}
+Entry = dict[str, float]  # one log entry: step, and values by the names of their curves
+
+PACKAGES = {"comet_ml": "comet_ml", "tensorboard": "tensorboard"}  # where the package's name is not the tracker's
+log = logging.getLogger("train")
 
 
 def log_to_file(folder: Path) -> Path:
-    """Sends what is logged to logs/training_<timestamp>.log as well; returns the file."""
+    """Sends log records to logs/training_<timestamp>.log; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
     handler = logging.FileHandler(file, encoding="utf-8")
@@ -44,110 +41,153 @@ def log_to_file(folder: Path) -> Path:
     return file
 
 
-def start_wandb(params: Params) -> None:
-    """Starts a run at Weights & Biases, with all of params.yaml; transformers' callback then logs to it.
-
-    Left to itself that callback would name the project huggingface and the run nothing, and would know its own settings
-    alone. The run is called like the DVC experiment, outside of one like corpus and model. Its files are in the main
-    checkout, since a temporary copy (`dvc exp run --temp`) is removed.
-
-    Raises:
-        InputError: nobody is logged in, or Weights & Biases cannot be reached.
+def require_trackers(names: Sequence[str]) -> None:
+    """Raises:
+    InputError: the package of a tracker is not installed.
     """
-    import wandb
-
-    name = os.environ.get("DVC_EXP_NAME", f"{params.corpus} on {params.model}")
-    try:
-        wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "pdf2lora"),
-            name=os.environ.get("WANDB_NAME", name),
-            dir=os.environ.get("WANDB_DIR", project_root()),
-            config=params.model_dump(mode="json"),
-        )
-    except wandb.Error as error:
-        raise InputError(
-            f"train.report_to: 'wandb' cannot start a run ({error}); run wandb login, set WANDB_MODE=offline, or "
-            "choose 'none'"
-        ) from error
+    for name in names:
+        package = PACKAGES.get(name, name)
+        if importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"train.report_to: the package {package} of tracker {name!r} is not installed. Install it with "
+                f"pip install {package}, or choose none."
+            )
 
 
-class DvcliveCallback(TrainerCallback):  # type: ignore[misc]
-    """Writes the Trainer's log entries to metrics/train by dvclive, with a progress bar and a line in the log for each.
+class Trackers:
+    """The trackers of accelerate that train.report_to names, with all of params.yaml as the run's configuration.
 
-    dvclive's own callback is not used: it rewrites dvc.yaml, and it loses the steps before a checkpoint that training
-    resumes from, since DVC removes a stage's outputs before it runs. Here those steps are written again from the
-    checkpoint's log history.
+    The run has the name of the DVC experiment, or else of corpus and model. Files go to the main checkout, because a
+    temporary copy (`dvc exp run --temp`) is removed.
     """
 
-    def __init__(self, folder: Path, tokens_per_step: int):
+    def __init__(self, params: Params, names: Sequence[str]):
+        from accelerate import Accelerator
+
+        run = os.environ.get("DVC_EXP_NAME", f"{params.corpus} on {params.model}")
+        project = os.environ.get("WANDB_PROJECT", "pdf2lora")
+        folder = project_root() / "logs"
+        own: dict[str, dict[str, Any]] = {
+            "wandb": {
+                "name": os.environ.get("WANDB_NAME", run),
+                "dir": os.environ.get("WANDB_DIR", str(project_root())),
+            },
+            "mlflow": {"run_name": run},
+            "trackio": {"name": run},
+        }
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(names), project_dir=str(folder))
+        config = _flat(params.model_dump(mode="json"))
+        try:
+            self.accelerator.init_trackers(project, config, {name: own[name] for name in names if name in own})
+        except Exception as error:  # each tracker has exceptions of its own
+            raise InputError(
+                f"train.report_to: {', '.join(names)} cannot start a run ({' '.join(str(error).split())[:300]}). "
+                "Log in (wandb login), work offline (WANDB_MODE=offline), or choose none."
+            ) from error
+
+    def log(self, entry: Entry) -> None:
+        values = {name: value for name, value in entry.items() if name != "step"}
+        self.accelerator.log(values, step=int(entry["step"]))
+
+    def end(self) -> None:
+        self.accelerator.end_training()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """{"lora": {"r": 8}} -> {"lora.r": 8}; lists become text, since not every tracker takes them."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (str, int, float, bool)) else str(value)
+    return flat
+
+
+class Tracker:
+    """Writes log entries, in the main process only; measures the time of steps.
+
+    dvclive's own callbacks are not used: they rewrite dvc.yaml, and they lose the steps before a checkpoint, because
+    DVC removes the outputs of a stage before it runs. start() writes the checkpoint's history again.
+    """
+
+    def __init__(self, folder: Path, processes: Processes, trackers: Trackers | None, *, tokens_per_step: int):
+        self.is_main = processes.is_main
+        self.trackers = trackers
         self.tokens_per_step = tokens_per_step
-        self.live = Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
-        self.log = logging.getLogger("train")
+        self.live = (
+            Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
+            if self.is_main
+            else None
+        )
         self.progress: Any = None
         self.last_log = (0, 0.0)  # step, seconds
         self.step_starts: list[float] = []
         self.first_step_at = 0.0  # seconds since the epoch
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for entry in state.log_history:
-            self._write(entry, entry["step"])
-        self.progress = tqdm(desc="train", total=state.max_steps, initial=state.global_step, unit="step", disable=None)
-        self.last_log = (state.global_step, time.monotonic())
+    def start(self, history: Sequence[Entry], step: int, num_steps: int) -> None:
+        """history: the entries up to `step`, from the checkpoint."""
+        for entry in history:
+            self._write(entry)
+        self.progress = tqdm(
+            desc="train", total=num_steps, initial=step, unit="step", disable=None if self.is_main else True
+        )
+        self.last_log = (step, time.monotonic())
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def log(self, history: list[Entry], entry: Entry) -> None:
+        """Adds an entry to the history and writes it."""
         if torch.cuda.is_available():
-            state.log_history[-1]["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        self._write(state.log_history[-1], state.global_step)
-        self.log.info("step %d %s", state.global_step, {k: v for k, v in logs.items() if k in METRIC_NAMES})
-        self._show_progress(state, logs)
+            entry["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        history.append(entry)
+        self._write(entry)
+        if self.trackers:
+            self.trackers.log(entry)
+        log.info("step %d %s", entry["step"], {name: value for name, value in entry.items() if name != "step"})
+        self._show_progress(entry)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def begin_step(self) -> None:
         self.first_step_at = self.first_step_at or time.time()
         self.step_starts.append(time.monotonic())
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def end_step(self) -> None:
         self.progress.update()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def end(self) -> None:
         self.progress.close()
-        self.live.end()
+        if self.live:
+            self.live.end()
+        if self.trackers:
+            self.trackers.end()
 
-    def start_up(self, began: float) -> dict[str, float]:
-        """seconds_to_first_step since `began`, of the epoch; nothing where no step was left to do."""
-        return {"seconds_to_first_step": round(self.first_step_at - began, 1)} if self.first_step_at else {}
+    @property
+    def seconds(self) -> float:
+        """From the first step to now."""
+        return time.time() - self.first_step_at
 
-    def throughput(self, config: LlamaConfig, seq_length: int) -> dict[str, float | None]:
-        """Of the median training step, without the looks at the validation documents; and the GPU memory it took."""
-        numbers: dict[str, float | None] = {}
-        steps = np.diff(self.step_starts[1:])  # the first one compiles kernels
-        if len(steps):
-            tokens_per_s = self.tokens_per_step / float(np.median(steps))
-            utilization = model_flops_utilization(tokens_per_s, config, seq_length, device_name())
-            numbers["step_tokens_per_s"] = round(tokens_per_s)
-            numbers["model_flops_utilization"] = utilization and round(utilization, 3)
-        if torch.cuda.is_available():
-            numbers["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            numbers["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-        return numbers
+    @property
+    def median_step_s(self) -> float | None:
+        """Of all steps but the first, which compiles kernels; validation and checkpoints count in few of them."""
+        steps = np.diff(self.step_starts[1:])
+        return float(np.median(steps)) if len(steps) else None
 
-    def _show_progress(self, state: Any, logs: dict[str, float]) -> None:
-        """Loss, and on training steps the throughput since the last one that was logged, and GPU memory."""
-        shown: dict[str, str] = {name: f"{logs[name]:.3g}" for name in ("loss", "eval_loss") if name in logs}
+    def _show_progress(self, entry: Entry) -> None:
+        shown = {name: f"{entry[name]:.3g}" for name in ("train/loss", "validation/loss") if name in entry}
         (step, seconds), now = self.last_log, time.monotonic()
-        if "loss" in logs and state.global_step > step:
-            shown["tokens/s"] = f"{(state.global_step - step) * self.tokens_per_step / (now - seconds):,.0f}"
-        if "gpu_memory_gib" in state.log_history[-1]:
-            shown["GiB"] = f"{state.log_history[-1]['gpu_memory_gib']:.1f}"
+        if "train/loss" in entry and entry["step"] > step:
+            shown["tokens/s"] = f"{(entry['step'] - step) * self.tokens_per_step / (now - seconds):,.0f}"
+        if "gpu_memory_gib" in entry:
+            shown["GiB"] = f"{entry['gpu_memory_gib']:.1f}"
         self.progress.set_postfix(shown)
-        self.last_log = (state.global_step, now)
+        self.last_log = (int(entry["step"]), now)
 
-    def _write(self, entry: dict[str, float], step: int) -> None:
-        self.live.step = step
-        for name, value in sorted(entry.items()):  # as the history of a checkpoint comes back
-            if name in METRIC_NAMES:
-                self.live.log_metric(METRIC_NAMES[name], value)
-            if name in ("loss", "eval_loss"):
-                self.live.log_metric(METRIC_NAMES[name].replace("loss", "perplexity"), math.exp(value))
-            if name == "gpu_memory_gib":
-                self.live.log_metric(name, value)
+    def _write(self, entry: Entry) -> None:
+        if self.live is None:
+            return
+        self.live.step = int(entry["step"])
+        for name, value in sorted(entry.items()):
+            if name == "step":
+                continue
+            self.live.log_metric(name, value)
+            if name.endswith("/loss"):
+                self.live.log_metric(name.replace("loss", "perplexity"), math.exp(value))
         self.live.make_summary()

@@ -1,0 +1,274 @@
+"""Starts the processes of one job on this machine, watches them and ends all of them when one fails.
+
+The launcher imports no heavy package. Each process of the job is `python -m <module>` with the variables that torchrun
+sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), and reports over a pipe: a heartbeat each second, and at
+its end the error that stopped it. torchrun and accelerate launch can start the same module; then this launcher is not
+used, and no GPU is locked.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pdf2lora.errors import InputError
+from pdf2lora.runtime.gpus import reserve_gpus, visible_gpus
+
+PIPE = "PDF2LORA_STATUS_PIPE"  # the environment variable that holds the file descriptor
+HEARTBEAT_S = 1.0
+SILENCE_S = 30.0  # a process without a heartbeat for so long does not answer
+GRACE_S = 5.0  # after a first failure, for the errors of the others
+ORPHAN_S = 45.0  # a process whose launcher has gone ends within this time
+FORWARD_AFTER_S = 0.3  # the terminal sends Ctrl-C to all processes itself
+
+Kind = Literal["input_error", "stopped", "failed", "lost_peer"]
+
+
+class PeerLost(Exception):
+    """A collective failed because another process of the job has ended."""
+
+
+class Stopped(Exception):
+    """A signal stopped the job after its state was saved; `str(error)` is the line for the user."""
+
+
+def is_worker() -> bool:
+    """Whether a launcher (this one, torchrun or accelerate launch) started this process."""
+    return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def run_in_processes(module: str, work: Callable[[], None], num_processes: int | Literal["auto"]) -> None:
+    """Calls `work` in each process of the job: here if there is one, else in processes that run `module`.
+
+    num_processes: `auto` takes all visible GPUs, or one process where there is no GPU.
+
+    Raises:
+        InputError: there are fewer GPUs than processes, or a process failed.
+        SystemExit: a signal stopped the job.
+    """
+    if is_worker():
+        _work_and_report(work)
+        return
+    with allot_devices(num_processes) as (count, locks):
+        if count > 1:
+            _launch(module, count, locks)
+            return
+        try:
+            work()
+        except Stopped as stopped:
+            sys.exit(str(stopped))
+
+
+@contextmanager
+def allot_devices(num_processes: int | Literal["auto"]) -> Iterator[tuple[int, list[int]]]:
+    """Yields the number of processes and the file descriptors of the GPU locks that they hold.
+
+    CUDA_VISIBLE_DEVICES names the locked GPUs from then on, so this comes before torch is imported.
+
+    Raises:
+        InputError: there are fewer GPUs than processes.
+    """
+    gpus = visible_gpus()
+    count = (len(gpus) or 1) if num_processes == "auto" else num_processes
+    if gpus and count > len(gpus):
+        raise InputError(
+            f"compute.num_processes: {count} is more than the {len(gpus)} visible GPUs, and one process uses one GPU. "
+            "Use a smaller number or auto."
+        )
+    if not gpus:
+        yield count, []
+        return
+    with reserve_gpus(gpus, count) as (reserved, locks):
+        os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(reserved)}
+        yield count, locks
+
+
+def job_environment(count: int) -> dict[str, str]:
+    """The variables that all processes of a job on this machine share."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count))),
+    }
+
+
+# The side of the launcher
+
+
+@dataclass
+class _Worker:
+    """One process of the job, as the launcher sees it."""
+
+    index: int
+    process: subprocess.Popen[bytes]
+    pipe: int
+    last_heartbeat: float = field(default_factory=time.monotonic)
+    text: bytes = b""
+    kind: Kind | None = None
+    message: str = ""
+
+    def read(self) -> None:
+        """Takes what the process has written to the pipe."""
+        with suppress(BlockingIOError):
+            while chunk := os.read(self.pipe, 65536):
+                self.last_heartbeat = time.monotonic()
+                self.text += chunk
+        *lines, self.text = self.text.split(b"\n")
+        for line in filter(None, lines):
+            report: dict[str, Any] = json.loads(line)
+            self.kind, self.message = report["kind"], report["message"]
+
+
+def _launch(module: str, count: int, locks: list[int]) -> None:
+    name = module.rpartition(".")[2]
+    workers = _start(module, count, locks)
+    signals: list[tuple[float, int]] = []
+    handled = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.signal(number, lambda n, _: signals.append((time.monotonic(), n))) for number in handled}
+    try:
+        _watch(name, workers, signals)
+    finally:
+        for worker in workers:
+            if worker.process.poll() is None:
+                worker.process.kill()
+            worker.process.wait()
+            os.close(worker.pipe)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start(module: str, count: int, locks: list[int]) -> list[_Worker]:
+    job = job_environment(count)
+    workers = []
+    for index in range(count):
+        ours, theirs = os.pipe()
+        os.set_blocking(ours, False)
+        own = {"RANK": str(index), "LOCAL_RANK": str(index), PIPE: str(theirs)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            env=os.environ | job | own,
+            pass_fds=[theirs, *locks],
+            stdin=subprocess.DEVNULL,
+        )
+        os.close(theirs)
+        workers.append(_Worker(index, process, ours))
+    return workers
+
+
+def _watch(name: str, workers: list[_Worker], signals: list[tuple[float, int]]) -> None:
+    """Returns when all processes have ended well."""
+    forwarded = False
+    first_failure: float | None = None
+    while True:
+        select.select([worker.pipe for worker in workers if worker.process.poll() is None], [], [], 0.1)
+        now = time.monotonic()
+        for worker in workers:
+            worker.read()
+        codes = [worker.process.poll() for worker in workers]
+        if all(code == 0 for code in codes):
+            return
+        if signals and not forwarded and now - signals[0][0] > FORWARD_AFTER_S:
+            forwarded = True  # a process that got Ctrl-C from the terminal ignores this second signal
+            for worker in workers:
+                worker.process.send_signal(signal.SIGTERM)
+        silent = [w for w in workers if w.process.poll() is None and now - w.last_heartbeat > SILENCE_S]
+        if silent:
+            worker = silent[0]
+            raise InputError(
+                f"{name}: process {worker.index} of {len(workers)} (pid {worker.process.pid}) has not answered for "
+                f"{SILENCE_S:.0f} s and all processes were ended. Look at its machine (dmesg, nvidia-smi), then run "
+                "dvc repro again: it resumes from the last checkpoint."
+            )
+        if any(code for code in codes):
+            first_failure = first_failure or now
+            if all(code is not None for code in codes) or (now - first_failure > GRACE_S and not forwarded):
+                _raise_cause(name, workers)
+
+
+def _raise_cause(name: str, workers: list[_Worker]) -> None:
+    """Names the process whose failure came first, not those that failed because of it."""
+    for worker in workers:
+        worker.read()
+
+    def weight(worker: _Worker) -> int:
+        code = worker.process.poll()
+        if worker.kind == "stopped":
+            return 0
+        if code is not None and code < 0:
+            return 1
+        return {"input_error": 2, "failed": 3, "lost_peer": 5}.get(worker.kind or "", 4 if code else 6)
+
+    worker = min(workers, key=weight)
+    code = worker.process.poll()
+    who = f"process {worker.index} of {len(workers)} (pid {worker.process.pid})"
+    if worker.kind == "stopped":
+        sys.exit(worker.message)
+    if code is not None and code < 0:
+        raise InputError(
+            f"{name}: {who} was ended by {signal.Signals(-code).name} and the others were ended with it. If memory ran "
+            "out, free some (free -h, dmesg show it); then run dvc repro again: it resumes from the last checkpoint."
+        )
+    if worker.kind == "input_error":
+        everywhere = all(other.message in ("", worker.message) for other in workers)
+        raise InputError(worker.message if everywhere else f"{worker.message} ({who})")
+    raise RuntimeError(f"{name}: {who} failed: {worker.message or f'exit status {code}'}")
+
+
+# The side of a process of the job
+
+
+def _work_and_report(work: Callable[[], None]) -> None:
+    """Runs `work`, sends heartbeats meanwhile and its error at the end."""
+    if PIPE not in os.environ:  # started by torchrun or accelerate launch
+        try:
+            work()
+        except Stopped as stopped:
+            sys.exit(str(stopped))
+        return
+    pipe = int(os.environ.pop(PIPE))
+    threading.Thread(target=_heartbeat, args=(pipe,), daemon=True).start()
+    try:
+        work()
+        return
+    except InputError as error:
+        kind: Kind = "input_error"
+        message = str(error)
+    except Stopped as error:
+        kind, message = "stopped", str(error)
+    except PeerLost as error:
+        kind, message = "lost_peer", str(error)
+    except Exception as error:
+        kind, message = "failed", f"{type(error).__name__}: {error}"
+        sys.excepthook(type(error), error, error.__traceback__)
+    with suppress(OSError):
+        os.write(pipe, json.dumps({"kind": kind, "message": message}).encode() + b"\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # at once: the clean end of a broken process group can wait for its peers
+
+
+def _heartbeat(pipe: int) -> None:
+    while True:
+        try:
+            os.write(pipe, b"\n")
+        except OSError:  # the launcher has gone
+            break
+        time.sleep(HEARTBEAT_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_S)
+    os._exit(1)

@@ -1,0 +1,57 @@
+"""Which sequences each optimizer step sees, and which of them each process computes.
+
+The order depends on the seed alone. The number of processes and the per-device batch only divide a step's sequences.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.int64]
+
+
+class MicroBatchRows(NamedTuple):
+    """The sequences of one micro-batch, and the place of the first one among the sequences of the step."""
+
+    rows: Rows
+    first: int
+
+
+@dataclass(frozen=True)
+class DataOrder:
+    """The sequences of each optimizer step, in a new order in each epoch.
+
+    The last step of an epoch has fewer sequences where effective_batch does not divide num_sequences.
+    """
+
+    num_sequences: int
+    effective_batch: int
+    num_train_epochs: float
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_sequences / self.effective_batch)
+
+    @property
+    def num_steps(self) -> int:
+        return math.ceil(self.num_train_epochs * self.steps_per_epoch)
+
+    def rows(self, step: int) -> Rows:
+        """The numbers of the sequences of a step; steps count from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_sequences)
+        return order[place * self.effective_batch : (place + 1) * self.effective_batch]
+
+
+def micro_batches(rows: Rows, per_device_batch: int, *, process: int, num_processes: int) -> list[MicroBatchRows]:
+    """One process's part of a step, at most per_device_batch sequences at a time.
+
+    The parts differ by one sequence at most. A process without a sequence gets an empty list.
+    """
+    begin, end = (len(rows) * part // num_processes for part in (process, process + 1))
+    starts = range(begin, end, per_device_batch)
+    return [MicroBatchRows(rows[start : min(start + per_device_batch, end)], start) for start in starts]

@@ -1,0 +1,227 @@
+"""The stage train in one of its processes: reads data and batch plan, trains, writes the adapter.
+
+Checkpoints are in scratch under a fingerprint of all that the adapter depends on. A killed run resumes from the last
+one; a run with other settings, data or code never finds it.
+"""
+
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from transformers.utils.logging import disable_progress_bar
+
+from pdf2lora.documents.records import read_documents
+from pdf2lora.errors import InputError
+from pdf2lora.model.device import limit_gpu_memory
+from pdf2lora.model.kernel_choice import choose_kernels
+from pdf2lora.model.loading import add_lora, load_base, read_config
+from pdf2lora.params import Params
+from pdf2lora.runtime.distributed import Processes
+from pdf2lora.runtime.files import atomic_directory
+from pdf2lora.runtime.launcher import Stopped
+from pdf2lora.runtime.locks import exclusive_lock
+from pdf2lora.runtime.manifest import MANIFEST, require_intact
+from pdf2lora.runtime.monitor import device_name, machine_metrics
+from pdf2lora.runtime.processes import LOCK_TIMEOUT_S
+from pdf2lora.runtime.scratch import fingerprint, project_root, scratch_folder, stage_code
+from pdf2lora.tokens import Encoder, Sequences, Window
+from pdf2lora.training.checkpoints import latest_valid, step_of
+from pdf2lora.training.data_order import DataOrder
+from pdf2lora.training.interrupt import Interrupt
+from pdf2lora.training.loop import BatchPlan, Learner, TrainingResult, train
+from pdf2lora.training.throughput import model_flops_utilization
+from pdf2lora.training.tracking import Tracker, Trackers, log_to_file, require_trackers
+
+BASE = Path("models/base")
+SPLITS = Path("data/split")
+BATCH = Path("metrics/batch.json")
+ADAPTER = Path("models/adapter")
+METRICS = Path("metrics/train")
+
+log = logging.getLogger("train")
+
+
+def run(params: Params) -> None:
+    """Trains with all processes of the job; the main one writes models/adapter and metrics/train.
+
+    Raises:
+        InputError: the machine or the settings do not allow it, or memory ran out.
+        Stopped: a signal ended it before the last step, after a checkpoint.
+    """
+    processes = Processes()
+    if not processes.is_main:  # the main process logs for all
+        logging.disable()
+        warnings.simplefilter("ignore")
+        disable_progress_bar()
+    names = tracker_names(params)
+    require_trackers(names)
+    batch = json.loads(BATCH.read_text(encoding="utf-8"))
+    if processes.is_main:
+        require_intact(BASE, made_by="convert")
+        log_file = log_to_file(project_root() / "logs")
+    sequences, validation_windows = read_data(params)
+    if not validation_windows and (params.train.keep == "best" or params.train.early_stopping_patience != "none"):
+        raise InputError(
+            f"train.keep is {params.train.keep!r} and train.early_stopping_patience is "
+            f"{params.train.early_stopping_patience}, but there are no validation documents. Set "
+            "split.validation_fraction above 0, or keep the last adapter without early stopping."
+        )
+
+    checkpoints = scratch_folder("train", run_fingerprint(params))
+    with ExitStack() as stack:
+        machine: dict[str, Any] = {}
+        if processes.is_main:
+            stack.enter_context(exclusive_lock(checkpoints, timeout_s=LOCK_TIMEOUT_S))
+            machine = stack.enter_context(machine_metrics("train"))
+            if batch["device"] != device_name():
+                print(
+                    f"train: {BATCH} was measured on {batch['device']}, and this is {device_name()}. "
+                    "`dvc repro -f -s find_batch` finds the fastest batch here."
+                )
+        trackers = (
+            Trackers(params, [names] if isinstance(names, str) else names) if names and processes.is_main else None
+        )
+        plan = BatchPlan(
+            kernels=choose_kernels(params.compute, params.quantization, params.lora, read_config(BASE)),
+            gradient_checkpointing=batch["gradient_checkpointing"],
+            per_device_batch=batch["per_device_batch"],
+            effective_batch=batch["effective_batch"],
+        )
+        if batch["memory_gib"] != "auto":
+            limit_gpu_memory(batch["memory_gib"])
+        model = build_model(BASE, params)
+        order = DataOrder(len(sequences), plan.effective_batch, params.train.num_train_epochs, params.train.seed)
+        learner = Learner(
+            model,
+            train=params.train,
+            compute=params.compute,
+            plan=plan,
+            num_steps=order.num_steps,
+            processes=processes,
+        )
+        tokens_per_step = plan.effective_batch * params.compute.seq_length
+        tracker = Tracker(METRICS, processes, trackers, tokens_per_step=tokens_per_step)
+        log_start(params, batch, model, processes)
+        interrupt = stack.enter_context(Interrupt())
+        try:
+            result = train(
+                learner,
+                sequences,
+                order=order,
+                validation_windows=validation_windows,
+                checkpoints=checkpoints,
+                tracker=tracker,
+                interrupt=interrupt,
+            )
+        except torch.OutOfMemoryError as error:
+            raise InputError(out_of_memory(checkpoints, error)) from error
+        if result.stopped_by:
+            raise Stopped(
+                f"train: stopped by {result.stopped_by} after step {result.steps}; a checkpoint is saved, and "
+                "dvc repro resumes from it"
+            )
+        machine |= measurements(model, params, plan, tracker, result, processes)
+        if processes.is_main:
+            with atomic_directory(ADAPTER) as folder:
+                model.save_pretrained(folder)
+                (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; report writes the model card
+            shutil.rmtree(checkpoints)  # a forced re-run trains again, and does not load the last checkpoint
+    if processes.is_main:
+        kept = f", kept step {result.kept_step}" if result.kept_step != result.steps else ""
+        print(
+            f"train: {result.steps} steps{kept}, {machine['tokens_per_s']:,} tokens/s; "
+            f"log in {log_file.relative_to(project_root())}"
+        )
+    processes.end()
+
+
+def tracker_names(params: Params) -> list[str]:
+    names = params.train.report_to
+    return [] if names == "none" else [names] if isinstance(names, str) else list(names)
+
+
+def build_model(base: Path, params: Params) -> PeftModel:
+    """The quantized base model with new LoRA matrices, the same ones for the same train.seed.
+
+    Raises:
+        InputError: the machine cannot run what the settings ask for.
+    """
+    model = load_base(base, params.quantization, params.compute)
+    torch.manual_seed(params.train.seed)  # before the first LoRA matrix is drawn
+    return add_lora(model, params.lora)
+
+
+def read_data(params: Params) -> tuple[Sequences, list[Window]]:
+    """The training sequences, and the windows of the validation documents."""
+    seq_length = params.compute.seq_length
+    encoder = Encoder.load(BASE)
+    encoder.require_context(seq_length)
+    texts = {name: [d.text for d in read_documents(SPLITS / f"{name}.jsonl")] for name in ("train", "validation")}
+    windows = encoder.windows(encoder.encode(texts["validation"]), seq_length=seq_length, stride=seq_length)
+    return encoder.sequences(texts["train"], seq_length=seq_length), windows
+
+
+def measurements(
+    model: PeftModel, params: Params, plan: BatchPlan, tracker: Tracker, result: TrainingResult, processes: Processes
+) -> dict[str, Any]:
+    """This machine's numbers of the run, for metrics/machine.json. The same collectives run in each process."""
+    numbers: dict[str, Any] = {
+        "num_processes": processes.count,
+        "steps": result.steps - result.first_step,
+        "kernels": plan.kernels,
+        "attention": model.config._attn_implementation if plan.kernels == "reference" else "flash (PyTorch)",
+    }
+    if tracker.first_step_at:
+        began = psutil.Process(os.getppid() if processes.count > 1 else os.getpid()).create_time()
+        numbers["seconds_to_first_step"] = round(tracker.first_step_at - began, 1)
+        numbers["tokens_per_s"] = round(result.num_targets / tracker.seconds)
+    else:
+        numbers["tokens_per_s"] = 0
+    if tracker.median_step_s:
+        tokens_per_s = plan.effective_batch * params.compute.seq_length / tracker.median_step_s
+        utilization = model_flops_utilization(
+            tokens_per_s / processes.count, model.config, params.compute.seq_length, device_name()
+        )
+        numbers["step_tokens_per_s"] = round(tokens_per_s)
+        numbers["model_flops_utilization"] = utilization and round(utilization, 3)
+    if torch.cuda.is_available():
+        peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+        allocated, reserved = (max(values) for values in zip(*processes.gather(peaks), strict=True))
+        numbers["peak_allocated_gib"] = round(allocated / 2**30, 2)
+        numbers["peak_reserved_gib"] = round(reserved / 2**30, 2)
+    return numbers
+
+
+def log_start(params: Params, batch: Mapping[str, Any], model: PeftModel, processes: Processes) -> None:
+    log.info("settings: %s", params.model_dump_json())
+    log.info("batch: %s", batch)
+    log.info("processes: %d", processes.count)
+    log.info("trainable parameters: %s", model.get_nb_trainable_parameters())
+
+
+def out_of_memory(checkpoints: Path, error: torch.OutOfMemoryError) -> str:
+    """The message where memory ends in mid-run, although find_batch found room: another program took it."""
+    kept = latest_valid(checkpoints)
+    resumes = f"the checkpoint of step {step_of(kept)}" if kept else "the base model"
+    return (
+        f"train: the GPU ran out of memory ({str(error).split('.')[0]}). Free it (nvidia-smi shows who uses it) and "
+        f"run dvc repro again, which resumes from {resumes}, or find a smaller batch: dvc repro -f -s find_batch"
+    )
+
+
+def run_fingerprint(params: Params) -> str:
+    """Of all that the adapter depends on; the number of processes is not among it."""
+    libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")]
+    compute = params.compute.model_dump(exclude={"num_processes"})
+    ingredients = (params.quantization, params.lora, compute, params.train, BASE / MANIFEST, SPLITS, BATCH)
+    return fingerprint(*ingredients, *stage_code("train"), *libraries)

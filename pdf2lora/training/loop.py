@@ -1,0 +1,270 @@
+"""The training loop, for one process or many: train() from top to bottom.
+
+Settings (params.yaml), their effect and what they trade:
+
+- train.effective_batch: sequences of one optimizer step. The number of processes, the per-device batch and gradient
+  accumulation only divide it, so they change the time and the memory, and the result only by rounding.
+- train.num_train_epochs: passes over the sequences; a fraction ends in the middle of an epoch. Each epoch has a new
+  order, which depends on train.seed alone.
+- train.learning_rate, lr_scheduler_type, warmup_steps: the schedule is transformers' get_scheduler.
+- train.optim, weight_decay: bitsandbytes' AdamW in 8 or 32 bits, paged or not, or PyTorch's. Paged moments move to host
+  memory when the GPU is full. All LoRA matrices are one flat parameter (optimizer.py).
+- train.max_grad_norm: clips the norm of the whole gradient.
+- compute.kernels, train.gradient_checkpointing: how a micro-batch is computed; find_batch measures and chooses. The
+  fused and fp8 kernels run as one CUDA graph, except with offload (micro_batch.py).
+- compute.deterministic: two runs with the same number of processes give the same bytes on one kind of GPU. On a CPU
+  they always do.
+- train.eval_steps: validates every so many steps, before the first one and after the last one. Each process scores
+  whole batches of windows.
+- train.keep: `last` keeps the adapter of the last step, `best` the one with the lowest validation loss.
+- train.early_stopping_patience: stops after so many validations in a row without a new lowest loss; none never stops.
+- train.logging_steps: the loss is the mean over the steps since the last log entry.
+- train.save_steps: a checkpoint every so many steps. SIGTERM, Ctrl-C and the end of the terminal save one more.
+- train.report_to: accelerate's trackers beside dvclive (tracking.py).
+
+Data parallelism: each process holds the whole quantized base and computes its part of a step's sequences. The loss of a
+sequence is divided by the number of targets in the whole step, so the sum over the processes is the step's mean loss,
+also where the parts differ in size. One all-reduce of the flat float32 buffer per step sums gradients, loss and stop
+requests. No DistributedDataParallel: the fused kernels would bypass its hooks.
+
+Refused: train.keep=best or early stopping without validation documents; processes whose adapters differ (a fault).
+"""
+
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import get_scheduler
+
+from pdf2lora.evaluation.scoring import nats_per_token
+from pdf2lora.model.forward import Forward, build_forward
+from pdf2lora.model.kernel_choice import Kernels
+from pdf2lora.params import Compute, Train
+from pdf2lora.runtime.distributed import Processes
+from pdf2lora.tokens import Sequences, Window
+from pdf2lora.training.checkpoints import latest_valid, load_checkpoint, save_checkpoint
+from pdf2lora.training.data_order import DataOrder, Rows, micro_batches
+from pdf2lora.training.interrupt import Interrupt
+from pdf2lora.training.micro_batch import MicroBatch, graph_obstacle
+from pdf2lora.training.optimizer import FlatParameters, build_optimizer, num_warmup_steps
+from pdf2lora.training.tracking import Entry, Tracker
+
+VALIDATION_BATCH = 8  # windows; small, because a CUDA graph keeps the memory of the training step
+
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a step is divided, from metrics/batch.json."""
+
+    kernels: Kernels
+    gradient_checkpointing: str
+    per_device_batch: int
+    effective_batch: int
+
+
+@dataclass
+class Progress:
+    """What a checkpoint stores beside parameters and moments."""
+
+    step: int = 0  # optimizer steps that are done
+    loss_sum: float = 0.0  # since the last log entry
+    steps_in_sum: int = 0
+    best_loss: float = math.inf  # of the validation documents
+    best_step: int = 0
+    validations_without_best: int = 0
+    history: list[Entry] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """steps: done in all; first_step: done before this run; kept_step: the step whose adapter the model holds."""
+
+    steps: int
+    first_step: int
+    kept_step: int
+    num_targets: int  # tokens that this run trained on
+    stopped_by: str | None  # a signal's name
+
+
+class Learner:
+    """The model with everything that a training step changes. find_batch measures step(), and train runs it."""
+
+    def __init__(
+        self, model: PeftModel, *, train: Train, compute: Compute, plan: BatchPlan, num_steps: int, processes: Processes
+    ):
+        torch.use_deterministic_algorithms(compute.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a check, slow
+        self.model, self.train, self.plan, self.processes = model, train, plan, processes
+        self.forward: Forward = build_forward(model, plan.kernels, plan.gradient_checkpointing)
+        self.parameters = FlatParameters(p for p in model.parameters() if p.requires_grad)
+        self.optimizer = build_optimizer(self.parameters.parameter, train)
+        self.scheduler = get_scheduler(
+            train.lr_scheduler_type, self.optimizer, num_warmup_steps(train.warmup_steps, num_steps), num_steps
+        )
+        self.scaler = torch.amp.GradScaler(enabled=self.forward.head.dtype == torch.float16)  # type: ignore[attr-defined]
+        obstacle = graph_obstacle(plan.kernels, plan.gradient_checkpointing)
+        log.info("CUDA graph: %s", f"no, {obstacle}" if obstacle else "yes")
+        self.micro_batch = MicroBatch(
+            self.forward,
+            self.parameters,
+            size=plan.per_device_batch,
+            seq_length=compute.seq_length,
+            graph_obstacle=obstacle,
+        )
+        model.train()
+
+    def step(self, sequences: Sequences, rows: Rows, number: int, *, stop_requested: bool = False) -> torch.Tensor:
+        """One optimizer step on `rows` of the sequences; returns the gradient's norm before clipping, a scalar.
+
+        Afterwards parameters.loss is the step's mean loss over all processes.
+        number: of the step, from 0; the dropout masks depend on it.
+        """
+        processes, parameters = self.processes, self.parameters
+        parameters.buffer.zero_()
+        num_targets = sequences.num_targets(rows)
+        scale = self.scaler.get_scale() / num_targets if self.scaler.is_enabled() else 1 / num_targets
+        seed = dropout_seed(self.train.seed, number)
+        parts = micro_batches(rows, self.plan.per_device_batch, process=processes.index, num_processes=processes.count)
+        for part in parts:
+            inputs, targets = (torch.from_numpy(a[part.rows]) for a in (sequences.inputs, sequences.targets))
+            self.micro_batch(inputs, targets, scale=scale, seed=seed, first_row=part.first)
+        if stop_requested:
+            parameters.stop_requests.fill_(1)
+        processes.sum_(parameters.buffer)
+        if self.scaler.is_enabled():
+            parameters.loss.div_(self.scaler.get_scale())
+            self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_([parameters.parameter], self.train.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        return norm
+
+    def validate(self, windows: Sequence[Window]) -> float:
+        """Mean nats per token of the validation windows."""
+        nats = nats_per_token(self.forward, windows, per_device_batch=VALIDATION_BATCH, processes=self.processes)
+        self.model.train()
+        return nats
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "parameters": self.parameters.parameter.detach().cpu(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if not k.startswith("lr_lambda")},
+            "scaler": self.scaler.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.parameters.parameter.copy_(state["parameters"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def train(
+    learner: Learner,
+    sequences: Sequences,
+    *,
+    order: DataOrder,
+    validation_windows: Sequence[Window],
+    checkpoints: Path,
+    tracker: Tracker,
+    interrupt: Interrupt,
+) -> TrainingResult:
+    """Trains to the last step, or until a signal or early stopping ends it; the model then holds the kept adapter."""
+    settings, processes, parameters = learner.train, learner.processes, learner.parameters
+    progress, best = Progress(), None
+
+    # Resume: the main process reads the checkpoint, because nodes need not share a disk.
+    checkpoint = latest_valid(checkpoints) if processes.is_main else None
+    state = processes.broadcast(load_checkpoint(checkpoint) if checkpoint else None)
+    if state is not None:
+        learner.load_state(state)
+        progress, best = Progress(**state["progress"]), state["best"]
+    processes.require_equal(parameters.parameter, "the initial adapter")
+    tracker.start(progress.history, progress.step, order.num_steps)
+    first_step, num_targets = progress.step, 0
+    stopped_by: str | None = None
+    loss_sum = torch.tensor(progress.loss_sum, device=parameters.buffer.device)
+
+    def validate() -> None:
+        nonlocal best
+        loss = learner.validate(validation_windows)
+        tracker.log(progress.history, {"step": progress.step, "validation/loss": loss})
+        if loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.validations_without_best = loss, progress.step, 0
+            best = parameters.parameter.detach().cpu().clone() if settings.keep == "best" else None
+        else:
+            progress.validations_without_best += 1
+
+    def save() -> None:
+        processes.require_equal(parameters.parameter, f"the adapter after step {progress.step}")
+        progress.loss_sum = float(loss_sum)
+        if processes.is_main:
+            save_checkpoint(checkpoints, progress.step, learner.state() | {"progress": vars(progress), "best": best})
+
+    def is_last() -> bool:
+        patience = settings.early_stopping_patience
+        is_stopped_early = patience != "none" and progress.validations_without_best >= patience
+        return progress.step >= order.num_steps or is_stopped_early
+
+    if validation_windows and progress.step == 0:
+        validate()
+    while not is_last():
+        tracker.begin_step()
+        rows = order.rows(progress.step)
+        norm = learner.step(sequences, rows, progress.step, stop_requested=interrupt.received is not None)
+        num_targets += sequences.num_targets(rows)
+        progress.step += 1
+        loss_sum += parameters.loss
+        progress.steps_in_sum += 1
+        if progress.step == 1 or progress.step % settings.logging_steps == 0:
+            entry = {
+                "step": progress.step,
+                "train/loss": float(loss_sum) / progress.steps_in_sum,
+                "learning_rate": float(learner.scheduler.get_last_lr()[0]),
+                "gradient_norm": float(norm),
+            }
+            tracker.log(progress.history, entry)
+            loss_sum.zero_()
+            progress.steps_in_sum = 0
+        tracker.end_step()
+        if validation_windows and (progress.step % settings.eval_steps == 0 or progress.step == order.num_steps):
+            validate()
+        stopped_by = stop_signal(parameters, processes, interrupt)
+        if progress.step % settings.save_steps == 0 or stopped_by:
+            save()
+        if stopped_by:
+            break
+    kept_step = progress.step
+    if settings.keep == "best" and best is not None and not stopped_by:
+        with torch.no_grad():
+            parameters.parameter.copy_(best)
+        kept_step = progress.best_step
+    processes.require_equal(parameters.parameter, "the trained adapter")
+    tracker.end()
+    is_unfinished = stopped_by if not is_last() else None
+    return TrainingResult(progress.step, first_step, kept_step, num_targets, is_unfinished)
+
+
+def stop_signal(parameters: FlatParameters, processes: Processes, interrupt: Interrupt) -> str | None:
+    """The signal that ends the training after this step; all processes agree, since the step reduced their requests."""
+    if processes.count == 1:
+        return interrupt.received.name if interrupt.received else None
+    if not parameters.stop_requests.item():
+        return None
+    return interrupt.received.name if interrupt.received else "a signal to another process"
+
+
+def dropout_seed(seed: int, step: int) -> int:
+    """A 62-bit seed for the dropout masks of one optimizer step."""
+    return int.from_bytes(hashlib.sha256(f"dropout {seed} {step}".encode()).digest()[:8]) >> 2
