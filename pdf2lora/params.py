@@ -32,6 +32,8 @@ Name = Annotated[
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
+ALL_LINEAR = "all-linear"
 Seed = Annotated[int, Field(ge=0)]
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "aim", "clearml", "swanlab"]
 
@@ -112,8 +114,9 @@ class Lora(Section):
     """The adapter's output is multiplied by lora_alpha / r."""
     lora_dropout: Fraction
     """Dropout probability on the adapter's input, in training only."""
-    target_modules: Annotated[list[Annotated[str, Field(pattern=r"^\w+$")]], Field(min_length=1)]
-    """Linear layers that get LoRA matrices, by their names in the model. All of them learn more and train slower."""
+    target_modules: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1)]
+    """Linear layers that get LoRA matrices, by their names in the model, or all-linear: every one except the head. More
+    layers learn more and train slower."""
     use_dora: bool
     """Learns magnitude and direction separately (DoRA, Liu et al. 2024). Slower; often better at low rank."""
     use_rslora: bool
@@ -132,8 +135,9 @@ class Compute(Section):
     """Implementation of the training step. reference: transformers and PEFT. fused: this project's Triton kernels, same
     mathematics. fp8: fused, with 8-bit products of the frozen weights, an approximation in training only. auto: fused
     on a supported GPU, else reference."""
-    compute_dtype: Literal["auto", "bfloat16", "float32"]
-    """Type of activations and products. auto: bfloat16 on a GPU that supports it, else float32."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    """Type of activations and products. auto: bfloat16 on a GPU that supports it,
+    float16 on an older GPU, float32 on a CPU."""
     attention: Literal["auto", "flash_attention_2", "sdpa"]
     """Attention of the reference implementation. auto: flash_attention_2 if it is installed, else PyTorch's sdpa."""
     deterministic: bool
