@@ -1,17 +1,20 @@
 """check: params.yaml -> data/checked
 
-Runs before the first stage whenever params.yaml has changed: what is wrong with it is said in the first second, not by
-the first stage that imports torch, and not by DVC, which would find a missing folder itself, name it and nothing else,
-and have deleted the stage's old outputs by then. The output never changes, so that no stage runs again because of it.
+Runs before the other stages whenever params.yaml has changed. It reports invalid settings, missing folders and an
+unusable source model within a second or two, before a later stage imports torch, and before DVC deletes old outputs.
+The output never changes, so this stage re-runs no other one.
 """
 
 from pathlib import Path
 
 from pdf2lora.errors import report_input_errors
+from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
 from pdf2lora.params import read_params
-from pdf2lora.preflight.folders import CORPORA, SOURCES, require_folder
+from pdf2lora.preflight.folders import require_folders
+from pdf2lora.preflight.source_model import inspect_for
 from pdf2lora.runtime.files import atomic_write
 from pdf2lora.runtime.processes import single_instance
+from pdf2lora.runtime.scratch import project_root
 
 CHECKED = Path("data/checked")
 
@@ -20,9 +23,11 @@ CHECKED = Path("data/checked")
 @single_instance
 def main() -> None:
     params = read_params()
+    require_folders(params)
+    inspect_for(params)
 
-    require_folder("corpus", CORPORA / params.corpus, "put your PDFs there")
-    require_folder("model", SOURCES / params.model, "put the checkpoint there")
+    if params.evaluate.compare_to != "none":
+        read_documents_at(resolve_commit(params.evaluate.compare_to, project_root()), project_root())
 
     with atomic_write(CHECKED) as partial:
         partial.write_text("params.yaml is valid, and the folders that it names are there\n")

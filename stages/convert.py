@@ -1,6 +1,6 @@
 """convert: models/source/<model>/ -> models/base/, metrics/convert.json
 
-models/base is in Hugging Face's layout whichever of the two the checkpoint came in, with a manifest of its files.
+models/base is always in Hugging Face's layout, and has a manifest of its files.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from pdf2lora.runtime.manifest import write_manifest
 from pdf2lora.runtime.processes import single_instance
 from pdf2lora.weights.conversion import convert
 
-CHECKPOINTS = Path("models/source")
+SOURCE_MODELS = Path("models/source")
 BASE = Path("models/base")
 METRICS = Path("metrics/convert.json")
 
@@ -23,7 +23,7 @@ METRICS = Path("metrics/convert.json")
 @single_instance
 def main() -> None:
     params = read_params()
-    source = CHECKPOINTS / params.model
+    source = SOURCE_MODELS / params.model
 
     with (
         atomic_directory(BASE) as folder,
@@ -37,7 +37,7 @@ def main() -> None:
         summary = convert(
             source,
             folder,
-            llama_version=params.checkpoint.llama_version,
+            llama_version=params.llama_version,
             max_shard_gib=params.convert.max_shard_gib,
             progress=progress,
         )

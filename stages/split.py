@@ -2,17 +2,15 @@
 
 from pathlib import Path
 
-from pdf2lora.documents.leakage import leakage
-from pdf2lora.documents.records import Document, read_documents, write_documents
-from pdf2lora.documents.splitting import split
-from pdf2lora.documents.text import words
-from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.documents.records import read_documents, write_documents
+from pdf2lora.documents.splitting import split, summarize
+from pdf2lora.errors import report_input_errors
 from pdf2lora.params import read_params
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.processes import single_instance
 
 DOCUMENTS = Path("data/documents.jsonl")
-SIDES = Path("data/split")
+SPLITS = Path("data/split")
 METRICS = Path("metrics/split.json")
 
 
@@ -20,37 +18,19 @@ METRICS = Path("metrics/split.json")
 @single_instance
 def main() -> None:
     params = read_params().split
-    kept = [document for document in read_documents(DOCUMENTS) if document.reason is None]
-
-    try:
-        sides = split(
-            kept,
-            test_fraction=params.test_fraction,
-            validation_fraction=params.validation_fraction,
-            similarity=params.near_duplicate_similarity,
-            seed=params.seed,
-        )
-    except ValueError as error:
-        raise InputError(
-            f"{DOCUMENTS}: {len(kept)} documents kept, too few to split ({error}); add PDFs"
-            + (" or set split.validation_fraction to 0" if params.validation_fraction and len(kept) > 1 else "")
-        ) from None
-    metrics: dict[str, object] = {side: counts(documents) for side, documents in sides.items()}
-    metrics["test_13grams_in_train"] = leakage(*[[d.text for d in sides[side]] for side in ("train", "test")])
-
-    with atomic_directory(SIDES) as folder:
-        for side, documents in sides.items():
-            write_documents(folder / f"{side}.jsonl", documents)
-    write_json(METRICS, metrics)
-    print("split: " + ", ".join(f"{len(documents)} {side}" for side, documents in sides.items()) + " documents")
-
-
-def counts(documents: list[Document]) -> dict[str, int]:
-    return {
-        "documents": len(documents),
-        "characters": sum(document.characters for document in documents),
-        "words": sum(len(words(document.text)) for document in documents),
-    }
+    usable = [document for document in read_documents(DOCUMENTS) if document.reason is None]
+    splits = split(
+        usable,
+        test_fraction=params.test_fraction,
+        validation_fraction=params.validation_fraction,
+        similarity=params.near_duplicate_similarity,
+        seed=params.seed,
+    )
+    with atomic_directory(SPLITS) as folder:
+        for name, documents in splits.items():
+            write_documents(folder / f"{name}.jsonl", documents)
+    write_json(METRICS, summarize(splits))
+    print("split: " + ", ".join(f"{len(documents)} {name}" for name, documents in splits.items()) + " documents")
 
 
 if __name__ == "__main__":

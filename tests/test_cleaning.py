@@ -1,11 +1,16 @@
+import time
 import unicodedata
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pdf2lora.documents.cleaning import clean
-from pdf2lora.documents.quality import is_readable
+from pdf2lora.documents import cleaning
+
+
+def clean(pages: list[str]) -> str:
+    return cleaning.clean(pages).text
+
 
 BODY = "The sea is warmer than it was and the ice is thinner"
 
@@ -14,13 +19,13 @@ BODY = "The sea is warmer than it was and the ice is thinner"
     ("page", "text"),
     [
         ("The e\ufb03cient \ufb01sh over\ufb02ows", "The efficient fish overflows"),
-        ("cafe\u0301 m\u00b2 \uff21\uff22 \u2460", "café m2 AB 1"),
+        ("cafe\u0301 m\u00b2 \uff21\uff22 \u2460", "café m² AB ①"),
         ("a\u00a0b\u2009c\u3000d\te", "a b c d e"),
         ("caf\u0065\u200b\u0301 \u1100-\n\u1161", "café 가"),
     ],
-    ids=["ligatures", "nfkc", "blanks", "composed_at_last"],
+    ids=["ligatures", "forms", "blanks", "composed_at_last"],
 )
-def test_compatibility_characters_become_plain_ones(page: str, text: str) -> None:
+def test_compatibility_characters_become_plain(page: str, text: str) -> None:
     assert clean([page]) == text
 
 
@@ -29,11 +34,11 @@ def test_tex_control_codes_become_ligatures() -> None:
     assert clean([page]) == "difference, first, influence, efficient, baffling"
 
 
-def test_tex_codes_may_begin_a_word() -> None:
+def test_a_tex_code_can_start_a_word() -> None:
     assert clean(["e\x0ecient \x0clters, \row and \rux"]) == "efficient filters, flow and flux"
 
 
-def test_a_lone_carriage_return_is_a_line_end_where_there_are_no_other_tex_codes() -> None:
+def test_a_carriage_return_is_a_line_end_without_other_tex_codes() -> None:
     assert clean([f"{BODY}\rthan ever."]) == f"{BODY} than ever."
 
 
@@ -47,31 +52,45 @@ def test_line_ends_of_all_systems(end: str) -> None:
 @pytest.mark.parametrize(
     "cut", ["\x02", "\x02\n", "\x02\r\n", "\ufffe", "\ufffe\r\n", "\u00ad\n", "\u00ad\r\n", "-\n", "\u2010\n", "- \n"]
 )
-def test_a_word_cut_at_a_line_end_is_whole_again(cut: str) -> None:
+def test_a_word_hyphenated_at_a_line_end_is_joined(cut: str) -> None:
     assert clean([f"the adap{cut}tation of forests"]) == "the adaptation of forests"
 
 
-def test_soft_hyphens_within_a_line_go() -> None:
+def test_soft_hyphens_inside_a_line_are_removed() -> None:
     assert clean(["cli\u00admate ad\u00adaptation"]) == "climate adaptation"
 
 
-def test_a_word_cut_at_a_page_end_is_whole_again() -> None:
+def test_a_word_hyphenated_at_a_page_end_is_joined() -> None:
     assert clean(["the adap-", "tation of forests"]) == "the adaptation of forests"
 
 
-def test_a_hyphen_stays_where_the_document_writes_the_compound_elsewhere() -> None:
+def test_a_compound_that_occurs_elsewhere_keeps_its_hyphen() -> None:
     assert (
         clean(["the long-\nterm plan", "and other long-term plans"]) == "the long-term plan and other long-term plans"
     )
 
 
-def test_a_hyphen_stays_before_a_capital() -> None:
+def test_a_hyphen_before_a_capital_stays() -> None:
     assert clean(["the Inter-\nAmerican bank"]) == "the Inter-American bank"
 
 
 @pytest.mark.parametrize("page", ["a well-known fact", "1990-2020", "a dash - and another – here"])
-def test_hyphens_within_a_line_stay(page: str) -> None:
+def test_hyphens_inside_a_line_stay(page: str) -> None:
     assert clean([page]) == page
+
+
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        ("COVID-\n19", "COVID-19"),
+        ("the mid-\n2020s", "the mid-2020s"),
+        ("inter-\nnatio-\nnal", "international"),
+        ("state-of-\nthe-art", "state-of-the-art"),
+        ("long-term plans. Long-\nterm plans", "long-term plans. Long-term plans"),
+    ],
+)
+def test_hyphens_at_line_ends(page: str, expected: str) -> None:
+    assert clean([page]) == expected
 
 
 @pytest.mark.parametrize(
@@ -88,7 +107,7 @@ def test_hyphens_within_a_line_stay(page: str) -> None:
     ],
     ids=["nul", "control", "zero_width", "joiner_stays", "private_use", "unknown_run", "unknown", "surrogate"],
 )
-def test_characters_that_cannot_be_read_go(page: str, text: str) -> None:
+def test_unreadable_characters_are_removed(page: str, text: str) -> None:
     assert clean([page]) == text
 
 
@@ -96,7 +115,7 @@ def test_characters_that_cannot_be_read_go(page: str, text: str) -> None:
     "leader",
     ["........", " . . . . . . ", "………", "· · · · ·", "\ufffd\ufffd\ufffd\ufffd\ufffd", "___________", "..  ..  .."],
 )
-def test_dot_leaders_and_blanks_to_fill_in_go(leader: str) -> None:
+def test_dot_leaders_and_fill_in_blanks_are_removed(leader: str) -> None:
     assert clean([f"Introduction {leader} 12"]) == "Introduction 12"
 
 
@@ -105,7 +124,7 @@ def test_an_ellipsis_stays() -> None:
 
 
 def pages_with(headers: list[str], footers: list[str]) -> list[str]:
-    """A page for each header and footer, with a sentence of its own between them."""
+    """A page for each header and footer, with a different sentence between them."""
     names = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
     sentences = [f"{BODY} on page {name}." for name in names]
     return ["\n".join(page) for page in zip(headers, sentences, footers, strict=False)]
@@ -115,7 +134,7 @@ def sentences_of(text: str) -> list[str]:
     return [paragraph.removeprefix(f"{BODY} on page ") for paragraph in text.split("\n\n")]
 
 
-def test_running_headers_and_footers_with_changing_numbers_go() -> None:
+def test_running_headers_and_footers_with_numbers_are_removed() -> None:
     headers = [f"Chapter 2: The ocean {number}" for number in range(88, 94)]
     footers = [f"IPCC {number} Assessment Report" for number in range(1, 7)]
     text = clean(pages_with(headers, footers))
@@ -124,14 +143,14 @@ def test_running_headers_and_footers_with_changing_numbers_go() -> None:
     assert text.count(BODY) == 6
 
 
-def test_alternating_headers_go() -> None:
+def test_headers_of_left_and_right_pages_are_removed() -> None:
     text = clean(pages_with(["The ocean", "A. Author and B. Author"] * 4, [""] * 8))
     assert "The ocean" not in text
     assert "Author" not in text
     assert text.count(BODY) == 8
 
 
-def test_a_header_in_other_capitals_is_the_same_header() -> None:
+def test_headers_are_compared_without_case() -> None:
     text = clean(pages_with(["The Ocean", "THE OCEAN", "the ocean"], [""] * 3))
     assert "ocean" not in text.lower()
 
@@ -139,19 +158,19 @@ def test_a_header_in_other_capitals_is_the_same_header() -> None:
 @pytest.mark.parametrize(
     "number", ["7", "- 7 -", "Page 7", "page 7 of 12", "p. 7", "7/12", "[7]", "vii", "XII", "2041", "– xiv –"]
 )
-def test_page_numbers_go(number: str) -> None:
-    whole = f"{BODY} here. {BODY} there."
-    assert clean([f"{number}\n{BODY} here.", f"{BODY} there."]) == whole
-    assert clean([f"{BODY} here.", f"{BODY} there.\n{number}"]) == whole
+def test_page_numbers_are_removed(number: str) -> None:
+    expected = f"{BODY} here. {BODY} there."
+    assert clean([f"{number}\n{BODY} here.", f"{BODY} there."]) == expected
+    assert clean([f"{BODY} here.", f"{BODY} there.\n{number}"]) == expected
 
 
-def test_a_line_of_one_page_stays() -> None:
+def test_a_line_on_one_page_stays() -> None:
     pages = pages_with(["Preface", "Methods", "Results", "Outlook"], [""] * 4)
     text = clean(pages)
     assert all(heading in text for heading in ("Preface", "Methods", "Results", "Outlook"))
 
 
-def test_a_repeated_line_within_the_page_stays() -> None:
+def test_a_repeated_line_in_the_middle_of_pages_stays() -> None:
     lines = [
         "first line {n}",
         "second line {n}",
@@ -166,7 +185,7 @@ def test_a_repeated_line_within_the_page_stays() -> None:
     assert text.count("Key message") == 4
 
 
-def test_no_more_than_three_lines_of_a_page_end_go() -> None:
+def test_at_most_three_lines_are_removed_at_a_page_end() -> None:
     form = ["Ministry of the sea", "Department of ice", "Form for rivers", "Name of the river", "Length of the river"]
     text = clean(["\n".join([*form, name]) for name in ("Rhine", "Loire", "Tiber")])
     assert [text.count(line) for line in form] == [0, 0, 0, 3, 3]
@@ -190,11 +209,11 @@ def test_printed_lines_become_paragraphs() -> None:
     )
 
 
-def test_a_paragraph_goes_on_over_the_page_end() -> None:
+def test_a_paragraph_continues_on_the_next_page() -> None:
     assert clean([BODY, "than it was before the year began."]) == f"{BODY} than it was before the year began."
 
 
-def test_headings_and_list_items_stand_apart() -> None:
+def test_headings_and_list_items_are_separate_paragraphs() -> None:
     page = (
         "Results\n"
         "The level of the sea rose by twenty centimetres:\n"
@@ -216,13 +235,13 @@ def test_headings_and_list_items_stand_apart() -> None:
     ]
 
 
-def test_a_short_line_that_ends_in_a_colon_stands_apart() -> None:
+def test_a_short_line_that_ends_in_a_colon_is_a_separate_paragraph() -> None:
     lines = ["The causes of the rise are:", "heat, which makes the water wider than it has been before,", "and ice."]
     assert clean(["\n".join(lines)]) == f"{lines[0]}\n\n{lines[1]} {lines[2]}"
 
 
 @pytest.mark.parametrize("pages", [[], [""], ["", ""], ["\0\n \n\ufffd"], ["....."]])
-def test_nothing_comes_of_nothing(pages: list[str]) -> None:
+def test_pages_without_text_result_in_an_empty_text(pages: list[str]) -> None:
     assert clean(pages) == ""
 
 
@@ -230,21 +249,27 @@ ODD_CHARACTERS = (
     "abyZ.-…·_:\n\n\n\r\t\f\x00\x02\x0b\x0c\x0e\x0f\ufffe\u00ad\u200b\u200c\ufb01\ufffd\ue000\u2028\u0085\u00a0\u0301\u00b4"
     "\u2010\u2011\u1100\u1161\u11a8é019•()ivx–½ﷺ\u3000\u2024\u0338=\ud800"
 )
+
+
 ODD_PAGES = st.lists(st.text(ODD_CHARACTERS, max_size=40), max_size=4)
+
+
 LINES = st.lists(
     st.sampled_from(["Page 3", "the sea", "adap-", "tation.", "long-term", "1. one", "..", "____", BODY, ""]),
     max_size=8,
 )
+
+
 PRINTED_PAGES = st.lists(LINES.map("\n".join), max_size=4)
 
 
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @example(["sea ..\n.. ice"])
 @given(ODD_PAGES | PRINTED_PAGES | st.lists(st.text(max_size=40), max_size=4))
-def test_a_cleaned_text_is_clean(pages: list[str]) -> None:
+def test_cleaning_is_idempotent(pages: list[str]) -> None:
     text = clean(pages)
     assert clean([text]) == text
-    assert text == unicodedata.normalize("NFKC", text)
+    assert text == unicodedata.normalize("NFC", text)
     assert not {"Cc", "Cf", "Co", "Cs"} & {unicodedata.category(c) for c in set(text) - {"\n", "\u200c", "\u200d"}}
     assert all(line == " ".join(line.split()) for line in text.split("\n"))
 
@@ -254,73 +279,20 @@ WORDS = st.lists(st.text("abcdefghijklmnop", min_size=1, max_size=9), min_size=1
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(WORDS, st.integers(1, 9))
-def test_reflowing_keeps_every_word_in_its_place(words: list[str], words_a_line: int) -> None:
-    lines = [" ".join(words[start : start + words_a_line]) for start in range(0, len(words), words_a_line)]
+def test_joining_lines_keeps_all_words_in_order(words: list[str], words_per_line: int) -> None:
+    lines = [" ".join(words[start : start + words_per_line]) for start in range(0, len(words), words_per_line)]
     assert clean(["\n".join(lines)]).split() == words
 
 
-PROSE = "The sea is warmer than it was before, and a river that I know is dry in summer. "
-
-
 @pytest.mark.parametrize(
     "text",
-    [
-        PROSE,
-        PROSE + "\x0cgures and \x0bects",
-        "Smith, J. A., Jones, B., Müller, C. D., Li, E. F. and Okafor, G. H.",
-        "海の温度が上がっている。氷は前より薄い。",
-        "Η θάλασσα είναι πιο ζεστή από πριν. Температура воды растёт.",
-        PROSE * 4 + "pneumonoultramicroscopicsilicovolcanoconiosis",
-    ],
-    ids=["prose", "tex_ligatures", "authors", "cjk", "greek_and_russian", "one_long_word"],
+    ["a" * 10**6, ("a" * 1000 + "-") * 1000, "ab cd ef\n" * 10**5, "....   " * 10**5, "ab-\n" * 10**5, "ﷺ" * 10**5],
+    ids=["one word", "hyphens", "lines", "dots", "cuts", "ligatures"],
 )
-def test_prose_is_readable(text: str) -> None:
-    assert is_readable(text)
+def test_cleaning_takes_linear_time(text: str) -> None:
+    """Cleaning runs in the parent without a time limit. In quadratic time the first text would take hours."""
+    start_s = time.process_time()
 
+    clean([text, text])
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        " \n\n ",
-        "1990 2000 2010 | 3.5 4.1",
-        "\x1b\x1c\x13\x15 \x11\x14the \x1e\x12\x13sea \x15\x16",
-        PROSE + "\ue001\ue002\ue003\ue004 " * 3,
-        PROSE + " \ufffd \ufffd \ufffd \ufffd",
-        "t h e  s e a  i s  w a r m e r  t h a n",
-        "the s e a is w a r m e r than it was before and the river is dry",
-        "theseaiswarmerthanitwasbefore andtheiceisthinnerthanithasbeen today",
-    ],
-    ids=[
-        "empty",
-        "blank",
-        "numbers",
-        "shifted_codes",
-        "private_use",
-        "unknown",
-        "set_apart",
-        "partly_set_apart",
-        "run_together",
-    ],
-)
-def test_what_only_looks_like_text_is_not_readable(text: str) -> None:
-    assert not is_readable(text)
-
-
-@pytest.mark.parametrize(
-    ("page", "expected"),
-    [
-        ("COVID-\n19", "COVID-19"),
-        ("the mid-\n2020s", "the mid-2020s"),
-        ("inter-\nnatio-\nnal", "international"),
-        ("state-of-\nthe-art", "state-of-the-art"),
-        ("long-term plans. Long-\nterm plans", "long-term plans. Long-term plans"),
-    ],
-)
-def test_hyphens_at_line_ends(page, expected):
-    assert clean([page]) == expected
-
-
-def test_letters_shifted_to_other_letters_are_not_readable():
-    assert is_readable("The climate is changing and we must act. " * 10)
-    assert not is_readable("Wkh folpdwh lv fkdqjlqj dqg zh pxvw dfw. " * 10)
+    assert time.process_time() - start_s < 20

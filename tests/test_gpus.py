@@ -20,6 +20,7 @@ from pdf2lora.errors import InputError
 from pdf2lora.runtime import gpus
 from pdf2lora.runtime.gpus import reserve_gpus, visible_gpus
 from pdf2lora.runtime.launcher import allot_devices
+from pdf2lora.runtime.locks import try_lock
 
 UUIDS = ["GPU-aaaa0000-1111", "GPU-bbbb0000-2222", "GPU-bbbb9999-3333"]
 
@@ -181,7 +182,7 @@ def is_free(*names: str) -> bool:
     """Whether all these GPUs can be locked now."""
     for name in names:
         with (gpus.LOCKS / f"{name}.lock").open("a+") as lock:
-            if not gpus._try_lock(lock):
+            if not try_lock(lock):
                 return False
     return True
 

@@ -405,7 +405,7 @@ def test_the_fingerprint_changes_with_all_that_the_adapter_depends_on(
         return job.run_fingerprint(read_params())
 
     first = fingerprint()
-    for changes in ({"evaluate.seed": 5}, {"compute.num_processes": 2}, {"find_batch.max": 3}):
+    for changes in ({"sample.seed": 5}, {"compute.num_processes": 2}, {"find_batch.max": 3}):
         assert fingerprint(changes) == first, changes
     changed = [
         fingerprint(changes)

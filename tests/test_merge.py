@@ -1,4 +1,4 @@
-"""The merged model against base and adapter, LoRA, rsLoRA and DoRA; a file for each shard; old names in config.json."""
+"""Merged models against the base with its adapter: LoRA, rsLoRA, DoRA, several files, config.json."""
 
 import json
 import shutil
@@ -13,9 +13,7 @@ from tiny_llama import quiet, write_tiny_llama
 from transformers import LlamaForCausalLM
 
 from pdf2lora.errors import InputError
-from pdf2lora.weights import merge as merge_module
 from pdf2lora.weights.merge import merge, read_adapter, write_config
-from pdf2lora.weights.safetensors_files import mapped_weights
 
 pytestmark = quiet
 VARIANTS = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}
@@ -42,7 +40,7 @@ def load(folder):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_base_and_adapter(folders, variant):
+def test_logits_equal_those_of_base_and_adapter(folders, variant):
     write_tiny_adapter(folders.adapter, folders.base, **VARIANTS[variant])
 
     assert merge(folders.base, folders.adapter, folders.merged) == 6
@@ -67,10 +65,10 @@ def test_only_adapted_weights_change_and_the_base_does_not(folders):
     assert (folders.merged / "tokenizer.json").read_bytes() == (folders.base / "tokenizer.json").read_bytes()
 
 
-def test_a_sum_is_rounded_once_to_the_base_s_type(folders, tmp_path):
+def test_the_sum_is_rounded_once_to_the_dtype_of_the_base(folders, tmp_path):
     base = shutil.copytree(folders.base, tmp_path / "base")
-    whole = load_file(base / "model.safetensors")
-    save_file({name: value.bfloat16() for name, value in whole.items()}, base / "model.safetensors", {"format": "pt"})
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value.bfloat16() for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
     write_tiny_adapter(folders.adapter, base)
 
     merge(base, folders.adapter, folders.merged)
@@ -78,22 +76,22 @@ def test_a_sum_is_rounded_once_to_the_base_s_type(folders, tmp_path):
     name = "model.layers.1.self_attn.v_proj"
     merged = load_file(folders.merged / "model.safetensors")[f"{name}.weight"]
     lora = read_adapter(folders.adapter)[name]
-    exact = whole[f"{name}.weight"].bfloat16().float() + 4 * lora["lora_B.weight"] @ lora["lora_A.weight"]
+    exact = weights[f"{name}.weight"].bfloat16().float() + 4 * lora["lora_B.weight"] @ lora["lora_A.weight"]
     assert merged.dtype == torch.bfloat16
     assert torch.equal(merged, exact.bfloat16())
 
 
-def test_every_shard_is_merged(folders, tmp_path):
+def test_every_file_is_merged(folders, tmp_path):
     sharded = shutil.copytree(folders.base, tmp_path / "sharded")
     LlamaForCausalLM.from_pretrained(folders.base).save_pretrained(sharded, max_shard_size="100KB")
     (sharded / "model.safetensors").unlink()
     write_tiny_adapter(folders.adapter, folders.base)
 
-    seen = []
-    merge(sharded, folders.adapter, folders.merged, seen.append)
+    calls = []
+    merge(sharded, folders.adapter, folders.merged, calls.append)
 
     assert len(list(folders.merged.glob("*.safetensors"))) > 1
-    assert sum(seen) == 6
+    assert sum(calls) == 6
     adapted = logits(PeftModel.from_pretrained(load(folders.base), folders.adapter))
     assert torch.allclose(logits(load(folders.merged)), adapted, atol=1e-4)
 
@@ -106,29 +104,18 @@ def test_an_adapter_of_another_base_is_refused(folders, tmp_path):
         folders.adapter / "adapter_model.safetensors",
     )
 
-    with pytest.raises(InputError, match=r"has weights for model.layers.7.mlp.down_proj, which .* has not; run dvc"):
+    with pytest.raises(InputError, match=r"weights for model.layers.7.mlp.down_proj, but .* has no such layer. Train"):
         merge(folders.base, folders.adapter, folders.merged)
 
 
-def test_a_full_disk_is_told_before_anything_is_written(folders, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(folders, monkeypatch):
     write_tiny_adapter(folders.adapter, folders.base)
-    monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
 
-    with pytest.raises(InputError, match=r"0\.0 GiB to write, 0\.0 GiB free; make room on that disk"):
+    with pytest.raises(InputError, match=r"0\.0 GiB are needed, 0\.0 GiB are free"):
         merge(folders.base, folders.adapter, folders.merged)
 
     assert not list(folders.merged.iterdir())
-
-
-def test_mapped_weights_are_the_file_s(tmp_path):
-    save_file({"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}, tmp_path / "w.safetensors")
-
-    for name, weight in mapped_weights(tmp_path / "w.safetensors"):
-        weight += 1 if name == "a" else 5
-
-    read = load_file(tmp_path / "w.safetensors")
-    assert torch.equal(read["a"], torch.full((2, 3), 2.0))
-    assert torch.equal(read["b"], torch.full((4,), 5, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +125,7 @@ def test_mapped_weights_are_the_file_s(tmp_path):
         ({"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}, {"rope_type": "llama3", "factor": 8.0}),
     ],
 )
-def test_config_also_has_the_names_of_transformers_4(tmp_path, rope, scaling):
+def test_config_has_the_names_of_transformers_4_too(tmp_path, rope, scaling):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"dtype": "bfloat16", "rope_parameters": rope}))
 

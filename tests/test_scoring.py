@@ -107,7 +107,7 @@ def test_order_of_documents_does_not_change_the_result(model):
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_chunk_size_of_the_logits_does_not_change_the_result(model, monkeypatch, chunk):
     expected = nats_of(model)
-    monkeypatch.setattr(loss, "LOGITS_OF_A_CHUNK", chunk * VOCABULARY_SIZE)
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", chunk * VOCABULARY_SIZE)
 
     assert nats_of(model) == pytest.approx(expected, rel=1e-6)
 

@@ -1,4 +1,4 @@
-"""The stages check, extract and split, run as functions in a project of their own."""
+"""The stages check, extract and split. Each test runs them as functions in an empty project."""
 
 import json
 import shutil
@@ -9,20 +9,28 @@ from typing import Any
 import pytest
 from conftest import prose, write_pdf
 
-from pdf2lora.documents import corpus as pdf
-from pdf2lora.documents.records import Document, Extraction, read_documents, write_documents
+from pdf2lora.documents import corpus, ocr
+from pdf2lora.documents.extraction import extract as extract_pdfs
+from pdf2lora.documents.records import SPLITS, Document, Extraction, read_documents, write_documents
+from pdf2lora.errors import InputError
 from stages import check, extract, split
 
 CORPUS = Path("data/pdfs/reports")
 DOCUMENTS = Path("data/documents.jsonl")
-QUICK = {"corpus": "reports", "extract.min_characters": 100, "extract.timeout_s": 20, "extract.memory_gib": 0.5}
+QUICK = {
+    "corpus": "reports",
+    "extract.min_characters": 100,
+    "extract.timeout_s": 20,
+    "extract.memory_gib": 0.5,
+    "extract.ocr": "none",
+}
 
 WriteParams = Callable[..., Path]
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_params: WriteParams) -> WriteParams:
-    """An empty project that is the current folder; gives what writes its params.yaml again, with other changes."""
+    """Makes an empty project and changes to its folder. Returns a function that writes params.yaml with changes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     CORPUS.mkdir(parents=True)
@@ -31,26 +39,25 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_params: Write
 
 
 @pytest.fixture
-def read_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the PDFs that an engine was asked to read, as it goes on."""
+def extracted_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of all PDFs that a stage extracted up to now."""
     names: list[str] = []
-    extract_all = pdf.extract
 
     def recorded(files: Iterable[Path], **settings: Any) -> Iterator[tuple[Path, Extraction]]:
-        asked = list(files)
-        names.extend(file.name for file in asked)
-        yield from extract_all(asked, **settings) if asked else iter(())
+        batch = list(files)
+        names.extend(file.name for file in batch)
+        yield from extract_pdfs(batch, **settings)
 
-    monkeypatch.setattr(pdf, "extract", recorded)
+    monkeypatch.setattr(corpus, "extract", recorded)
     return names
 
 
-def refusal(main: Callable[[], None]) -> str:
-    """What a stage says when it ends with an error of the user's."""
-    with pytest.raises(SystemExit) as ended:
+def error_message(main: Callable[[], None]) -> str:
+    """Returns the error message of a stage that ends with a user error."""
+    with pytest.raises(SystemExit) as caught:
         main()
-    assert isinstance(ended.value.code, str)
-    return ended.value.code
+    assert isinstance(caught.value.code, str)
+    return caught.value.code
 
 
 def metrics(stage: str) -> dict[str, Any]:
@@ -62,7 +69,7 @@ def by_id(documents: Iterable[Document]) -> dict[str, Document]:
 
 
 @pytest.mark.usefixtures("project")
-def test_extract_accounts_for_every_pdf(pdfs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_extract_records_every_pdf(pdfs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     write_pdf(CORPUS / "a.pdf", [prose(1), prose(2)])
     write_pdf(CORPUS / "2024" / "wg1" / "Übersicht.PDF", [prose(3)])
     shutil.copy(CORPUS / "a.pdf", CORPUS / "same_bytes.pdf")
@@ -92,16 +99,20 @@ def test_extract_accounts_for_every_pdf(pdfs: dict[str, Path], capsys: pytest.Ca
         "documents": 7,
         "kept": 3,
         "left_out": {"duplicate": 2, "encrypted": 1, "no_text_layer": 1},
-        "engine": {"pdfium": 1, "pypdf2": 2},
+        "engine": {"pdfium": 3},
         "partial": 0,
         "pages_read": 2 + 1 + 3,
+        "pages_unread": 0,
+        "pages_ocr": 0,
+        "pages_reordered": 0,
         "characters_raw": sum(document.characters_raw for document in kept),
         "characters": sum(document.characters for document in kept),
+        "removed": {},
     }
     assert "extract: 3 of 7 PDFs kept, 6 pages" in capsys.readouterr().out
 
 
-def test_documents_that_were_read_in_part_are_counted(project: WriteParams, pdfs: dict[str, Path]) -> None:
+def test_partial_documents_are_counted(project: WriteParams, pdfs: dict[str, Path]) -> None:
     project({"extract.engines": ["pypdf2"]})
     for name in ("one_bad_page", "plain"):
         shutil.copy(pdfs[name], CORPUS)
@@ -109,64 +120,98 @@ def test_documents_that_were_read_in_part_are_counted(project: WriteParams, pdfs
     assert (metrics("extract")["kept"], metrics("extract")["partial"]) == (2, 1)
 
 
+def test_unread_pages_and_linked_folders_are_reported(
+    project: WriteParams, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project({"extract.max_pages": 2})
+    write_pdf(CORPUS / "a.pdf", [prose(number) for number in range(5)])
+    (CORPUS / "linked").symlink_to(tmp_path)
+    extract.main()
+    assert metrics("extract")["pages_unread"] == 3
+    output = capsys.readouterr().out
+    assert "3 pages after the first 2 of a document are not read (extract.max_pages)" in output
+    assert f"the linked folder {CORPUS}/linked is not read" in output
+
+
+@pytest.mark.parametrize(
+    ("setting", "is_installed"), [("none", True), ("auto", False), ("auto", True), ("rapidocr", True)]
+)
+def test_ocr_is_used_if_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], setting: str, is_installed: bool
+) -> None:
+    monkeypatch.setattr(ocr, "installed_version", lambda: "rapidocr 3" if is_installed else None)
+    assert extract.require_ocr(setting) == (None if setting == "none" or not is_installed else "rapidocr 3")
+    assert ("OCR is off" in capsys.readouterr().out) == (not is_installed)
+
+
+def test_required_ocr_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ocr, "installed_version", lambda: None)
+    with pytest.raises(InputError, match=r"pip install -r requirements-ocr\.txt"):
+        extract.require_ocr("rapidocr")
+
+
 @pytest.mark.usefixtures("project")
-def test_only_what_is_new_is_read(read_files: list[str]) -> None:
+def test_only_new_pdfs_are_extracted(extracted_names: list[str]) -> None:
     for name in ("a", "b"):
         write_pdf(CORPUS / f"{name}.pdf", [prose(ord(name))])
     extract.main()
-    assert sorted(read_files) == ["a.pdf", "b.pdf"]
+    assert sorted(extracted_names) == ["a.pdf", "b.pdf"]
     first = DOCUMENTS.read_bytes()
 
-    read_files.clear()
+    extracted_names.clear()
     DOCUMENTS.unlink()
     extract.main()
-    assert read_files == []
+    assert extracted_names == []
     assert DOCUMENTS.read_bytes() == first
 
     write_pdf(CORPUS / "c.pdf", [prose(3)])
     (CORPUS / "a.pdf").rename(CORPUS / "renamed.pdf")
     extract.main()
-    assert read_files == ["c.pdf"]
+    assert extracted_names == ["c.pdf"]
     assert list(by_id(read_documents(DOCUMENTS))) == ["b.pdf", "c.pdf", "renamed.pdf"]
 
 
-def test_other_settings_are_another_cache(project: WriteParams, read_files: list[str]) -> None:
+def test_other_settings_use_another_cache(project: WriteParams, extracted_names: list[str]) -> None:
     write_pdf(CORPUS / "a.pdf", [prose(1), prose(2)])
     extract.main()
     project({"extract.max_pages": 1})
     extract.main()
-    assert read_files == ["a.pdf", "a.pdf"]
+    assert extracted_names == ["a.pdf", "a.pdf"]
     assert read_documents(DOCUMENTS)[0].pages_read == 1
     project({"lora.r": 16})
     extract.main()
-    assert len(read_files) == 2
+    assert len(extracted_names) == 2
 
 
 @pytest.mark.usefixtures("project")
-def test_an_interrupted_run_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         write_pdf(CORPUS / f"{name}.pdf", [prose(ord(name))])
-    extract_all = pdf.extract
 
     def interrupted(files: Iterable[Path], **settings: Any) -> Iterator[tuple[Path, Extraction]]:
-        yield next(extract_all(list(files)[:1], **settings))
+        yield next(extract_pdfs(list(files)[:1], **settings))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pdf, "extract", interrupted)
+    monkeypatch.setattr(corpus, "extract", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract.main()
     assert not DOCUMENTS.exists()
     assert len(list(Path(".scratch/extract").glob("*/*.json"))) == 1
     assert not list(Path(".scratch").rglob("*.partial"))
 
-    asked = []
-    monkeypatch.setattr(pdf, "extract", lambda files, **settings: asked.extend(files) or extract_all(files, **settings))
+    remaining: list[Path] = []
+
+    def recorded(files: Iterable[Path], **settings: Any) -> Iterator[tuple[Path, Extraction]]:
+        remaining.extend(files)
+        return extract_pdfs(remaining, **settings)
+
+    monkeypatch.setattr(corpus, "extract", recorded)
     extract.main()
-    assert len(asked) == 1
+    assert len(remaining) == 1
     assert metrics("extract")["kept"] == 2
 
 
-def test_the_cache_lies_in_the_main_checkout(
+def test_the_cache_is_in_the_main_checkout(
     project: WriteParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "main_checkout"))
@@ -176,69 +221,69 @@ def test_the_cache_lies_in_the_main_checkout(
     assert not (tmp_path / ".scratch/extract").exists()
 
 
-def nothing_was_written() -> bool:
+def has_no_outputs() -> bool:
     return not DOCUMENTS.exists() and not Path("metrics").exists() and not list(Path("data").glob(".*"))
 
 
-def test_check_tells_an_unknown_corpus_and_the_known_ones(project: WriteParams) -> None:
+def test_check_refuses_an_unknown_corpus_and_lists_the_known_ones(project: WriteParams) -> None:
     Path("data/pdfs/climate").mkdir()
     Path("data/pdfs/notes.txt").touch()
     project({"corpus": "reprots"})
-    assert refusal(check.main) == (
-        "error: corpus: 'reprots' must be a folder of data/pdfs (there: climate, reports); "
-        "put your PDFs there, or choose another with -S corpus=..."
+    assert error_message(check.main) == (
+        "error: corpus: 'reprots' must be a folder of data/pdfs (existing ones: climate, reports). "
+        "Put your PDFs there, or choose another folder with -S corpus=..."
     )
-    assert nothing_was_written()
+    assert has_no_outputs()
 
 
-def test_check_tells_an_unknown_model_and_that_there_is_none(project: WriteParams) -> None:
+def test_check_refuses_an_unknown_model(project: WriteParams) -> None:
     project({"model": "llama_8b"})
-    assert refusal(check.main) == (
-        "error: model: 'llama_8b' must be a folder of models/source (there: none); "
-        "put the checkpoint there, or choose another with -S model=..."
+    assert error_message(check.main) == (
+        "error: model: 'llama_8b' must be a folder of models/source (existing ones: none). "
+        "Put the source model there, or choose another folder with -S model=..."
     )
-    assert nothing_was_written()
+    assert has_no_outputs()
 
 
-def test_what_check_writes_does_not_depend_on_the_corpus(project: WriteParams) -> None:
-    written = set()
-    for corpus in ("reports", "climate"):
-        Path("data/pdfs", corpus).mkdir(exist_ok=True)
+def test_the_output_of_check_does_not_depend_on_the_corpus(project: WriteParams) -> None:
+    outputs = set()
+    for name in ("reports", "climate"):
+        Path("data/pdfs", name).mkdir(exist_ok=True)
         Path("models/source/demo").mkdir(parents=True, exist_ok=True)
-        project({"corpus": corpus, "model": "demo"})
+        project({"corpus": name, "model": "demo"})
         check.main()
-        written.add(Path("data/checked").read_text())
-    assert len(written) == 1
+        outputs.add(Path("data/checked").read_text())
+    assert len(outputs) == 1
 
 
 @pytest.mark.usefixtures("project")
 def test_a_folder_without_pdfs_is_refused() -> None:
     (CORPUS / "notes.txt").touch()
     (CORPUS / "folder.pdf").mkdir()
-    assert refusal(extract.main) == (
-        "error: corpus: data/pdfs/reports holds no file that ends in .pdf; put your PDFs there or choose another corpus"
+    assert error_message(extract.main) == (
+        "error: corpus: data/pdfs/reports has no .pdf file. Put PDFs there or select another corpus."
     )
-    assert nothing_was_written()
+    assert has_no_outputs()
 
 
 @pytest.mark.usefixtures("project")
-def test_a_corpus_of_which_nothing_can_be_used_writes_nothing(pdfs: dict[str, Path]) -> None:
+def test_a_corpus_without_usable_pdfs_is_refused(pdfs: dict[str, Path]) -> None:
     for name in ("password", "scan", "truncated", "no_pdf"):
         shutil.copy(pdfs[name], CORPUS)
-    assert refusal(extract.main) == (
-        "error: data/pdfs/reports: none of its 4 PDFs can be used (2 damaged, 1 encrypted, 1 no_text_layer); "
-        "add PDFs with a text layer"
+    assert error_message(extract.main) == (
+        "error: data/pdfs/reports: none of the 4 PDFs is usable (2 damaged, 1 encrypted, 1 no_text_layer). "
+        "Add PDFs with a text layer."
     )
-    assert nothing_was_written()
+    assert has_no_outputs()
 
 
 @pytest.mark.parametrize("stage", [check, extract, split])
-def test_wrong_params_end_a_stage_before_it_writes(project: WriteParams, stage: Any) -> None:
+def test_wrong_params_stop_a_stage_before_it_writes(project: WriteParams, stage: Any) -> None:
     project({"split.test_fraction": 2.0})
-    assert refusal(stage.main).startswith(
-        "error: split.test_fraction: 2.0 must be less than 1; change it in params.yaml"
+    assert error_message(stage.main).startswith(
+        "error: split.test_fraction is 2.0; it must be less than 1. Change it in params.yaml"
     )
-    assert nothing_was_written()
+    assert has_no_outputs()
 
 
 def kept_document(number: int, **changes: Any) -> Document:
@@ -259,30 +304,30 @@ def kept_document(number: int, **changes: Any) -> Document:
 
 
 def write_corpus(number: int) -> None:
-    """So many documents that are kept, and one that is left out."""
+    """Writes `number` usable documents, and one that is left out."""
     left_out = kept_document(1000, reason="encrypted", text="", characters=0)
     write_documents(DOCUMENTS, [left_out, *map(kept_document, range(number))])
 
 
 @pytest.mark.usefixtures("project")
-def test_split_writes_the_sides_and_their_counts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_split_writes_three_files_and_their_counts(capsys: pytest.CaptureFixture[str]) -> None:
     write_corpus(20)
     split.main()
-    sides = {side: read_documents(Path(f"data/split/{side}.jsonl")) for side in ("train", "validation", "test")}
-    assert {side: len(documents) for side, documents in sides.items()} == {"train": 17, "validation": 1, "test": 2}
-    assert sorted(d.id for documents in sides.values() for d in documents) == sorted(f"{n}.pdf" for n in range(20))
+    splits = {name: read_documents(Path(f"data/split/{name}.jsonl")) for name in SPLITS}
+    assert {name: len(documents) for name, documents in splits.items()} == {"train": 17, "validation": 1, "test": 2}
+    assert sorted(d.id for documents in splits.values() for d in documents) == sorted(f"{n}.pdf" for n in range(20))
     assert metrics("split") == {
-        side: {
+        name: {
             "documents": len(documents),
             "characters": sum(len(d.text) for d in documents),
             "words": 120 * len(documents),
         }
-        for side, documents in sides.items()
+        for name, documents in splits.items()
     } | {"test_13grams_in_train": 0.0}
     assert capsys.readouterr().out == "split: 17 train, 1 validation, 2 test documents\n"
 
 
-def test_split_without_validation_writes_an_empty_side(project: WriteParams) -> None:
+def test_split_without_validation_writes_an_empty_file(project: WriteParams) -> None:
     project({"split.validation_fraction": 0.0})
     write_corpus(4)
     split.main()
@@ -290,7 +335,7 @@ def test_split_without_validation_writes_an_empty_side(project: WriteParams) -> 
     assert metrics("split")["validation"] == {"documents": 0, "characters": 0, "words": 0}
 
 
-def test_the_seed_of_split_is_that_of_params(project: WriteParams) -> None:
+def test_split_uses_the_seed_of_params(project: WriteParams) -> None:
     tests = set()
     for seed in range(4):
         project({"split.seed": seed})
@@ -301,28 +346,27 @@ def test_the_seed_of_split_is_that_of_params(project: WriteParams) -> None:
 
 
 @pytest.mark.usefixtures("project")
-def test_one_document_cannot_be_split() -> None:
+def test_one_document_is_refused() -> None:
     write_corpus(1)
-    assert refusal(split.main) == (
-        "error: data/documents.jsonl: 1 documents kept, too few to split "
-        "(1 groups of documents cannot fill train, validation, test); add PDFs"
+    assert error_message(split.main) == (
+        "error: split: the corpus has 1 usable documents in 1 groups of near-duplicates; "
+        "train, validation, test need at least 3 groups. Add PDFs."
     )
     assert not Path("data/split").exists()
     assert not Path("metrics").exists()
 
 
-def test_one_document_without_validation_is_told_only_to_add_pdfs(project: WriteParams) -> None:
+def test_one_document_without_validation_is_refused(project: WriteParams) -> None:
     project({"split.validation_fraction": 0.0})
     write_corpus(1)
-    message = refusal(split.main)
-    assert "cannot fill train, test" in message
-    assert message.endswith("; add PDFs")
+    message = error_message(split.main)
+    assert message.endswith("train, test need at least 2 groups. Add PDFs.")
 
 
 @pytest.mark.usefixtures("project")
-def test_two_documents_can_be_split_after_the_advice(project: WriteParams) -> None:
+def test_two_documents_can_be_split_without_validation(project: WriteParams) -> None:
     write_corpus(2)
-    assert "set split.validation_fraction to 0" in refusal(split.main)
+    assert "Add PDFs or set split.validation_fraction to 0." in error_message(split.main)
     project({"split.validation_fraction": 0.0})
     split.main()
     assert (metrics("split")["train"]["documents"], metrics("split")["test"]["documents"]) == (1, 1)

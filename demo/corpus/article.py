@@ -1,4 +1,4 @@
-"""One text of the corpus: a markdown file with a front matter, as a title and a list of blocks."""
+"""Reads one text of the corpus: a Markdown file with front matter -> title and list of blocks."""
 
 import re
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ Block = Heading | Paragraph | Bullets | Table
 
 @dataclass(frozen=True)
 class Article:
-    number: int  # the file name's leading number: it decides the theme and the style
+    number: int  # at the start of the file name; selects theme and style
     name: str
     title: str
     running: str
@@ -42,13 +42,17 @@ class Article:
 
 
 def read_article(path: Path) -> Article:
-    """Reads `NN-name.md`; a file without the three lines of front matter is an error."""
+    """Reads `NN-name.md`.
+
+    Raises:
+        ValueError: the front matter does not have exactly title, running and layout.
+    """
     match = FRONT_MATTER.fullmatch(path.read_text(encoding="utf-8"))
     if match is None:
-        raise ValueError(f"{path}: expected a front matter between two lines of ---")
+        raise ValueError(f"{path} has no front matter between two --- lines. Add it.")
     fields = dict(line.split(": ", 1) for line in match[1].splitlines())
     if fields.keys() != {"title", "running", "layout"} or fields["layout"] not in ("one-column", "two-column"):
-        raise ValueError(f"{path}: expected title, running and layout (one-column or two-column), found {fields}")
+        raise ValueError(f"{path} has {fields}; it must have title, running and layout (one-column or two-column).")
     return Article(
         number=int(path.stem.split("-")[0]),
         name=path.stem,
@@ -60,7 +64,7 @@ def read_article(path: Path) -> Article:
 
 
 def parse_blocks(markdown: str) -> list[Block]:
-    """Splits at blank lines; a paragraph that opens with `Table N.` after a table is its caption."""
+    """Splits at blank lines. A paragraph that starts with `Table N.` after a table is its caption."""
     blocks: list[Block] = []
     for chunk in re.split(r"\n\s*\n", markdown.strip()):
         lines = chunk.splitlines()

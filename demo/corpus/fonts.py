@@ -1,6 +1,6 @@
-"""The fonts of the corpus, and what each does to the text that a reader gets back out of a PDF.
+"""The fonts of the corpus. Some make text extraction hard on purpose: ligatures, or no Unicode map.
 
-All are under the SIL Open Font License, which allows embedding and redistribution. They come from the Debian packages
+All have the SIL Open Font License, which allows embedding and redistribution. They come from the Debian packages
 fonts-sil-gentiumplus, fonts-sil-charis, fonts-crosextra-carlito and fonts-liberation2.
 """
 
@@ -20,7 +20,7 @@ TEX_CODES = {char: char for char in ASCII} | {0xFB00: 0x0B, 0xFB01: 0x0C, 0xFB02
 
 
 class LigatureFont(TTFont):
-    """TrueType with ligatures, joined as the font measures and draws: hyphenation has seen plain letters by then."""
+    """A TrueType font with ligatures. They replace letters after hyphenation, when the font measures and draws."""
 
     def __init__(self, name: str, path: Path, ligatures: dict[str, str]) -> None:
         super().__init__(name, str(path), shapable=False)
@@ -39,11 +39,11 @@ class LigatureFont(TTFont):
 
 
 class UnmappedFont(LigatureFont):
-    """TrueType that puts `codes` (character -> code) in a font without a ToUnicode map: a reader gets the bare codes.
+    """A TrueType font without a ToUnicode map. A PDF engine returns its codes instead of characters.
 
-    With TEX_CODES all is readable but the ligatures, which come out as control characters (those of TeX's OT1
-    encoding). With SHIFTED_CODES, which look like the glyph numbers that some printer drivers write, nothing is.
-    Characters that are not in `codes` go to a second font, an ordinary one.
+    codes: character -> code. TEX_CODES keep ASCII; only the ligatures become control characters, as in TeX's OT1
+    encoding. SHIFTED_CODES are like the glyph numbers of some printer drivers; no character is readable. All other
+    characters use a second font with a ToUnicode map.
     """
 
     def __init__(self, name: str, path: Path, ligatures: dict[str, str], codes: dict[int, int]) -> None:
@@ -66,7 +66,7 @@ class UnmappedFont(LigatureFont):
 
 
 def register_fonts() -> None:
-    """Makes five families known to reportlab: Gentium, Charis, Carlito, Liberation and Shifted."""
+    """Registers five families with reportlab: Gentium, Charis, Carlito, Liberation and Shifted."""
     for weight in ("Regular", "Bold", "Italic"):
         fonts = (
             LigatureFont(f"Gentium-{weight}", TRUETYPE / f"gentiumplus/GentiumBookPlus-{weight}.ttf", FULL_LIGATURES),

@@ -1,4 +1,4 @@
-"""The documents that a pipeline must refuse or recognise: seven files, one small function each."""
+"""Makes the seven documents that a pipeline must refuse or recognize."""
 
 import io
 import shutil
@@ -19,7 +19,7 @@ SCAN_DPI = 100
 
 
 def make_scan(source: Path, target: Path) -> None:
-    """A paper copy laid on a scanner: two grey JPEG pages, slightly askew, without a text layer."""
+    """Makes a scan: two grey JPEG pages, slightly rotated, without a text layer."""
     canvas = Canvas(str(target), pagesize=A4, invariant=1)
     with pypdfium2.PdfDocument(source) as document:
         for page in [document[0], document[1]]:
@@ -32,18 +32,18 @@ def make_scan(source: Path, target: Path) -> None:
 
 
 def make_encrypted(article: Article, target: Path) -> None:
-    """A report behind a user password: no page can be read without it."""
+    """Makes a report with a user password. No page is readable without it."""
     typeset(article, JOURNAL, target, password=PASSWORD)
 
 
 def make_broken(source: Path, target: Path) -> None:
-    """A download that stopped early: the first part of a file, without page tree, text or cross-reference table."""
+    """Makes an incomplete download: the start of a file, without page tree, text and cross-reference table."""
     data = source.read_bytes()
     target.write_bytes(data[: data.index(b"/Type /Pages")])
 
 
 def make_cover(target: Path) -> None:
-    """The cover of a report whose body was published elsewhere: too few words to be a document."""
+    """Makes the cover page of a report: too little text for a document."""
     canvas = Canvas(str(target), pagesize=A4, invariant=1)
     canvas.setTitle("Regional Climate Outlook")
     lines = {
@@ -63,15 +63,15 @@ def make_cover(target: Path) -> None:
 
 
 def make_exact_copy(source: Path, target: Path) -> None:
-    """The same file downloaded twice: equal bytes under another name."""
+    """Makes a second file with the same bytes."""
     shutil.copyfile(source, target)
 
 
 def make_second_edition(revised: Article, target: Path) -> None:
-    """A lightly revised edition: new title, two new paragraphs, a few reworded sentences, another publisher's style."""
+    """Makes a revised edition: new title, two new paragraphs, a few reworded sentences, another style."""
     typeset(revised, BULLETIN, target)
 
 
 def make_unmapped(article: Article, target: Path) -> None:
-    """Fine on screen, but its fonts have their own codes and no Unicode map: a reader gets "7KH" for "The"."""
+    """Makes a document without a Unicode map in its fonts. A PDF engine returns "7KH" for "The"."""
     typeset(article, replace(AGENCY, family="Shifted"), target)

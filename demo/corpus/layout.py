@@ -1,4 +1,4 @@
-"""Article -> PDF, in one of four styles. The same article and style give the same bytes."""
+"""Article -> PDF in one of four styles. The same article and style result in the same bytes."""
 
 import html
 import io
@@ -30,19 +30,19 @@ rl_config.useA85 = 0  # binary streams, a fifth smaller
 
 @dataclass(frozen=True)
 class Style:
-    """What one publisher's documents have in common; lengths in points."""
+    """The style of one publisher. Lengths are in points."""
 
     family: str
     page_size: tuple[float, float]
     margin: float
     body_size: float
     leading: float  # in body sizes
-    footer: str  # may use {page}, {pages} and {running}
+    footer: str  # can contain {page}, {pages} and {running}
     footer_at: float = 0.5  # 0 left, 0.5 centre, 1 right
     accent: str = "#000000"  # colour of the title, headings and rules
     justified: bool = True  # with hyphenation; otherwise ragged, without
-    indented: bool = True  # paragraphs open with an indent, not with space above
-    numbered: bool = True  # headings are "1  Introduction", unless the text numbers them itself
+    indented: bool = True  # paragraphs start with an indent, not with space above
+    numbered: bool = True  # headings are "1  Introduction", unless the text has numbers
     ruled_header: bool = False
 
 
@@ -74,18 +74,18 @@ BULLETIN = Style(
     indented=False,
     numbered=False,
 )
-STYLES = (JOURNAL, AGENCY, PREPRINT, BULLETIN)  # a text's number picks one in turn
+STYLES = (JOURNAL, AGENCY, PREPRINT, BULLETIN)  # the number of a text selects one
 
 
 def typeset(article: Article, style: Style, target: Path, password: str | None = None) -> int:
-    """Writes the PDF and returns its number of pages. Laid out twice, because footers name the total."""
+    """Writes the PDF and returns its number of pages. The layout runs twice, because footers show the total."""
     num_pages = build(article, style, io.BytesIO(), num_pages=0, password=None)
     with target.open("wb") as file:
         return build(article, style, file, num_pages, password)
 
 
 def build(article: Article, style: Style, file: IO[bytes], num_pages: int, password: str | None) -> int:
-    width, height = (side - 2 * style.margin for side in style.page_size)
+    width, height = (length - 2 * style.margin for length in style.page_size)
     title = Text(markup(article.title), text_style(style, "Bold", 1.7, textColor=HexColor(style.accent)))
     _, title_height = title.wrap(width, height)
     num_columns = 2 if article.two_columns else 1
@@ -132,7 +132,7 @@ def draw_header_and_footer(canvas: Canvas, article: Article, style: Style, page:
 
 
 def flow(article: Article, style: Style, width: float) -> list[Flowable]:
-    """The blocks of an article as reportlab flowables."""
+    """Returns the blocks of an article as reportlab flowables."""
     size = style.body_size
     prose = {
         "alignment": TA_JUSTIFY if style.justified else TA_LEFT,
@@ -167,7 +167,7 @@ def flow(article: Article, style: Style, width: float) -> list[Flowable]:
 
 
 def table(block: Table, style: Style, width: float) -> Flowable:
-    """A table with rules above, below and under its head; its caption stays with it."""
+    """Returns a table with rules above, below and under its head. Its caption stays on the same page."""
     cell, head = text_style(style, scale=0.87), text_style(style, "Bold", 0.87)
     caption = text_style(style, "Italic", 0.87, spaceBefore=3, spaceAfter=style.body_size * 0.9)
     rows = [[Text(markup(words), cell if n else head) for words in row] for n, row in enumerate(block.rows)]
@@ -189,17 +189,17 @@ def table(block: Table, style: Style, width: float) -> Flowable:
 
 
 def column_widths(block: Table, widest: ParagraphStyle, width: float) -> list[float]:
-    """Each column gets its longest word, then a share of what is left in proportion to what it still wants."""
+    """Gives each column the width of its longest word, and distributes the rest by the length of the longest cell."""
 
     def measure(words: str) -> float:
         return float(stringWidth(words, widest.fontName, widest.fontSize)) + 2 * CELL_PADDING + 1
 
     columns = list(zip(*block.rows, strict=True))
-    least = [max(measure(word) for words in column for word in words.split() or [""]) for column in columns]
-    wanted = [max(map(measure, column)) for column in columns]
-    missing = [want - have for want, have in zip(wanted, least, strict=True)]
-    share = (width - sum(least)) / max(sum(missing), 1)
-    return [have + share * more for have, more in zip(least, missing, strict=True)]
+    smallest = [max(measure(word) for words in column for word in words.split() or [""]) for column in columns]
+    largest = [max(map(measure, column)) for column in columns]
+    gaps = [high - low for high, low in zip(largest, smallest, strict=True)]
+    share = (width - sum(smallest)) / max(sum(gaps), 1)
+    return [low + share * gap for low, gap in zip(smallest, gaps, strict=True)]
 
 
 def text_style(style: Style, weight: str = "Regular", scale: float = 1, **settings: object) -> ParagraphStyle:
@@ -217,5 +217,5 @@ def text_style(style: Style, weight: str = "Regular", scale: float = 1, **settin
 
 
 def markup(words: str) -> str:
-    """Plain words with `*emphasis*` -> reportlab's XML."""
+    """Converts plain text with `*emphasis*` to reportlab's XML."""
     return re.sub(r"\*([^*]+)\*", r"<i>\1</i>", html.escape(words, quote=False))

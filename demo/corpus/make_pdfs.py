@@ -1,8 +1,8 @@
-"""texts/*.md -> data/pdfs/demo: 36 readable documents by theme, and the hard cases.
+"""Makes the demo corpus: texts/*.md -> data/pdfs/demo, 36 readable documents by theme, and the hard cases.
 
     python -m demo.corpus.make_pdfs
 
-Deterministic: a second run writes the same bytes.
+A second run writes the same bytes.
 """
 
 from pathlib import Path

@@ -1,12 +1,11 @@
-"""general text + tokenizer.model -> models/source/demo: a Llama-3.2-shaped base model of five million parameters.
+"""Trains the demo's base model: general text, tokenizer.model -> models/source/demo, a Llama 3.2 of 5M parameters.
 
     python -m demo.model.train TEXT_FOLDER [--epochs N --dropout P --target FOLDER --dim N --layers N ...]
 
-Trained from random weights on the public-domain prose of TEXT_FOLDER and nothing else; the climate documents of
-data/pdfs/demo are not among it. Written in Meta's layout: params.json, consolidated.00.pth (bf16), tokenizer.model,
-training.json (settings, loss by epoch, perplexity on books that were held out). Layers and names of weights
-are those of Meta's llama-models (models/llama3/model.py): grouped queries, interleaved rotary pairs, scaled rope,
-SwiGLU.
+The training starts from random weights and sees only the public-domain prose in TEXT_FOLDER, not the climate documents
+in data/pdfs/demo. The output is in Meta's layout: params.json, consolidated.00.pth (bf16), tokenizer.model,
+training.json (settings, loss by epoch, perplexity on held-out books). Layers and names of weights are those of Meta's
+llama-models (models/llama3/model.py): grouped queries, interleaved rotary pairs, scaled rope, SwiGLU.
 """
 
 import argparse
@@ -23,15 +22,15 @@ import torch.nn.functional as F
 from tiktoken.load import load_tiktoken_bpe
 from torch import Tensor, nn
 
-from demo.model.make_tokenizer import LLAMA3_SPLIT
 from demo.model.text import train_and_held_out
+from pdf2lora.weights.tiktoken_files import LLAMA3_SPLIT
 
 ROPE_FACTOR, ROPE_LOW, ROPE_HIGH, ROPE_ORIGINAL_CONTEXT = 32.0, 1.0, 4.0, 8192  # Llama 3.2
 
 
 @dataclass(frozen=True)
 class Shape:
-    """params.json of Meta's Llama 3.2, at a size that git can hold."""
+    """params.json of Meta's Llama 3.2, small enough for git."""
 
     dim: int = 256
     n_layers: int = 5
@@ -43,14 +42,14 @@ class Shape:
     rope_theta: float = 500000.0
 
     def params_json(self) -> dict[str, object]:
-        """Meta gives the feed-forward's width as a rule: 2/3 * 4 * dim * multiplier, rounded up to multiple_of."""
+        """Meta's rule for the feed-forward size: 2/3 * 4 * dim * multiplier, rounded up to multiple_of."""
         shape = {name: value for name, value in asdict(self).items() if name != "ffn_dim"}
         multiplier = self.ffn_dim / (8 * self.dim / 3)
         return shape | {"ffn_dim_multiplier": round(multiplier, 4), "multiple_of": 64, "use_scaled_rope": True}
 
 
 def rotary(shape: Shape, length: int) -> tuple[Tensor, Tensor]:
-    """cos, sin of (length, head_dim / 2), with the long wavelengths stretched as Llama 3.1 and 3.2 do."""
+    """cos and sin, (length, head_dim / 2). Long wavelengths are stretched as in Llama 3.1 and 3.2."""
     head_dim = shape.dim // shape.n_heads
     frequency = shape.rope_theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
     wavelengths_in_context = ROPE_ORIGINAL_CONTEXT * frequency / (2 * math.pi)
@@ -61,7 +60,7 @@ def rotary(shape: Shape, length: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: (batch, length, heads, head_dim), its features in neighbouring pairs."""
+    """x: (batch, length, heads, head_dim), with neighbouring features as pairs."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
@@ -126,7 +125,7 @@ class Llama(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean nats a token; tokens and targets: (batch, length)."""
+        """Mean nats per token; tokens and targets: (batch, length)."""
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
             x = layer(x, self.cos, self.sin)
@@ -140,7 +139,7 @@ def tokenizer(model: Path) -> tiktoken.Encoding:
 
 
 def pack(pieces: list[str], encoding: tiktoken.Encoding, length: int, seed: int | None = None) -> Tensor:
-    """begin_of_text, piece, end_of_text, begin_of_text, ... in rows of length + 1 (inputs and their next tokens)."""
+    """begin_of_text, piece, end_of_text, begin_of_text, ... in rows of length + 1 (inputs and next tokens)."""
     begin, end = encoding.n_vocab - 2, encoding.n_vocab - 1
     order = np.arange(len(pieces)) if seed is None else np.random.default_rng(seed).permutation(len(pieces))
     encoded = encoding.encode_ordinary_batch([pieces[i] for i in order])
@@ -199,7 +198,7 @@ def main() -> None:
     warmup = min(200, num_steps // 10)
     step, started, history = 0, time.monotonic(), []
     for epoch in range(args.epochs):
-        rows = pack(train, encoding, args.length, seed=args.seed + epoch)  # other neighbours, other cuts, each epoch
+        rows = pack(train, encoding, args.length, seed=args.seed + epoch)  # a new order in each epoch
         rows = rows[torch.from_numpy(np.random.default_rng(epoch).permutation(len(rows)))].to(device)
         losses = []
         for batch in rows[: len(rows) // args.batch * args.batch].split(args.batch):
@@ -229,7 +228,7 @@ def main() -> None:
     args.target.mkdir(parents=True, exist_ok=True)
     (args.target / "params.json").write_text(json.dumps(shape.params_json(), indent=2) + "\n")
     weights = {name: weight.to(torch.bfloat16).cpu() for name, weight in model.state_dict().items()}
-    weights["output.weight"] = weights["tok_embeddings.weight"]  # one storage, so the file holds it once
+    weights["output.weight"] = weights["tok_embeddings.weight"]  # the same storage, so the file holds it once
     torch.save(weights, args.target / "consolidated.00.pth")
     summary = {
         "num_parameters": sum(p.numel() for p in model.parameters()),

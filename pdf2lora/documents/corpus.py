@@ -1,4 +1,4 @@
-"""A folder of PDFs -> one record for each PDF. Earlier extractions of the same bytes are reused."""
+"""A folder of PDFs -> one record per PDF. PDFs that were extracted before are read from a cache."""
 
 import json
 import os
@@ -18,49 +18,54 @@ from pdf2lora.runtime.files import atomic_write, file_sha256
 
 
 def find_pdfs(folder: Path) -> list[Path]:
-    """All PDFs of a corpus, also in sub-folders, sorted by path.
+    """Returns all PDFs of a corpus, sorted by path. Sub-folders are included, linked folders are not.
 
     Raises:
-        InputError: there is none.
+        InputError: the folder has no PDF.
     """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".pdf" and path.is_file())
     if not files:
-        raise InputError(
-            f"corpus: {folder} holds no file that ends in .pdf; put your PDFs there or choose another corpus"
-        )
+        remedy = " Linked folders are not read; copy their files." if find_linked_folders(folder) else ""
+        raise InputError(f"corpus: {folder} has no .pdf file. Put PDFs there or select another corpus.{remedy}")
     return files
 
 
-def extract_corpus(folder: Path, files: Sequence[Path], cache: Path, settings: Mapping[str, Any]) -> list[Document]:
-    """One Document for each file, in the order of `files`.
+def find_linked_folders(folder: Path) -> list[Path]:
+    """Returns the links to folders in a corpus. DVC does not track the files in them, so a corpus has none."""
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() and path.is_dir())
 
-    folder: of the corpus; ids are paths within it.
-    cache: a folder for finished extractions. A PDF whose bytes are in it is not read again.
+
+def extract_corpus(folder: Path, files: Sequence[Path], cache: Path, settings: Mapping[str, Any]) -> list[Document]:
+    """Returns one Document per file, in the order of `files`.
+
+    folder: the corpus folder. The id of a document is its path in this folder.
+    cache: a folder of finished extractions, by SHA-256 of the PDF. A PDF in the cache is not read again.
     settings: the section `extract` of params.yaml.
 
     Raises:
-        InputError: a PDF changes while it is read.
+        InputError: a PDF changed during the extraction.
     """
     hashes = {file: file_sha256(file) for file in files}
-    by_hash = {sha256: file for file, sha256 in reversed(hashes.items())}  # one file for each content
-    extractions = _extract_cached(by_hash, cache, settings)
+    by_hash = {sha256: file for file, sha256 in reversed(hashes.items())}  # the first file of each content
+    extractions = _extract_with_cache(by_hash, cache, settings)
     documents = []
-    seen: set[str] = set()
+    known_texts: set[str] = set()
     for file in files:
         extraction = extractions[hashes[file]]
         reason, text = extraction.reason, extraction.text
         if reason is None:
             key = text_sha256(text)
-            reason, text = (Reason.DUPLICATE, "") if key in seen else (None, text)  # the first one is kept
-            seen.add(key)
+            if key in known_texts:
+                reason, text = Reason.DUPLICATE, ""
+            known_texts.add(key)
         fields = asdict(extraction) | {"reason": reason, "text": text}
         document_id = os.fsencode(file.relative_to(folder)).decode("utf-8", "backslashreplace")
         documents.append(Document(id=document_id, sha256=hashes[file], characters=len(text), **fields))
     return documents
 
 
-def _extract_cached(files: Mapping[str, Path], cache: Path, settings: Mapping[str, Any]) -> dict[str, Extraction]:
-    """sha256 -> extraction. Each new one is written to `cache` at once, so an interrupted stage loses nothing."""
+def _extract_with_cache(files: Mapping[str, Path], cache: Path, settings: Mapping[str, Any]) -> dict[str, Extraction]:
+    """Returns SHA-256 -> extraction. Writes each new extraction at once, so that an interrupted stage loses nothing."""
     extractions = {}
     for sha256 in files:
         cached = cache / f"{sha256}.json"
@@ -70,8 +75,8 @@ def _extract_cached(files: Mapping[str, Path], cache: Path, settings: Mapping[st
     progress = tqdm(extract(missing, **settings), total=len(missing), desc="extract", unit="pdf", disable=None)
     for file, extraction in progress:
         if not file.exists() or file_sha256(file) != missing[file]:
-            raise InputError(f"{file}: changed while it was read; wait until its writer has finished, then run again")
-        if Reason.CRASHED not in extraction.attempts.values():  # a crash can be the fault of the machine
+            raise InputError(f"{file} changed during the extraction. Run again when no program writes to it.")
+        if Reason.CRASHED not in extraction.attempts.values():  # the machine can be the cause of a crash
             with atomic_write(cache / f"{missing[file]}.json") as partial:
                 partial.write_text(json.dumps(asdict(extraction), ensure_ascii=False), encoding="utf-8")
         extractions[missing[file]] = extraction
@@ -79,7 +84,7 @@ def _extract_cached(files: Mapping[str, Path], cache: Path, settings: Mapping[st
 
 
 def summarize(documents: Sequence[Document]) -> dict[str, Any]:
-    """The content of metrics/extract.json."""
+    """Returns the content of metrics/extract.json."""
     kept = [document for document in documents if document.reason is None]
     return {
         "documents": len(documents),
@@ -88,6 +93,10 @@ def summarize(documents: Sequence[Document]) -> dict[str, Any]:
         "engine": dict(sorted(Counter(str(d.engine) for d in kept).items())),
         "partial": sum(d.attempts[str(d.engine)] != COMPLETE for d in kept),
         "pages_read": sum(d.pages_read for d in kept),
+        "pages_unread": sum((d.num_pages or d.pages_read) - d.pages_read for d in kept),
+        "pages_ocr": sum(d.pages_ocr for d in kept),
+        "pages_reordered": sum(d.pages_reordered for d in kept),
         "characters_raw": sum(d.characters_raw for d in kept),
         "characters": sum(d.characters for d in kept),
+        "removed": dict(sorted(sum((Counter(d.removed) for d in kept), Counter[str]()).items())),
     }

@@ -1,4 +1,4 @@
-"""The records of the pipeline: what an engine read, what became of it, and the document with its JSONL file."""
+"""The records of the document stages and their JSONL files."""
 
 import json
 from collections.abc import Iterable
@@ -6,35 +6,8 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-SIDES = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One PDF of the corpus, kept or left out."""
-
-    id: str  # path within the corpus folder
-    sha256: str  # of the PDF's bytes
-    num_pages: int | None  # in the file; None where no engine could count them
-    pages_read: int
-    engine: str | None  # that gave the text
-    attempts: dict[str, str]  # engine -> "complete" or what stopped it
-    characters_raw: int  # before cleaning
-    characters: int  # of text
-    reason: str | None  # why it is left out; None = kept
-    text: str
-
-
-def write_documents(file: Path, documents: Iterable[Document]) -> None:
-    """One JSON object a line, UTF-8."""
-    with file.open("w", encoding="utf-8", newline="\n") as out:
-        for document in documents:
-            out.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
-
-
-def read_documents(file: Path) -> list[Document]:
-    with file.open(encoding="utf-8") as lines:
-        return [Document(**json.loads(line)) for line in lines]
+SPLITS = ("train", "validation", "test")
+COMPLETE = "complete"
 
 
 class Reason(StrEnum):
@@ -44,24 +17,26 @@ class Reason(StrEnum):
     DAMAGED = "damaged"
     TIMED_OUT = "timed_out"
     OUT_OF_MEMORY = "out_of_memory"
-    CRASHED = "crashed"  # the engine's process died: a fault in the engine, or memory that it could not get
+    CRASHED = "crashed"  # the worker process died: a fault of the engine, or of the machine
     NO_TEXT_LAYER = "no_text_layer"
     UNREADABLE_FONT = "unreadable_font"
+    PLACEHOLDER = "placeholder"  # an XFA form: the page only asks for another viewer
+    ONLY_ATTACHMENTS = "only_attachments"  # the documents are attached to a cover page (PDF portfolio)
     TOO_SHORT = "too_short"
     DUPLICATE = "duplicate"
 
 
-COMPLETE = "complete"
-
-
 @dataclass
 class Attempt:
-    """What one engine made of one document."""
+    """The pages that one engine read from one document."""
 
     engine: str
-    outcome: str = COMPLETE  # or the Reason that stopped it
+    outcome: str = COMPLETE  # or the Reason that stopped the engine
     num_pages: int | None = None
     pages: list[str] = field(default_factory=list)
+    pages_reordered: int = 0
+    is_placeholder: bool = False
+    num_attachments: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,3 +50,37 @@ class Extraction:
     characters_raw: int
     text: str
     reason: str | None
+    pages_ocr: int = 0
+    pages_reordered: int = 0
+    removed: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One PDF of the corpus, kept or left out."""
+
+    id: str  # path in the corpus folder
+    sha256: str  # of the PDF's bytes
+    num_pages: int | None  # of the file; None if no engine could count them
+    pages_read: int
+    engine: str | None  # that read the text
+    attempts: dict[str, str]  # engine -> "complete" or the reason that stopped it
+    characters_raw: int  # before cleaning
+    characters: int  # of text
+    reason: str | None  # why it is left out; None = kept
+    text: str
+    pages_ocr: int = 0  # read by OCR
+    pages_reordered: int = 0  # two columns that are drawn row by row, put in reading order
+    removed: dict[str, int] = field(default_factory=dict)  # by cleaning: kind -> count
+
+
+def write_documents(file: Path, documents: Iterable[Document]) -> None:
+    """Writes one JSON object per line, in UTF-8."""
+    with file.open("w", encoding="utf-8", newline="\n") as out:
+        for document in documents:
+            out.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
+
+
+def read_documents(file: Path) -> list[Document]:
+    with file.open(encoding="utf-8") as lines:
+        return [Document(**json.loads(line)) for line in lines]

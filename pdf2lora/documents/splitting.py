@@ -1,45 +1,67 @@
 """The split of documents into train, validation and test."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from pdf2lora.documents.leakage import leakage
 from pdf2lora.documents.near_duplicates import near_duplicate_groups
-from pdf2lora.documents.records import SIDES, Document
-from pdf2lora.documents.text import text_sha256
+from pdf2lora.documents.records import SPLITS, Document
+from pdf2lora.documents.text import text_sha256, words
+from pdf2lora.errors import InputError
 
 
 def split(
     documents: Sequence[Document], *, test_fraction: float, validation_fraction: float, similarity: float, seed: int
 ) -> dict[str, list[Document]]:
-    """Train, validation and test documents; a group of near-duplicates is wholly on one side.
+    """Returns split -> documents. All near-duplicates of a document are in the same split.
 
-    Each group draws a number from a seeded hash of its texts. In the order of these numbers the test side is filled
-    first, then validation, each to its share of the documents (at least one), and train takes the rest. So neither
-    the names nor the order of the files matter, and a document that is added moves one across each boundary at the
-    most.
-
-    Returns:
-        side -> documents in the order of their draws.
+    A seeded hash of its texts gives each group of near-duplicates a number. The groups are sorted by these numbers.
+    The first ones fill test, the next ones fill validation, each up to its fraction of the documents (at least one
+    group). Train gets the rest. So the names and the order of the files do not matter, and an additional document
+    moves at most one other document across each boundary.
 
     Raises:
-        ValueError: there are fewer groups than sides to fill.
+        InputError: there are fewer groups than splits.
     """
     hashes = [text_sha256(document.text) for document in documents]
     groups = near_duplicate_groups([document.text for document in documents], similarity)
-    sides = [side for side in SIDES if side != "validation" or validation_fraction > 0]
-    if len(groups) < len(sides):
-        raise ValueError(f"{len(groups)} groups of documents cannot fill {', '.join(sides)}")
+    _require_groups(len(groups), len(documents), validation_fraction > 0)
 
-    def draw(group: list[int]) -> str:
+    def seeded_hash(group: list[int]) -> str:
         return hashlib.sha256(f"{seed} {min(hashes[number] for number in group)}".encode()).hexdigest()
 
-    waiting = sorted(groups, key=draw)
-    filled: dict[str, list[Document]] = {side: [] for side in SIDES}
-    test_wanted = max(1, round(test_fraction * len(documents)))
-    up_to_validation = round((test_fraction + validation_fraction) * len(documents))
-    validation_wanted = max(1, up_to_validation - test_wanted) if validation_fraction else 0
-    for side, wanted in (("test", test_wanted), ("validation", validation_wanted)):
-        while len(filled[side]) < wanted and len(waiting) > 1 + (side == "test" and validation_fraction > 0):
-            filled[side] += [documents[number] for number in sorted(waiting.pop(0), key=hashes.__getitem__)]
-    filled["train"] = [documents[number] for group in waiting for number in sorted(group, key=hashes.__getitem__)]
-    return filled
+    remaining = sorted(groups, key=seeded_hash)
+    splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
+    num_test = max(1, round(test_fraction * len(documents)))
+    num_held_out = round((test_fraction + validation_fraction) * len(documents))
+    num_validation = max(1, num_held_out - num_test) if validation_fraction else 0
+    for name, size in (("test", num_test), ("validation", num_validation)):
+        min_remaining = 2 if name == "test" and validation_fraction > 0 else 1
+        while len(splits[name]) < size and len(remaining) > min_remaining:
+            splits[name] += [documents[number] for number in sorted(remaining.pop(0), key=hashes.__getitem__)]
+    splits["train"] = [documents[number] for group in remaining for number in sorted(group, key=hashes.__getitem__)]
+    return splits
+
+
+def _require_groups(num_groups: int, num_documents: int, has_validation: bool) -> None:
+    names = [name for name in SPLITS if name != "validation" or has_validation]
+    if num_groups < len(names):
+        remedy = " or set split.validation_fraction to 0" if has_validation and num_groups > 1 else ""
+        raise InputError(
+            f"split: the corpus has {num_documents} usable documents in {num_groups} groups of near-duplicates; "
+            f"{', '.join(names)} need at least {len(names)} groups. Add PDFs{remedy}."
+        )
+
+
+def summarize(splits: Mapping[str, Sequence[Document]]) -> dict[str, object]:
+    """Returns the content of metrics/split.json."""
+    counts = {
+        name: {
+            "documents": len(documents),
+            "characters": sum(document.characters for document in documents),
+            "words": sum(len(words(document.text)) for document in documents),
+        }
+        for name, documents in splits.items()
+    }
+    train, test = ([document.text for document in splits[name]] for name in ("train", "test"))
+    return {**counts, "test_13grams_in_train": leakage(train, test)}

@@ -1,4 +1,4 @@
-"""What this machine and its Python have, learned without importing torch, which would take longer than all else."""
+"""This machine and its Python packages, checked without an import of torch (which takes seconds)."""
 
 import importlib.util
 import re
@@ -8,22 +8,14 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
+from pdf2lora.preflight.findings import Finding
+
 GIB = 2**30
 NVIDIA_SMI_TIMEOUT_S = 10
-QUERY = "name,driver_version,memory.total,compute_cap"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """`ok`, a `note` (it works, and could do more) or a `problem` (the run would fail)."""
-
-    level: Literal["ok", "note", "problem"]
-    subject: str
-    text: str
+NVIDIA_SMI_FIELDS = "name,driver_version,memory.total,compute_cap"
 
 
 @dataclass(frozen=True)
@@ -35,28 +27,29 @@ class Gpu:
 
 
 def python_version() -> Finding:
-    found = ".".join(str(part) for part in sys.version_info[:3])
+    current = ".".join(str(part) for part in sys.version_info[:3])
     if (3, 11) <= sys.version_info[:2] <= (3, 12):
-        return Finding("ok", "Python", found)
-    return Finding("problem", "Python", f"{found}, must be 3.11 or 3.12; make repro PYTHON=python3.11")
+        return Finding("ok", "Python", current)
+    return Finding("problem", "Python", f"{current}, must be 3.11 or 3.12. Run: make repro PYTHON=python3.11")
 
 
 def packages(requirements: Path) -> Finding:
-    """Whether the packages of a requirements file are installed at its versions."""
+    """Whether the packages of a requirements file are installed in its versions."""
     pinned = dict(re.findall(r"^([\w.-]+)==([\w.]+)", requirements.read_text(encoding="utf-8"), re.MULTILINE))
     wrong = []
-    for name, wanted in pinned.items():
-        found = installed(name)
-        if found is None:
+    for name, required in pinned.items():
+        current = installed(name)
+        if current is None:
             wrong.append(f"{name} is missing")
-        elif found.partition("+")[0] != wanted:  # torch says its build after the plus
-            wrong.append(f"{name} is {found}, not {wanted}")
+        elif current.partition("+")[0] != required:  # torch appends its build after a plus
+            wrong.append(f"{name} is {current}, not {required}")
     if wrong:
-        return Finding("problem", "packages", f"{', '.join(wrong)}; run make setup")
-    return Finding("ok", "packages", f"all {len(pinned)} of {requirements.name} at their versions")
+        return Finding("problem", "packages", f"{', '.join(wrong)}. Run: make setup")
+    return Finding("ok", "packages", f"all {len(pinned)} packages of {requirements.name} have the pinned versions")
 
 
 def installed(package: str) -> str | None:
+    """The version of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -64,14 +57,14 @@ def installed(package: str) -> str | None:
 
 
 def find_gpus() -> list[Gpu]:
-    """NVIDIA GPUs as nvidia-smi tells of them; none where it is missing or fails."""
-    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
+    """The NVIDIA GPUs that nvidia-smi lists; none if it is missing or fails."""
+    command = ["nvidia-smi", f"--query-gpu={NVIDIA_SMI_FIELDS}", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     gpus = []
-    for line in answer.stdout.splitlines():
+    for line in result.stdout.splitlines():
         name, driver, mebibytes, capability = (field.strip() for field in line.split(","))
         gpus.append(Gpu(name, driver, float(mebibytes) / 1024, float(capability)))
     return gpus
@@ -79,72 +72,75 @@ def find_gpus() -> list[Gpu]:
 
 def gpu(gpus: list[Gpu]) -> Finding:
     if not gpus:
-        return Finding("note", "GPU", "none (nvidia-smi names none): all runs on the CPU, as the demo does")
+        return Finding("note", "GPU", "nvidia-smi lists none. Everything runs on the CPU, as the demo does.")
     first = gpus[0]
     text = f"{first.name}, {first.memory_gib:.0f} GiB, driver {first.driver}"
     if len(gpus) > 1:
-        text += f"; {len(gpus)} there, one is used (choose it with CUDA_VISIBLE_DEVICES)"
+        text += f"; 1 of {len(gpus)} is used (CUDA_VISIBLE_DEVICES chooses it)"
     if first.compute_capability < 8:
-        return Finding("note", "GPU", f"{text}; no bfloat16 before compute capability 8.0: it computes in float32")
+        return Finding("note", "GPU", f"{text}; no bfloat16 below compute capability 8.0, so float32 is used")
     return Finding("ok", "GPU", text)
 
 
 def torch_build(gpus: list[Gpu]) -> Finding:
-    """The version that torch/version.py holds, and whether it can use the GPU that is there."""
-    package = _folder_of("torch")
+    """The version in torch/version.py, and whether it can use the GPU."""
+    package = _package_folder("torch")
     if package is None:
-        return Finding("problem", "torch", "is not installed; run make setup")
+        return Finding("problem", "torch", "not installed. Run: make setup")
     lines = (package / "version.py").read_text(encoding="utf-8")
-    found = re.search(r"__version__ = ['\"](.+?)['\"]", lines)
-    cuda = re.search(r"^cuda\b.*= ['\"](.+?)['\"]", lines, re.MULTILINE)
-    name = found[1] if found else str(installed("torch"))
-    if cuda:
-        return Finding("ok", "torch", f"{name}, built for CUDA {cuda[1]}")
+    version_match = re.search(r"__version__ = ['\"](.+?)['\"]", lines)
+    cuda_match = re.search(r"^cuda\b.*= ['\"](.+?)['\"]", lines, re.MULTILINE)
+    name = version_match[1] if version_match else str(installed("torch"))
+    if cuda_match:
+        return Finding("ok", "torch", f"{name}, built for CUDA {cuda_match[1]}")
     if gpus:
-        return Finding(
-            "problem", "torch", f"{name} is a CPU build and would leave the GPU idle; rm .venv/.installed; make setup"
-        )
+        text = f"{name} is a CPU build, so the GPU would be idle. Run: rm .venv/.installed; make setup"
+        return Finding("problem", "torch", text)
     return Finding("ok", "torch", f"{name}, a CPU build")
 
 
 def bitsandbytes(bits: int, gpus: list[Gpu]) -> Finding:
-    """Whether its compiled library is there for this kind of machine."""
-    package = _folder_of("bitsandbytes")
-    kind = "cuda" if gpus else "cpu"
+    """Whether it has a compiled library for this machine."""
+    package = _package_folder("bitsandbytes")
+    backend = "cuda" if gpus else "cpu"
     if bits == 16:
-        return Finding("ok", "bitsandbytes", "quantization.bits is 16: not needed for the base")
+        return Finding("ok", "bitsandbytes", "not needed for the base model: quantization.bits is 16")
     if package is None:
-        return Finding("problem", "bitsandbytes", "is not installed; run make setup or choose quantization.bits=16")
-    if not list(package.glob(f"libbitsandbytes_{kind}*")):
-        return Finding("problem", "bitsandbytes", f"no library for {kind} in {package}; choose quantization.bits=16")
-    return Finding("ok", "bitsandbytes", f"{installed('bitsandbytes')}, with a library for {kind}")
+        return Finding("problem", "bitsandbytes", "not installed. Run make setup or choose quantization.bits=16.")
+    if not list(package.glob(f"libbitsandbytes_{backend}*")):
+        text = f"{package} has no library for {backend}. Choose quantization.bits=16."
+        return Finding("problem", "bitsandbytes", text)
+    return Finding("ok", "bitsandbytes", f"{installed('bitsandbytes')}, with a library for {backend}")
 
 
-def flash_attention(wanted: str, gpus: list[Gpu]) -> Finding:
-    found = installed("flash-attn")
-    if found:
-        return Finding("ok", "flash-attn", found)
-    if wanted == "flash_attention_2":
-        return Finding(
-            "problem", "flash-attn", "is not installed and compute.attention asks for it; see requirements-gpu.txt"
-        )
-    extra = "; requirements-gpu.txt has it" if gpus else ", and needs a GPU"
-    return Finding("ok" if not gpus else "note", "flash-attn", f"not installed: PyTorch's sdpa runs instead{extra}")
+def flash_attention(attention: str, gpus: list[Gpu]) -> Finding:
+    """attention: compute.attention in params.yaml."""
+    current = installed("flash-attn")
+    if current:
+        return Finding("ok", "flash-attn", current)
+    if attention == "flash_attention_2":
+        text = "not installed, but compute.attention is flash_attention_2. Install requirements-gpu.txt."
+        return Finding("problem", "flash-attn", text)
+    if gpus:
+        return Finding("note", "flash-attn", "not installed, so sdpa is used. requirements-gpu.txt has it.")
+    return Finding("ok", "flash-attn", "not installed, so sdpa is used. It needs a GPU.")
 
 
 def memory(needed_gib: float) -> Finding:
-    found = psutil.virtual_memory().available / GIB
-    if found < needed_gib:
-        return Finding("problem", "memory", f"{found:.1f} GiB free, about {needed_gib:.1f} GiB needed")
-    return Finding("ok", "memory", f"{found:.1f} GiB free, {psutil.cpu_count(logical=True)} processors")
+    available_gib = psutil.virtual_memory().available / GIB
+    if available_gib < needed_gib:
+        return Finding("problem", "memory", f"{available_gib:.1f} GiB free, about {needed_gib:.1f} GiB needed")
+    return Finding("ok", "memory", f"{available_gib:.1f} GiB free, {psutil.cpu_count(logical=True)} processors")
 
 
 def disk(folder: Path, needed_gib: float) -> Finding:
-    free = shutil.disk_usage(folder).free / GIB
-    text = f"{free:.1f} GiB free, about {needed_gib:.2f} GiB more needed"
-    return Finding("ok", "disk", text) if free > needed_gib else Finding("problem", "disk", f"{text}; make room")
+    free_gib = shutil.disk_usage(folder).free / GIB
+    text = f"{free_gib:.1f} GiB free, about {needed_gib:.2f} GiB more needed"
+    if free_gib > needed_gib:
+        return Finding("ok", "disk", text)
+    return Finding("problem", "disk", f"{text}. Free some space.")
 
 
-def _folder_of(package: str) -> Path | None:
-    spec = importlib.util.find_spec(package)  # finds a package without importing it
+def _package_folder(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)  # does not import the package
     return Path(spec.origin).parent if spec and spec.origin else None

@@ -3,15 +3,22 @@
 from pathlib import Path
 
 from pdf2lora.errors import InputError
+from pdf2lora.params import Params
 
 CORPORA = Path("data/pdfs")
-SOURCES = Path("models/source")  # base models as downloaded
+SOURCE_MODELS = Path("models/source")
 
 
-def require_folder(key: str, folder: Path, remedy: str) -> None:
+def require_folders(params: Params) -> None:
+    """Raises InputError if the folder of the corpus or of the source model is missing."""
+    _require_folder("corpus", CORPORA / params.corpus, "Put your PDFs there")
+    _require_folder("model", SOURCE_MODELS / params.model, "Put the source model there")
+
+
+def _require_folder(key: str, folder: Path, remedy: str) -> None:
     if not folder.is_dir():
         known = ", ".join(sorted(path.name for path in folder.parent.glob("*/"))) or "none"
         raise InputError(
-            f"{key}: '{folder.name}' must be a folder of {folder.parent} (there: {known}); "
-            f"{remedy}, or choose another with -S {key}=..."
+            f"{key}: '{folder.name}' must be a folder of {folder.parent} (existing ones: {known}). "
+            f"{remedy}, or choose another folder with -S {key}=..."
         )

@@ -1,8 +1,7 @@
-"""What the report tells of one run, read from metrics/, data/ and dvc.lock."""
+"""The results of one run, read from metrics/, data/ and dvc.lock."""
 
 import csv
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pdf2lora.documents.records import SIDES, Document, read_documents
+from pdf2lora.documents.records import SPLITS, Document, read_documents
+from pdf2lora.weights.licences import find_licences
 
 Curve = tuple[list[float], list[float]]  # x, y
 
@@ -19,7 +19,7 @@ PLOTS = Path("metrics/train/plots/metrics")
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file or folder as dvc.lock has it: md5 of a file, of the list of files for a folder (it ends in .dir)."""
+    """A file or folder in dvc.lock. The md5 of a folder is that of its list of files and ends in .dir."""
 
     path: str
     md5: str
@@ -29,7 +29,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Results:
-    """One run, without anything that only this machine measured."""
+    """One run, without the numbers of one machine."""
 
     extract: dict[str, Any]
     split: dict[str, Any]
@@ -39,14 +39,17 @@ class Results:
     curves: dict[str, Curve]  # train/loss, validation/loss, learning_rate, ... -> steps, values
     test_documents: list[dict[str, Any]]  # rows of eval_documents.csv
     documents: list[Document]  # all of the corpus
-    side_of: dict[str, str]  # id of a kept document -> train, validation or test
+    split_of: dict[str, str]  # id of a kept document -> train, validation or test
     samples: list[dict[str, Any]]
     artifacts: list[Artifact]
-    licence_files: list[str]  # that came with the checkpoint
+    licence_files: list[str]  # of the source model
 
 
-def read_results(checkpoint: Path, paths: Iterable[str]) -> Results:
-    """Reads what the stages wrote, from the project's folder; `paths`: what to look up in dvc.lock."""
+def read_results(source: Path, paths: Iterable[str]) -> Results:
+    """Reads the outputs of the stages in the current folder.
+
+    source: the folder of the source model; paths: files and folders whose hashes dvc.lock gives.
+    """
     return Results(
         extract=_json("metrics/extract.json"),
         split=_json("metrics/split.json"),
@@ -58,22 +61,22 @@ def read_results(checkpoint: Path, paths: Iterable[str]) -> Results:
         },
         test_documents=_rows(Path("metrics/eval_documents.csv")),
         documents=read_documents(Path("data/documents.jsonl")),
-        side_of={d.id: side for side in SIDES for d in read_documents(Path(f"data/split/{side}.jsonl"))},
+        split_of={d.id: split for split in SPLITS for d in read_documents(Path(f"data/split/{split}.jsonl"))},
         samples=_json("data/samples.json"),
         artifacts=read_artifacts(Path("dvc.lock"), paths),
-        licence_files=find_licences(checkpoint),
+        licence_files=find_licences(source),
     )
 
 
 def read_curve(file: Path) -> Curve:
-    """The two columns of one of dvclive's files, step and value."""
+    """The columns step and value of a file of dvclive."""
     table = read_columns(file)
     steps, values = list(table.values())[:2]
     return steps, values
 
 
 def read_columns(file: Path) -> dict[str, list[float]]:
-    """The columns of a file of numbers with tabs between them; a gap becomes nan."""
+    """The columns of a tab-separated file of numbers; an empty field becomes nan."""
     with file.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines, delimiter="\t"))
     return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else ())}
@@ -82,7 +85,8 @@ def read_columns(file: Path) -> dict[str, list[float]]:
 def read_artifacts(lock: Path, paths: Iterable[str]) -> list[Artifact]:
     """These files and folders in dvc.lock; unknown ones are left out.
 
-    DVC brings the lock up to date after each stage: while report runs, its own entry alone is that of the run before.
+    DVC updates the lock after each stage. So while report runs, the entry of report is that of the previous run, and is
+    not read.
     """
     if not lock.exists():
         return []
@@ -94,11 +98,6 @@ def read_artifacts(lock: Path, paths: Iterable[str]) -> list[Artifact]:
         for path in paths
         if "md5" in (entry := entries.get(path, {}))
     ]
-
-
-def find_licences(checkpoint: Path) -> list[str]:
-    """Names of the licence and the use policy in a checkpoint's folder, as Meta and the Hugging Face hub ship them."""
-    return sorted(f.name for f in checkpoint.iterdir() if re.match(r"(licen[cs]e|use_policy|notice)", f.name, re.I))
 
 
 def _json(file: str) -> Any:

@@ -44,6 +44,7 @@ from transformers import get_scheduler
 
 from pdf2lora.evaluation.scoring import nats_per_token
 from pdf2lora.model.forward import Forward, build_forward
+from pdf2lora.model.kernel_choice import Kernels
 from pdf2lora.params import Compute, Train
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.tokens import Sequences, Window
@@ -63,7 +64,7 @@ log = logging.getLogger("train")
 class BatchPlan:
     """How a step is divided, from metrics/batch.json."""
 
-    kernels: str
+    kernels: Kernels
     gradient_checkpointing: str
     per_device_batch: int
     effective_batch: int

@@ -1,9 +1,9 @@
-"""Mutated PDFs and checkpoints, thousands of them, read as the pipeline reads them: python -m tests.long.fuzz
+"""Reads thousands of mutated PDFs and source models with the code of the pipeline.
 
-    --pdfs 3000 --checkpoints 1000 --seed 1     (make fuzz)
+    python -m tests.long.fuzz --pdfs 3000 --models 1000 --seed 1     (make fuzz)
 
-PDFs: none may hang past its time, swell past its memory, end the parent or be left out of the account. Checkpoints:
-each is converted or refused with an InputError, in the memory of an undamaged one and some.
+No PDF may exceed its time or memory limit, crash the parent, or be missing in the results. Each source model must be
+converted or refused with an InputError, in a limited amount of memory.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import psutil
 
@@ -27,10 +28,18 @@ from pdf2lora.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 PDFS = ROOT / "data/pdfs/demo"
-CHECKPOINT = ROOT / "models/source/demo"
+SOURCE_MODEL = ROOT / "models/source/demo"
 TIMEOUT_S = 3.0
 MEMORY_GIB = 1.0
-SETTINGS = {"engines": ["pypdf2", "pdfium"], "max_pages": 30, "clean": True, "min_characters": 300}
+SETTINGS: dict[str, Any] = {
+    "engines": ["pypdf2", "pdfium"],
+    "max_pages": 30,
+    "clean": True,
+    "min_characters": 300,
+    "ocr": "none",
+    "ocr_timeout_s": 60.0,
+    "ocr_memory_gib": 4.0,
+}
 NUMBERS = [b"0", b"-1", b"1", b"65536", b"2147483648", b"99999999999999999999"]
 NAMES = [
     b"/FlateDecode",
@@ -47,45 +56,45 @@ NAMES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pdfs", type=int, default=3000)
-    parser.add_argument("--checkpoints", type=int, default=1000)
+    parser.add_argument("--models", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     with TemporaryDirectory(prefix="fuzz-") as folder:
         print(fuzz_pdfs(Path(folder) / "pdfs", arguments.pdfs, arguments.seed))
-        print(fuzz_checkpoints(Path(folder) / "checkpoints", arguments.checkpoints, arguments.seed))
+        print(fuzz_models(Path(folder) / "models", arguments.models, arguments.seed))
 
 
 def fuzz_pdfs(folder: Path, number: int, seed: int, *, num_workers: int | None = None) -> str:
-    """Gives what became of the files, in words.
+    """Returns a summary of the outcomes.
 
     Raises:
-        AssertionError: a promise is broken; the file's name is in the text.
+        AssertionError: a limit is exceeded or a result is missing. The message has the name of the file.
     """
     folder.mkdir(parents=True)
     originals = [path.read_bytes() for path in sorted(PDFS.rglob("*.pdf"))]
     files = []
     for n in range(number):
         files.append(folder / f"{n:05}.pdf")
-        files[-1].write_bytes(mutated(originals, random.Random(f"{seed} {n}")))
-    started = time.monotonic()
+        files[-1].write_bytes(mutate(originals, random.Random(f"{seed} {n}")))
+    start_s = time.monotonic()
     outcomes: Counter[str] = Counter()
-    accounted, last, slowest, largest_gib = [], started, 0.0, 0.0
+    files_with_result, last_s, longest_wait_s, largest_gib = [], start_s, 0.0, 0.0
     for file, extraction in extract(
         files, timeout_s=TIMEOUT_S, memory_gib=MEMORY_GIB, num_workers=num_workers, **SETTINGS
     ):
-        accounted.append(file)
+        files_with_result.append(file)
         outcomes[str(extraction.reason or "kept")] += 1
-        slowest, last = max(slowest, time.monotonic() - last), time.monotonic()
+        longest_wait_s, last_s = max(longest_wait_s, time.monotonic() - last_s), time.monotonic()
         largest_gib = max([largest_gib, *(gib for gib in worker_gib())])
         assert (extraction.reason is None) == (len(extraction.text) >= 300), file
         assert len(extraction.text) <= 20 * MAX_CHARACTERS, file
-    own_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    assert accounted == files, "files are missing in the account"
-    assert largest_gib <= MEMORY_GIB, f"a worker took {largest_gib:.2f} GiB"
-    said = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+    parent_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    assert files_with_result == files, "results are missing"
+    assert largest_gib <= MEMORY_GIB, f"a worker uses {largest_gib:.2f} GiB"
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
     return (
-        f"fuzz: {number} PDFs in {time.monotonic() - started:.0f} s: {said}; the longest wait {slowest:.1f} s, "
-        f"the largest worker {largest_gib:.2f} GiB, the parent {own_gib:.2f} GiB"
+        f"fuzz: {number} PDFs in {time.monotonic() - start_s:.0f} s: {summary}; longest wait {longest_wait_s:.1f} s, "
+        f"largest worker {largest_gib:.2f} GiB, parent {parent_gib:.2f} GiB"
     )
 
 
@@ -95,7 +104,7 @@ def worker_gib() -> Iterator[float]:
             yield child.memory_info().rss / 2**30
 
 
-def mutated(originals: list[bytes], rng: random.Random) -> bytes:
+def mutate(originals: list[bytes], rng: random.Random) -> bytes:
     content = bytearray(rng.choice(originals))
     for _ in range(rng.choice([1, 1, 2, 4, 16])):
         rng.choice(MUTATIONS)(content, originals, rng)
@@ -112,7 +121,7 @@ def cut(content: bytearray, originals: list[bytes], rng: random.Random) -> None:
     content += b"\0"
 
 
-def take_out(content: bytearray, originals: list[bytes], rng: random.Random) -> None:
+def remove_part(content: bytearray, originals: list[bytes], rng: random.Random) -> None:
     start = rng.randrange(len(content))
     del content[start : start + rng.choice([1, 30, 1000, 20000])]
     content += b"\n"
@@ -128,66 +137,67 @@ def splice(content: bytearray, originals: list[bytes], rng: random.Random) -> No
     content[rng.randrange(len(content)) :] = other[rng.randrange(len(other)) :] or b"\n"
 
 
-def other_number(content: bytearray, originals: list[bytes], rng: random.Random) -> None:
-    """Lengths, counts, references (so circles too), offsets."""
-    found = list(re.finditer(rb"\b\d+\b", bytes(content)))
-    if found:
-        chosen = rng.choice(found)
-        content[chosen.start() : chosen.end()] = rng.choice([*NUMBERS, *(match[0] for match in found[:200])])
+def replace_number(content: bytearray, originals: list[bytes], rng: random.Random) -> None:
+    """Changes a length, a count, a reference (this can make a cycle) or an offset."""
+    matches = list(re.finditer(rb"\b\d+\b", bytes(content)))
+    if matches:
+        target = rng.choice(matches)
+        content[target.start() : target.end()] = rng.choice([*NUMBERS, *(match[0] for match in matches[:200])])
 
 
-def other_name(content: bytearray, originals: list[bytes], rng: random.Random) -> None:
-    found = list(re.finditer(rb"/[A-Za-z]+", bytes(content)))
-    if found:
-        chosen = rng.choice(found)
-        content[chosen.start() : chosen.end()] = rng.choice([*NAMES, *(match[0] for match in found[:100])])
+def replace_name(content: bytearray, originals: list[bytes], rng: random.Random) -> None:
+    matches = list(re.finditer(rb"/[A-Za-z]+", bytes(content)))
+    if matches:
+        target = rng.choice(matches)
+        content[target.start() : target.end()] = rng.choice([*NAMES, *(match[0] for match in matches[:100])])
 
 
 MUTATIONS: list[Callable[[bytearray, list[bytes], random.Random], None]] = [
     flip,
     cut,
-    take_out,
+    remove_part,
     repeat,
     splice,
-    other_number,
-    other_number,
-    other_name,
+    replace_number,
+    replace_number,
+    replace_name,
 ]
 
 
-def fuzz_checkpoints(folder: Path, number: int, seed: int, *, source: Path = CHECKPOINT) -> str:
-    """Gives what became of the checkpoints, in words.
+def fuzz_models(folder: Path, number: int, seed: int, *, source: Path = SOURCE_MODEL) -> str:
+    """Returns a summary of the outcomes.
 
     Raises:
-        AssertionError: one took more memory than twice the undamaged one and 512 MiB.
-        Exception: what `convert` raised that is no InputError.
+        AssertionError: the peak memory grows by more than 512 MiB and twice the size of the undamaged files.
+        Exception: `convert` raised another exception than InputError.
     """
     from pdf2lora.weights.conversion import convert
 
     names = sorted(path.name for path in source.iterdir() if path.name != "training.json")
-    whole = {name: (source / name).read_bytes() for name in names}
+    originals = {name: (source / name).read_bytes() for name in names}
     outcomes: Counter[str] = Counter()
-    limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + (512 << 10) + 2 * sum(map(len, whole.values())) // 1024
+    size_kib = sum(map(len, originals.values())) // 1024
+    limit_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + (512 << 10) + 2 * size_kib
     for n in range(number):
         rng = random.Random(f"{seed} {n}")
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "out").mkdir(parents=True)
         (folder / "in").mkdir()
         damaged = rng.choice(names)
-        for name, content in whole.items():
-            changed = mutated([content], rng) if name == damaged else content
-            (folder / "in" / name).write_bytes(changed)
+        for name, content in originals.items():
+            new_content = mutate([content], rng) if name == damaged else content
+            (folder / "in" / name).write_bytes(new_content)
         try:
             convert(folder / "in", folder / "out", llama_version="3.2", max_shard_gib=2.0)
             outcomes[f"converted ({damaged})"] += 1
         except InputError:
             outcomes[f"refused ({damaged})"] += 1
         except Exception:
-            print(f"fuzz: checkpoint {n} of seed {seed}, {damaged}:", file=sys.stderr)
+            print(f"fuzz: model {n} of seed {seed}, {damaged}:", file=sys.stderr)
             raise
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss <= limit, f"checkpoint {n} of seed {seed}: memory"
-    said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
-    return f"fuzz: {number} checkpoints: {said}"
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss <= limit_kib, f"model {n} of seed {seed}: memory"
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    return f"fuzz: {number} source models: {summary}"
 
 
 if __name__ == "__main__":

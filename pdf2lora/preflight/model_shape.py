@@ -1,0 +1,57 @@
+"""The sizes of a source model: what memory, time and disk space depend on. No weight is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdf2lora.params import ALL_LINEAR, Lora, Quantization
+from pdf2lora.weights.config_json import ConfigSizes
+from pdf2lora.weights.huggingface_files import HuggingFaceFiles
+from pdf2lora.weights.params_json import ModelArgs
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    num_layers: int
+    layers: dict[str, tuple[int, int]]
+    """The linear layers of a block: (input features, output features)."""
+    num_parameters: int
+    num_bytes: int
+    """of the files of weights"""
+
+    def lora_parameters(self, lora: Lora) -> int:
+        """A and B of each target: r x (in + out). DoRA adds `out` magnitudes."""
+        names = self.layers if lora.target_modules == ALL_LINEAR else lora.target_modules
+        targets = [self.layers[name] for name in names if name in self.layers]
+        return self.num_layers * sum(
+            lora.r * (num_inputs + num_outputs) + (num_outputs if lora.use_dora else 0)
+            for num_inputs, num_outputs in targets
+        )
+
+    def base_gib(self, quantization: Quantization) -> float:
+        """The frozen base: the linear layers of the blocks in 4 (with their scales), 8 or 16 bits, the rest in 16."""
+        scale_bits = 0.127 if quantization.bnb_4bit_use_double_quant else 0.5  # per weight (Dettmers et al. 2023)
+        bits = quantization.bits + (scale_bits if quantization.bits == 4 else 0)
+        num_linear = self.num_layers * sum(num_inputs * num_outputs for num_inputs, num_outputs in self.layers.values())
+        return (num_linear * bits + (self.num_parameters - num_linear) * 16) / 8 / GIB
+
+
+def model_shape(files: HuggingFaceFiles | ModelArgs, source: Path) -> ModelShape:
+    """The shape of the source model in the folder `source`. Weights in Meta's layout are assumed to have 16 bits."""
+    if isinstance(files, ModelArgs):
+        num_bytes = sum(file.stat().st_size for file in source.glob("*.pth"))
+        sizes = ConfigSizes(
+            hidden_size=files.dim,
+            num_heads=files.n_heads,
+            num_kv_heads=files.n_kv_heads,
+            head_dim=files.head_dim,
+            intermediate_size=files.hidden_dim,
+        )
+        return ModelShape(files.n_layers, sizes.llama_layers, num_bytes // 2, num_bytes)
+    return ModelShape(
+        num_layers=files.num_layers,
+        layers=files.linear_layers,
+        num_parameters=files.num_parameters,
+        num_bytes=sum(file.stat().st_size for file in files.weight_files),
+    )

@@ -1,0 +1,76 @@
+"""The previous run: its params and dependencies in dvc.lock, its batch search, its speed on this machine."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from pdf2lora.params import Params
+from pdf2lora.preflight.folders import CORPORA, SOURCE_MODELS
+
+
+@dataclass(frozen=True)
+class PreviousRun:
+    """A number of the previous run counts only if it was measured with the params, corpus and model of now."""
+
+    params: Params
+    """of now"""
+    stages: dict[str, Any]
+    """of dvc.lock"""
+    machine: dict[str, Any]
+    """metrics/machine.json"""
+    batch: dict[str, Any]
+    """metrics/batch.json"""
+
+    @classmethod
+    def read(cls, params: Params) -> "PreviousRun":
+        """Reads the files in the project's folder. A missing file counts as empty."""
+        lock = Path("dvc.lock")
+        locked = YAML(typ="safe").load(lock.read_text(encoding="utf-8")) if lock.exists() else {}
+        return cls(params, locked.get("stages", {}), _read_metrics("machine"), _read_metrics("batch"))
+
+    def ran_with_same_params(self, stage: str) -> bool:
+        """Whether the last run of a stage had all its params as they are in params.yaml now."""
+        locked = self.locked_params(stage)
+        current = self.params.model_dump()
+        return bool(locked) and all(_value_at(current, key) == value for key, value in locked.items())
+
+    def locked_params(self, stage: str) -> dict[str, Any]:
+        """{key (`lora`, `train.optim`): value} of the last run of a stage; empty if it never ran."""
+        return dict(self.stages.get(stage, {}).get("params", {}).get("params.yaml", {}))
+
+    @property
+    def has_current_text(self) -> bool:
+        """Whether data/split is the text of this corpus with these params."""
+        return (
+            self._depended_on("extract", CORPORA / self.params.corpus)
+            and self.ran_with_same_params("extract")
+            and self.ran_with_same_params("split")
+        )
+
+    @property
+    def has_current_base(self) -> bool:
+        """Whether models/base is the base model of now."""
+        return self._depended_on("convert", SOURCE_MODELS / self.params.model)
+
+    @property
+    def ran_with_same_seq_length(self) -> bool:
+        """Whether the last training had sequences of the same length."""
+        locked = self.locked_params("train").get("compute", {})
+        return bool(locked.get("seq_length") == self.params.compute.seq_length)
+
+    def _depended_on(self, stage: str, path: Path) -> bool:
+        return any(dep["path"] == str(path) for dep in self.stages.get(stage, {}).get("deps", ()))
+
+
+def _read_metrics(name: str) -> dict[str, Any]:
+    file = Path(f"metrics/{name}.json")
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def _value_at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values

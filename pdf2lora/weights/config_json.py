@@ -1,0 +1,75 @@
+"""Hugging Face's config.json: the sizes in it, and the summary of a converted model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pdf2lora.weights.json_files import whole_number
+
+
+@dataclass(frozen=True)
+class ConfigSizes:
+    """Sizes of a block with Llama's names: numbers of features and heads."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+
+    @property
+    def llama_layers(self) -> dict[str, tuple[int, int]]:
+        """(input features, output features) of the linear layers of a block with Llama's names."""
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (hidden, query),
+            "k_proj": (hidden, key),
+            "v_proj": (hidden, key),
+            "o_proj": (query, hidden),
+            "gate_proj": (hidden, intermediate),
+            "up_proj": (hidden, intermediate),
+            "down_proj": (intermediate, hidden),
+        }
+
+
+def read_sizes(config: Mapping[str, Any], path: Path) -> ConfigSizes:
+    """The sizes in a config.json, with transformers' defaults for num_key_value_heads and head_dim.
+
+    path: of the file, for error messages.
+
+    Raises:
+        InputError: a size is missing or absurd.
+    """
+    hidden_size = whole_number(config, "hidden_size", path)
+    num_heads = whole_number(config, "num_attention_heads", path)
+    has_kv_heads, has_head_dim = (config.get(key) is not None for key in ("num_key_value_heads", "head_dim"))
+    return ConfigSizes(
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=whole_number(config, "num_key_value_heads", path) if has_kv_heads else num_heads,
+        head_dim=whole_number(config, "head_dim", path) if has_head_dim else hidden_size // num_heads,
+        intermediate_size=whole_number(config, "intermediate_size", path),
+    )
+
+
+def summarize(config: Mapping[str, Any]) -> dict[str, object]:
+    """The model's sizes for metrics/convert.json.
+
+    config: with the rotary embedding as transformers 5 (rope_parameters) or 4 (rope_scaling, rope_theta) writes it.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return {
+        "hidden_size": config.get("hidden_size"),
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": config.get("num_attention_heads"),
+        "num_kv_heads": config.get("num_key_value_heads", config.get("num_attention_heads")),
+        "intermediate_size": config.get("intermediate_size"),
+        "vocab_size": config["vocab_size"],
+        "tied": config["tie_word_embeddings"],
+        "dtype": config["dtype"],
+        "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
+        "rope_factor": rope.get("factor"),
+        "context_length": config.get("max_position_embeddings"),
+    }

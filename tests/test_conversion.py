@@ -1,0 +1,37 @@
+"""The choice of the layout, and what the conversion does not import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_meta import convert_default, write_tiny_meta
+
+from pdf2lora.errors import InputError
+from pdf2lora.weights.conversion import convert
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "base"
+
+
+def test_an_unknown_version_is_refused(tmp_path: Path, target: Path) -> None:
+    write_tiny_meta(tmp_path / "tiny", "3")
+
+    with pytest.raises(InputError, match=r'models.tiny.llama_version: "4" is not.* Use one of 1, 2, 3, 3.1, 3.2'):
+        convert_default(tmp_path / "tiny", target, "4")
+
+
+def test_meta_s_layout_needs_a_version(tmp_path: Path, target: Path) -> None:
+    write_tiny_meta(tmp_path / "tiny", "3")
+    target.mkdir()
+
+    with pytest.raises(InputError, match=r"models.tiny.llama_version: missing, .* tiny: {llama_version: '3.2'}"):
+        convert(tmp_path / "tiny", target, llama_version=None, max_shard_gib=2)
+
+
+def test_transformers_is_not_imported() -> None:
+    heavy = "{'transformers', 'sentencepiece'}"
+    code = f"import sys, pdf2lora.weights.conversion; sys.exit(bool({heavy} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)

@@ -1,0 +1,80 @@
+"""Findings about the machine and its Python packages."""
+
+import torch
+
+from pdf2lora.preflight import environment
+from pdf2lora.preflight.environment import Gpu
+from pdf2lora.preflight.findings import Finding
+
+H100 = Gpu("NVIDIA H100 80GB HBM3", "570.10", 79.6, 9.0)
+T4 = Gpu("Tesla T4", "570.10", 15.0, 7.5)
+
+
+def test_packages_of_other_versions_are_listed(tmp_path):
+    file = tmp_path / "requirements.txt"
+    file.write_text(
+        "# comment\nnumpy==0.1\nno-such-package==2.0 # why\ntorch=="
+        + str(environment.installed("torch")).partition("+")[0]
+    )
+
+    assert environment.packages(file) == Finding(
+        "problem",
+        "packages",
+        f"numpy is {environment.installed('numpy')}, not 0.1, no-such-package is missing. Run: make setup",
+    )
+
+
+def test_a_cpu_build_beside_a_gpu_is_a_problem(tmp_path, monkeypatch):
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "version.py").write_text("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n")
+    monkeypatch.setattr(environment, "_package_folder", lambda name: package)
+
+    assert environment.torch_build([]).level == "ok"
+    assert environment.torch_build([H100]).level == "problem"
+    assert "2.13.0+cpu is a CPU build, so the GPU would be idle" in environment.torch_build([H100]).text
+
+    (package / "version.py").write_text("__version__ = '2.13.0+cu128'\ncuda: Optional[str] = '12.8'\n")
+    assert environment.torch_build([H100]) == Finding("ok", "torch", "2.13.0+cu128, built for CUDA 12.8")
+
+
+def test_the_installed_torch_is_recognized():
+    assert environment.torch_build([]).text.startswith(torch.__version__)
+
+
+def test_bitsandbytes_needs_a_library_for_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "_package_folder", lambda name: tmp_path)
+    (tmp_path / "libbitsandbytes_cpu.so").touch()
+
+    assert environment.bitsandbytes(4, []).level == "ok"
+    assert environment.bitsandbytes(4, [H100]).level == "problem"
+    assert environment.bitsandbytes(16, [H100]).level == "ok"
+
+
+def test_flash_attention_must_be_installed_if_it_is_set(monkeypatch):
+    monkeypatch.setattr(environment, "installed", lambda package: None)
+
+    assert environment.flash_attention("flash_attention_2", [H100]).level == "problem"
+    assert environment.flash_attention("auto", [H100]).level == "note"
+
+
+def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'Tesla T4, 570.10, 15360, 7.5'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
+    assert environment.find_gpus() == [T4]
+    assert environment.gpu([T4]).level == "note"
+
+
+def test_no_gpu_if_nvidia_smi_fails(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
+    assert environment.find_gpus() == []
+
+
+def test_too_little_memory_or_disk_is_a_problem(tmp_path):
+    assert environment.memory(1e6).level == environment.disk(tmp_path, 1e6).level == "problem"
+    assert environment.memory(0.001).level == environment.disk(tmp_path, 0.001).level == "ok"

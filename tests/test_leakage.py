@@ -1,0 +1,46 @@
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdf2lora.documents.leakage import leakage
+
+
+def numbered(*spans: Iterable[int]) -> str:
+    return " ".join(f"w{n}" for span in spans for n in span)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "share"),
+    [
+        ([numbered(range(26))], [numbered(range(26))], 1.0),
+        ([numbered(range(26))], [numbered(range(5, 20))], 1.0),
+        ([numbered(range(26))], [numbered(range(100, 126))], 0.0),
+        ([numbered(range(15))], [numbered(range(26))], 3 / 14),
+        ([numbered(range(15))], [numbered(range(13)), numbered(range(50, 65))], 1 / 4),
+        ([numbered(range(15))], [numbered(range(13)), "short"], 1.0),
+        ([numbered(range(12))], [numbered(range(13))], 0.0),
+        ([numbered(range(7)), numbered(range(7, 13))], [numbered(range(13))], 0.0),
+        ([numbered(reversed(range(13)))], [numbered(range(13))], 0.0),
+        (["The sea, the ICE! " * 4], ["the Sea the ice " * 4], 1.0),
+        ([numbered(range(13))], [numbered(range(12))], None),
+        ([numbered(range(13))], ["", "one two"], None),
+    ],
+)  # fmt: skip
+def test_leakage_is_the_share_of_13_grams(train: list[str], test: list[str], share: float | None) -> None:
+    assert leakage(train, test) == share
+
+
+TWO_WORDS = st.lists(st.text("ab", min_size=0, max_size=30).map(" ".join), min_size=1, max_size=3)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(TWO_WORDS, TWO_WORDS)
+def test_leakage_equals_a_plain_count(train: list[str], test: list[str]) -> None:
+    def ngrams(texts: list[str]) -> list[tuple[str, ...]]:
+        return [tuple(text.split()[n : n + 13]) for text in texts for n in range(len(text.split()) - 12)]
+
+    train_ngrams, test_ngrams = set(ngrams(train)), ngrams(test)
+    num_common = sum(ngram in train_ngrams for ngram in test_ngrams)
+    assert leakage(train, test) == (num_common / len(test_ngrams) if test_ngrams else None)

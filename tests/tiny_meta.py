@@ -1,0 +1,141 @@
+"""A tiny random source model in Meta's layout: 2 layers, hidden size 64, and the tokenizer of its Llama version."""
+
+import base64
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from torch import Tensor
+
+from pdf2lora.weights.conversion import convert
+
+MERGES = ["th", "the", " t", " the", "an", "and", " a", " and"]
+NUM_RANKS = 256 + len(MERGES)
+VOCAB_SIZE = NUM_RANKS + 256  # since Llama 3
+SENTENCEPIECE_VOCAB_SIZE = 300
+INTERMEDIATE_SIZE = 88  # whatever the rule of params.json gives
+Weights = dict[str, Tensor]
+
+
+def write_tiny_meta(
+    folder: Path,
+    version: str,
+    *,
+    num_shards: int = 1,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> tuple[Weights, dict[str, Any]]:
+    """Writes all files into a new folder and gives the whole weights and params.json.
+
+    changes: of params.json.
+    """
+    folder.mkdir()
+    has_sentencepiece = version in ("1", "2")
+    (write_sentencepiece if has_sentencepiece else write_ranks)(folder / "tokenizer.model")
+    params = make_params(version, **changes)
+    vocab_size = SENTENCEPIECE_VOCAB_SIZE if has_sentencepiece else VOCAB_SIZE
+    weights = make_weights(params, vocab_size, tied=tied, dtype=dtype)
+    (folder / "params.json").write_text(json.dumps(params))
+    for n, shard in enumerate(split_weights(weights, num_shards, embedding_dim=1 if has_sentencepiece else 0)):
+        if has_sentencepiece:
+            shard["rope.freqs"] = torch.ones(8)
+        torch.save(shard, folder / f"consolidated.{n:02}.pth")
+    return weights, params
+
+
+def make_params(version: str, **changes: Any) -> dict[str, Any]:
+    params = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "multiple_of": 32}
+    if version in ("1", "2"):
+        params |= {"vocab_size": -1}
+    else:
+        params |= {"vocab_size": VOCAB_SIZE, "rope_theta": 500000.0}
+    if version in ("3.1", "3.2"):
+        params["use_scaled_rope"] = True
+    return params | changes
+
+
+def make_weights(params: dict[str, Any], vocab_size: int, *, tied: bool, dtype: torch.dtype = torch.float32) -> Weights:
+    """Weights so large that every part of the model changes the logits."""
+    draw = torch.Generator().manual_seed(7)
+    dim, head_dim = params["dim"], params["dim"] // params["n_heads"]
+
+    def matrix(rows: int, columns: int, gain: float = 1.0) -> Tensor:
+        return (torch.randn(rows, columns, generator=draw) * gain / math.sqrt(columns)).to(dtype)
+
+    def norm() -> Tensor:
+        return (1 + 0.2 * torch.randn(dim, generator=draw)).to(dtype)
+
+    weights = {"tok_embeddings.weight": matrix(vocab_size, dim, gain=3)}
+    for n in range(params["n_layers"]):
+        kv_dim = (params.get("n_kv_heads") or params["n_heads"]) * head_dim
+        weights |= {
+            f"layers.{n}.attention.wq.weight": matrix(dim, dim, gain=2),
+            f"layers.{n}.attention.wk.weight": matrix(kv_dim, dim, gain=2),
+            f"layers.{n}.attention.wv.weight": matrix(kv_dim, dim),
+            f"layers.{n}.attention.wo.weight": matrix(dim, dim),
+            f"layers.{n}.feed_forward.w1.weight": matrix(INTERMEDIATE_SIZE, dim),
+            f"layers.{n}.feed_forward.w2.weight": matrix(dim, INTERMEDIATE_SIZE),
+            f"layers.{n}.feed_forward.w3.weight": matrix(INTERMEDIATE_SIZE, dim),
+            f"layers.{n}.attention_norm.weight": norm(),
+            f"layers.{n}.ffn_norm.weight": norm(),
+        }
+    weights["norm.weight"] = norm()
+    weights["output.weight"] = weights["tok_embeddings.weight"].clone() if tied else matrix(vocab_size, dim)
+    return weights
+
+
+def split_weights(weights: Weights, num_shards: int, *, embedding_dim: int) -> list[Weights]:
+    """Model-parallel shards, split as by fairscale's layers; `embedding_dim`: the split dimension of the embedding."""
+    shards: list[Weights] = [{} for _ in range(num_shards)]
+    for name, weight in weights.items():
+        dim = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+        dim = embedding_dim if name.startswith("tok_embeddings") else dim
+        parts = [weight] * num_shards if weight.dim() == 1 else weight.chunk(num_shards, dim)
+        for shard, part in zip(shards, parts, strict=True):
+            shard[name] = part.clone()
+    return shards
+
+
+def write_ranks(path: Path) -> None:
+    tokens = [bytes([byte]) for byte in range(256)] + [merge.encode() for merge in MERGES]
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+
+
+def write_sentencepiece(path: Path) -> None:
+    text = path.with_name("text.txt")
+    text.write_text("The sea is warmer than it was.\nThe ice is thinner than it has been.\n")
+    sentencepiece.SentencePieceTrainer.Train(
+        input=str(text),
+        model_prefix=str(path.with_suffix("")),
+        model_type="bpe",
+        vocab_size=SENTENCEPIECE_VOCAB_SIZE,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    text.unlink()
+    path.with_suffix(".vocab").unlink()
+
+
+def rewrite_shard(folder: Path, change: Callable[[Weights], Any], number: int = 0) -> None:
+    path = folder / f"consolidated.{number:02}.pth"
+    weights = torch.load(path, weights_only=True)
+    change(weights)
+    torch.save(weights, path)
+
+
+def rewrite_json(path: Path, *, without: str | None = None, **changes: Any) -> None:
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if key != without}))
+
+
+def convert_default(source: Path, target: Path, version: str = "3.2", max_shard_gib: float = 2.0) -> dict[str, object]:
+    """Converts into a new folder or an empty one."""
+    target.mkdir(exist_ok=True)
+    return convert(source, target, llama_version=version, max_shard_gib=max_shard_gib)
