@@ -38,8 +38,13 @@ def read_config(base: Path) -> PreTrainedConfig:
         raise InputError(f"{base}/config.json: transformers cannot read it: {text}. Use another base model.") from error
 
 
-def load_base(base: Path, quantization: Quantization, compute: Compute) -> PreTrainedModel:
+def load_base(
+    base: Path, quantization: Quantization, compute: Compute, *, max_gpu_gib: float | None = None
+) -> PreTrainedModel:
     """The frozen base model on the device, its linear layers in 4, 8 or 16 bits.
+
+    max_gpu_gib: weights beyond this stay in host memory, and accelerate copies a layer to the GPU when a forward pass
+        needs it. None: all on the device.
 
     Raises:
         InputError: bitsandbytes cannot quantize on this machine, or not this model; or the model is not a decoder-only
@@ -50,12 +55,15 @@ def load_base(base: Path, quantization: Quantization, compute: Compute) -> PreTr
     config = read_config(base)
     attention = choose_attention(compute, _model_class(config))
     quantization_config = _quantization_config(config, quantization, bitsandbytes_config(quantization, dtype))
+    placement: dict[str, object] = {"device_map": {"": device()}}
+    if max_gpu_gib is not None:
+        placement = {"device_map": "auto", "max_memory": {device().index: f"{max_gpu_gib:.2f}GiB", "cpu": "10000GiB"}}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base,
             config=config,
             dtype=dtype,
-            device_map={"": device()},
+            **placement,
             attn_implementation=attention,
             quantization_config=quantization_config,
             local_files_only=True,
