@@ -35,6 +35,8 @@ class Section(BaseModel):
 
 class SourceModel(Section):
     llama_version: Literal["1", "2", "3", "3.1", "3.2"]
+    hub_id: str | None = None
+    """The base model's name on the Hugging Face hub, for users of the exported adapter. Optional."""
 
 
 class Extract(Section):
@@ -72,6 +74,9 @@ class Lora(Section):
     ]
     use_dora: bool
     use_rslora: bool
+    init_lora_weights: Literal[True, "gaussian"]
+    """PEFT's initialization of A: true draws from a uniform distribution, gaussian from a normal one. B is zero.
+    PEFT's other values change the weights of the base, which the adapter does not contain."""
 
 
 class Compute(Section):
