@@ -61,13 +61,13 @@ def main() -> None:
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_manifest(folder)
     with atomic_directory(RELEASE) as folder:
-        write_release(folder, params.source_model.hub_id or params.model)
+        write_release(folder, params.hub_id or params.model)
         copy_files(licences, folder)
         (folder / "README.md").write_text(render_card(results, params, merged=merged), encoding="utf-8")
 
     adapted, bits = results.evaluation["adapted"]["perplexity"], params.quantization.bits
     print(f"export: wrote the adapter with tokenizer and model card to {RELEASE}")
-    if params.source_model.hub_id is None:
+    if params.hub_id is None:
         print(f"export: set models.{params.model}.hub_id to name the base model on the Hugging Face hub")
     print(
         f"export: wrote {MERGED}: {num_weights} merged weights in {results.convert['dtype']}; "

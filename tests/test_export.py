@@ -14,7 +14,7 @@ from tiny_llama import quiet, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import export
-from pdf2lora.runtime.manifest import MANIFEST, fault, read_manifest
+from pdf2lora.runtime.manifest import MANIFEST, find_damage, read_manifest
 
 pytestmark = quiet
 SETTINGS = {"compute.seq_length": 32, "evaluate.stride": 16}
@@ -68,7 +68,7 @@ def test_the_merged_model_has_a_manifest(project, current):
     export.main()
 
     merged = project / "models/merged"
-    assert fault(merged) is None
+    assert find_damage(merged) is None
     assert set(read_manifest(merged)["files"]) == {file.name for file in merged.iterdir()} - {MANIFEST}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from pdf2lora.training.trainer import build_model, build_trainer
 from ruamel.yaml import YAML
 from tiny_llama import BOS, COMPUTE, LORA, QUANTIZATION, TRAIN, changed, quiet, random_sequences, write_tiny_llama
 from transformers import LlamaConfig
@@ -20,7 +21,6 @@ from pdf2lora.tokens import windows
 from pdf2lora.training import tracking
 from pdf2lora.training.throughput import flop_per_token
 from pdf2lora.training.tracking import DvcliveCallback, log_to_file
-from pdf2lora.training.trainer import build_model, build_trainer
 
 pytestmark = quiet
 LOOKS = windows(0, np.arange(50), bos=BOS, seq_length=32, stride=32)

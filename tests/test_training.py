@@ -7,6 +7,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+from pdf2lora.training.trainer import build_model, build_trainer, collate
 from tiny_llama import (
     BOS,
     COMPUTE,
@@ -23,7 +24,6 @@ from tiny_llama import (
 
 from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.tokens import IGNORED, Sequences, windows
-from pdf2lora.training.trainer import build_model, build_trainer, collate
 
 pytestmark = quiet
 NUM_SEQUENCES = 8

@@ -34,7 +34,7 @@ def generate(
     input_ids = torch.full((len(prompts), length), encoder.eos)
     attention_mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):  # padding on the left: all rows continue at the same position
-        ids = np.concatenate([[encoder.bos], prompt])
+        ids = np.concatenate([[encoder.start], prompt])
         input_ids[row, length - len(ids) :] = torch.from_numpy(ids)
         attention_mask[row, length - len(ids) :] = 1
     # These values replace those of the model's own generation_config.json: base and adapted model use the same ones.
@@ -88,6 +88,6 @@ def token_nats(causal_lm: Any, tokens: Tokens, encoder: Encoder) -> NDArray[np.f
     """-log p of each token of a short text, (num_tokens,), given bos and the earlier tokens."""
     causal_lm.eval()
     device = causal_lm.get_input_embeddings().weight.device
-    ids = torch.from_numpy(np.concatenate([[encoder.bos], tokens])).to(device)
+    ids = torch.from_numpy(np.concatenate([[encoder.start], tokens])).to(device)
     logits = causal_lm(input_ids=ids[None, :-1], use_cache=False).logits[0].float()
     return np.asarray(F.cross_entropy(logits, ids[1:], reduction="none").double().cpu().numpy())

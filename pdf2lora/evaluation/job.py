@@ -18,7 +18,7 @@ from pdf2lora.evaluation.unquantized import load_unquantized
 from pdf2lora.evaluation.windows import text_windows
 from pdf2lora.model.forward import Forward, build_forward
 from pdf2lora.model.kernel_choice import choose_kernels
-from pdf2lora.model.loading import load_adapter, load_base
+from pdf2lora.model.loading import load_adapter, load_base, read_config
 from pdf2lora.params import Params
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_write, write_json
@@ -81,7 +81,7 @@ def run(params: Params) -> None:
             unquantized = load_unquantized(BASE, params.quantization, params.compute)
             base_unquantized = score(build_forward(unquantized, "reference"))
             del unquantized  # it leaves the memory before the quantized model is loaded
-        kernels = choose_kernels(params.compute, params.quantization, params.lora)
+        kernels = choose_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
         model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)
         forward = build_forward(model, "fused" if kernels == "fp8" else kernels)  # fp8 would approximate the nats
         adapted = score(forward)
