@@ -15,7 +15,6 @@ from pdf2lora.weights.params_json import require_version, version_key
 from pdf2lora.weights.sentencepiece_files import convert_sentencepiece
 from pdf2lora.weights.tiktoken_files import convert_tiktoken, is_tiktoken
 
-
 # transformers 5 rebuilds a LlamaTokenizer from its vocabulary. It loads this class from tokenizer.json.
 OVERRIDES = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
