@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.table import machine
 from pdf2lora.documents.records import read_documents
-from pdf2lora.model.capabilities import CHECKPOINTING
+from pdf2lora.model.gradient_checkpointing import SUPPORTED_GRADIENT_CHECKPOINTING
 from pdf2lora.params import read_params
 from pdf2lora.tokens import Encoder
 from pdf2lora.training.probe import prepare, training_step
@@ -31,7 +31,7 @@ def main() -> None:
     prepared = prepare(BASE, params, sequences, chosen["kernels"])
     effective = chosen["effective_batch"]
     rows = []
-    for mode in CHECKPOINTING[prepared.kernels]:
+    for mode in SUPPORTED_GRADIENT_CHECKPOINTING[prepared.kernels]:
         for batch in (batch for batch in range(1, effective + 1) if effective % batch == 0):
             gc.collect()
             torch.cuda.empty_cache()

@@ -1,54 +1,62 @@
-"""compare: the experiments of this commit -> a table of what differs in each, and whether its perplexity really does
+"""compare: the experiments of this commit -> a table with their settings and their improvement over the commit
 
-A line for each experiment that `dvc exp show` knows. `change` is that of the adapted model's test perplexity against
-the commit, with a 95% interval from a bootstrap over the test documents, paired: both are drawn on the same documents.
-Where the interval holds zero, the documents do not tell the two apart.
+One row for each experiment of `dvc exp show`. `improvement` is 1 - perplexity / perplexity of the commit, of the
+adapted models on the test documents that both scored, with its 95% interval (evaluation/comparison.py). Experiments
+that differ in train.seed only measure the seed noise: a smaller improvement is marked.
 """
 
-import csv
-import io
 import math
 import shutil
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import dvc.api
-import numpy as np
+import pandas as pd
 
 from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.evaluation.comparison import Comparison, compare, parse_table
+from pdf2lora.evaluation.revisions import DOCUMENTS, is_evaluated, read_at
 from pdf2lora.params import Params, read_params
 
-DOCUMENTS = "metrics/eval_documents.csv"
-NO_TERMINAL = (10_000, 24)  # nothing is cut on the way into a file
-FINISHED = (None, "Success")  # a State of exp_show: None is a commit, or an experiment that ran in the workspace
+NO_TERMINAL = (10_000, 24)  # columns and lines: a table that goes to a file is not cut
+FINISHED = (None, "Success")  # State in exp_show; None is a commit, or an experiment that ran in the workspace
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # of exp_show
 
 
 @report_input_errors
 def main() -> None:
     params = read_params()
-    rows = dvc.api.exp_show()
-    commit, experiments = rows[1], rows[2:]  # the first one is the workspace
+    commit, *experiments = dvc.api.exp_show()[1:]  # the first row is the workspace
     if not experiments:
-        raise InputError("experiments: there are none of this commit; run one, such as dvc exp run -S lora.r=16")
-    documents = {row["rev"]: read_documents(row) for row in (commit, *experiments)}
+        raise InputError("This commit has no experiments. Run one, for example: dvc exp run -S lora.r=16")
+    tables = {row["rev"]: read_table(row) for row in (commit, *experiments)}
+    baseline = tables[commit["rev"]]
+    settings = [name for name in setting_names(params) if name in commit]
+    noise = seed_noise([row for row in (commit, *experiments) if tables[row["rev"]] is not None], settings)
 
-    names = [name for name in names_of(params) if name in commit]
-    lines = [("experiment", "perplexity", "change", "[95%]", "", "what differs")]
-    lines.append((f"commit {commit['rev']}", perplexity(commit), "", "", "", ""))
+    rows = [("experiment", "perplexity", "improvement", "95% interval", "", "changed settings")]
+    rows.append((f"commit {commit['rev']}", format_perplexity(commit, baseline), "", "", "", ""))
     for row in experiments:
-        interval = change(documents[commit["rev"]], documents[row["rev"]], params.evaluate.bootstrap_samples)
-        changed = [name for name in names if name in row and row[name] != commit[name]]
-        differs = ", ".join(f"{name}={value(row[name])}" for name in changed)
-        lines.append((row["Experiment"] or row["rev"], perplexity(row), *interval, differs or "-"))
+        current = tables[row["rev"]]
+        changed = [name for name in settings if name in row and row[name] != commit[name]]
+        rows.append(
+            (
+                row["Experiment"] or row["rev"],
+                format_perplexity(row, current),
+                *improvement_cells(current, baseline, noise),
+                ", ".join(f"{name}={format_setting(row[name])}" for name in changed) or "-",
+            )
+        )
+    print(format_table(rows, shutil.get_terminal_size(NO_TERMINAL).columns))
+    if noise is not None:
+        print(f"seed noise: {noise:.1%} is the largest difference between runs that differ in train.seed only")
 
-    print(table(lines, shutil.get_terminal_size(NO_TERMINAL).columns))
 
-
-def names_of(params: Params) -> list[str]:
+def setting_names(params: Params) -> list[str]:
     """Every setting as DVC names it: lora.r, compute.seq_length, ..."""
     sections = params.model_dump(exclude={"models"}).items()
     nested = [
@@ -57,62 +65,83 @@ def names_of(params: Params) -> list[str]:
     return list(chain.from_iterable(nested))
 
 
-def read_documents(row: Row) -> dict[str, tuple[float, float]]:
-    """Document -> tokens, adapted perplexity; empty while an experiment waits or runs: its files are the commit's."""
-    if row["State"] not in FINISHED:
-        return {}
-    shown = subprocess.run(["git", "show", f"{row['rev']}:{DOCUMENTS}"], capture_output=True, text=True)
-    if shown.returncode != 0:
-        return {}
-    table = csv.DictReader(io.StringIO(shown.stdout))
-    return {line["id"]: (float(line["tokens"]), float(line["adapted_perplexity"])) for line in table}
+def read_table(row: Row) -> pd.DataFrame | None:
+    """metrics/eval_documents.csv; None where the experiment is not evaluated."""
+    if row["State"] not in FINISHED or not is_evaluated(row["rev"], Path()):
+        return None
+    text = read_at(row["rev"], DOCUMENTS, Path())
+    return None if text is None else parse_table(text)
 
 
-def change(
-    before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]], num_samples: int
+def seed_noise(rows: Sequence[Row], settings: Sequence[str]) -> float | None:
+    """The largest relative difference of the perplexities of runs that differ in train.seed only; None without such."""
+    runs = defaultdict(list)
+    for row in rows:
+        others = tuple(
+            str(row.get(name)) for name in settings if name != "train.seed" and name != "evaluate.compare_to"
+        )
+        runs[others].append((row.get("train.seed"), row["adapted.perplexity"]))
+    differences = [
+        max(perplexities) / min(perplexities) - 1
+        for group in runs.values()
+        if len({seed for seed, _ in group}) > 1
+        for perplexities in [[perplexity for _, perplexity in group]]
+    ]
+    return max(differences, default=None)
+
+
+def improvement_cells(
+    current: pd.DataFrame | None, baseline: pd.DataFrame | None, noise: float | None = None
 ) -> tuple[str, str, str]:
-    """(change of perplexity, its interval, what they say); perplexities compare on the same tokens only."""
-    if not after or not before:
+    """Improvement, its interval, verdict."""
+    if current is None or baseline is None:
         return "", "", ""
-    if {name: tokens for name, (tokens, _) in before.items()} != {name: tokens for name, (tokens, _) in after.items()}:
-        return "", "", "other test text"
-    from pdf2lora.evaluation.intervals import (
-        TextSize,  # imports torch
-        bootstrap,  # imports torch
-    )
-
-    sizes = [TextSize(tokens=int(tokens), bytes=1, words=1) for tokens, _ in before.values()]
-    old, new = (np.array([n * math.log(p) for n, p in (side[name] for name in before)]) for side in (before, after))
-    low, high = bootstrap(old, new, sizes, num_samples=num_samples, seed=0)["improvement"]
-    total = sum(size.tokens for size in sizes)
-    difference = math.exp((new.sum() - old.sum()) / total) - 1
-    verdict = "better" if low > 0 else "worse" if high < 0 else "no difference"
-    return f"{difference:+.1%}", f"[{0 - high:+.1%}, {0 - low:+.1%}]", verdict if difference else "the same"
+    comparison = compare(current, baseline)
+    if comparison is None or comparison.num_unpaired:
+        return "", "", "other test documents"
+    share, interval = comparison.improvement
+    cell = f"[{interval.low:+.1%}, {interval.high:+.1%}]" if interval else "none"
+    return f"{share:+.1%}", cell, verdict(comparison, noise)
 
 
-def perplexity(row: Row) -> str:
-    found = row.get("adapted.perplexity")
-    return f"{found:.2f}" if isinstance(found, float) and row["State"] in FINISHED else str(row["State"] or "-")
+def verdict(comparison: Comparison, noise: float | None) -> str:
+    share, interval = comparison.improvement
+    if interval is None:
+        return "too few documents"
+    if interval == (0, 0):
+        return "same"
+    if noise is not None and abs(math.log1p(-share)) <= math.log1p(noise):
+        return "within seed noise"
+    if not comparison.significant:
+        return "not significant"
+    return "better" if share > 0 else "worse"
 
 
-def value(found: Any) -> str:
-    """What exp_show has of a setting, as short as can be read: 16 for 16.0, true for "True", [q v] for a list."""
-    if isinstance(found, float):
-        return f"{found:g}"
-    if found in ("True", "False"):
-        return str(found).lower()
-    return str(found).replace("'", "").replace("_proj", "").replace(",", "")
+def format_perplexity(row: Row, table: pd.DataFrame | None) -> str:
+    """The perplexity of an evaluated experiment, the state of another one."""
+    if table is not None:
+        return f"{row['adapted.perplexity']:.2f}"
+    return "not evaluated" if row["State"] in FINISHED else str(row["State"])
 
 
-def table(lines: Sequence[Sequence[str]], width: int) -> str:
-    """Columns as wide as their widest field; the last is cut at the terminal's edge."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
-    drawn = []
-    for line in lines:
-        fields = [field.ljust(wide) for field, wide in zip(line, widths, strict=False)]
-        text = "  ".join([*fields, line[-1]]).rstrip()
-        drawn.append(text if len(text) <= width else f"{text[: width - 1]}…")
-    return "\n".join(drawn)
+def format_setting(value: Any) -> str:
+    """A value of exp_show in short form: 16 for 16.0, true for "True", [q v] for ['q_proj', 'v_proj']."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if value in ("True", "False"):
+        return str(value).lower()
+    return str(value).replace("'", "").replace("_proj", "").replace(",", "")
+
+
+def format_table(rows: Sequence[Sequence[str]], width: int) -> str:
+    """Aligned columns. A row that is longer than the terminal is cut in its last column."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = []
+    for row in rows:
+        fields = [field.ljust(width_) for field, width_ in zip(row, widths, strict=False)]
+        line = "  ".join([*fields, row[-1]]).rstrip()
+        lines.append(line if len(line) <= width else f"{line[: width - 1]}…")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

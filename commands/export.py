@@ -1,9 +1,8 @@
 """export: models/base, models/adapter -> models/merged/, models/adapter_release/
 
-models/merged is a model like any other: the adapter merged into the base as it was before quantization, for
-transformers, vLLM and llama.cpp's converter. Its test perplexity is measured beside the adapter's.
-models/adapter_release is the adapter with its model card; models/adapter itself stays as train wrote it, since dvc.lock
-has its hash.
+models/merged is an ordinary model for transformers, vLLM and llama.cpp's converter: the unquantized base with the
+merged adapter. export measures its test perplexity. models/adapter_release is the adapter with its model card.
+models/adapter stays as train wrote it, because dvc.lock has its hash.
 """
 
 import shutil
@@ -15,14 +14,16 @@ from tqdm import tqdm
 
 from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
-from pdf2lora.evaluation.intervals import Nats, result
+from pdf2lora.evaluation.metrics import Metrics, model_metrics
 from pdf2lora.evaluation.scoring import nats_per_document
-from pdf2lora.evaluation.windows import TextSize, document_windows
+from pdf2lora.evaluation.unquantized import load_unquantized
+from pdf2lora.evaluation.windows import text_windows
+from pdf2lora.model.device import device
 from pdf2lora.model.forward import build_forward
-from pdf2lora.model.loading import load_base
-from pdf2lora.params import Params, Quantization, read_params
+from pdf2lora.params import Params, read_params
 from pdf2lora.report.card import render_card
 from pdf2lora.report.results import read_results
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.manifest import write_manifest
 from pdf2lora.tokens import Encoder
@@ -39,11 +40,9 @@ RELEASE = Path("models/adapter_release")
 def main() -> None:
     params = read_params()
     require_current_adapter()
-    checkpoint = Path("models/source") / params.model
-    results = read_results(
-        checkpoint, [f"data/pdfs/{params.corpus}", str(checkpoint), "data/split", str(BASE), str(ADAPTER)]
-    )
-    licences = [checkpoint / name for name in results.licence_files]
+    source = Path("models/source") / params.model
+    results = read_results(source, [f"data/pdfs/{params.corpus}", str(source), "data/split", str(BASE), str(ADAPTER)])
+    licences = [source / name for name in results.licence_files]
 
     with atomic_directory(RELEASE) as folder:
         copy_files(sorted(ADAPTER.iterdir()), folder)
@@ -59,53 +58,46 @@ def main() -> None:
         write_manifest(folder)
 
     adapted, bits = results.evaluation["adapted"]["perplexity"], params.quantization.bits
-    print(f"export: {RELEASE}: the adapter and its model card")
+    print(f"export: wrote the adapter and its model card to {RELEASE}")
     print(
-        f"export: {MERGED}: {num_weights} of the base's weights changed, in {results.convert['dtype']}; "
-        f"test perplexity {perplexity['perplexity']:.2f} (merged), {adapted:.2f} (base in {bits} bits with the adapter)"
+        f"export: wrote {MERGED}: {num_weights} merged weights in {results.convert['dtype']}; "
+        f"test perplexity {perplexity['perplexity']:.2f} (merged), {adapted:.2f} ({bits}-bit base with the adapter)"
     )
 
 
 def require_current_adapter() -> None:
-    """The adapter and its perplexity must be those of params.yaml, or the card would tell of another run."""
+    """Adapter and perplexity must belong to the current params.yaml, code and data: the model card describes them."""
     if not (ADAPTER / "adapter_model.safetensors").exists():
-        raise InputError(f"{ADAPTER}: there is no adapter; run dvc repro first, or dvc pull one")
+        raise InputError(f"{ADAPTER} has no adapter. Run dvc repro, or get one with dvc pull.")
     status = subprocess.run([sys.executable, "-m", "dvc", "status", "--quiet", "evaluate"], capture_output=True)
     if status.returncode != 0:
         raise InputError(
-            f"{ADAPTER}: not the result of params.yaml, code and data as they are now (dvc status evaluate says what "
-            "differs); run dvc repro first"
+            f"{ADAPTER} does not belong to the current params.yaml, code and data (dvc status evaluate lists the "
+            "changes). Run dvc repro first."
         )
 
 
 def copy_files(files: list[Path], folder: Path) -> None:
-    """Without their modes: safetensors leaves its files to their owner alone, and these are to be handed on."""
+    """Copies contents without file modes: safetensors makes files that only their owner can read."""
     for file in files:
         shutil.copyfile(file, folder / file.name)
 
 
-def measure(model: Path, params: Params) -> dict[str, float]:
-    """Test perplexity of an unquantized model, as evaluate measures it, with its 95% interval."""
+def measure(model: Path, params: Params) -> Metrics:
+    """The test metrics of an unquantized model, computed as in evaluate."""
     encoder = Encoder.load(model)
     documents = read_documents(TEST)
-    sizes, looks = document_windows(documents, encoder, params)
-    unquantized = Quantization(**(params.quantization.model_dump() | {"bits": 16}))
-    with tqdm(total=len(looks), desc="perplexity", unit="window", disable=None) as progress:
+    sizes, windows = text_windows([document.text for document in documents], encoder, params)
+    with tqdm(total=len(windows), desc="perplexity", unit="window", disable=None) as progress:
         nats = nats_per_document(
-            build_forward(load_base(model, unquantized, params.compute), "reference"),
-            looks,
+            build_forward(load_unquantized(model, params.quantization, params.compute), "reference"),
+            windows,
             num_documents=len(documents),
             per_device_batch=params.evaluate.per_device_batch,
+            processes=Processes.alone(device()),
             progress=progress.update,
         )
-    return summary_of(nats, sizes, params)
-
-
-def summary_of(nats: Nats, sizes: list[TextSize], params: Params) -> dict[str, float]:
-    tree = result(nats, nats, sizes, num_samples=params.evaluate.bootstrap_samples, seed=params.evaluate.seed)
-    numbers = tree["adapted"]
-    assert isinstance(numbers, dict)
-    return numbers
+    return model_metrics(nats, sizes)
 
 
 if __name__ == "__main__":

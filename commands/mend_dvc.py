@@ -1,14 +1,16 @@
-"""Mends what a kill -9 in the middle of one of dvc's own writes can leave in its folder: python -m commands.mend_dvc
+"""Removes files of DVC that kill -9 left half-written: python -m commands.mend_dvc (`make repro` runs it first)
 
-dvc writes four things in place: .dvc/tmp/rwlock, dvc.lock, an entry of its run-cache, the state of an experiment that
-runs. Ended in such a moment, which takes milliseconds, it later finds a file there that it cannot read and goes no
-further. All are made again from what is whole: the rwlock says who is at work, and that is nobody; dvc.lock is built
-again from the run-cache, without any stage running; an entry of the run-cache costs one run of its stage. Nothing is
-done while a dvc is at work.
+DVC writes some of its files in place. If it is killed during such a write (milliseconds), it cannot read the file later
+and stops with an error. This command removes the damaged file. DVC then makes it again:
 
-An experiment of `dvc exp run --temp` that is killed stays Running in dvc's lists: its file in .dvc/tmp/exps says so and
-dvc looks for no process. That file is changed where none works in the experiment's copy. The copy is left alone: where
-machines share the file system, a process of another one may be at work there (and would write the file again).
+- .dvc/tmp/rwlock: the list of running commands. It is removed only if no dvc runs here.
+- dvc.lock: made again from the run-cache, without running a stage.
+- .dvc/cache/runs: entries of the run-cache. One stage runs again.
+- .dvc/tmp/exps: the state of an experiment.
+
+A killed `dvc exp run --temp` stays "Running" in DVC's tables, because DVC reads only a state file. If no process works
+in the experiment's copy, this command sets the state to failed. The copy stays: on a shared file system a process of
+another machine may use it.
 """
 
 import json
@@ -25,53 +27,65 @@ from pdf2lora.runtime.files import write_json
 from pdf2lora.runtime.processes import is_alive
 
 EXPERIMENTS = Path(".dvc/tmp/exps/standalone/run")
-SUCCESS, FAILED = 3, 4  # of dvc's TaskStatus: up to SUCCESS, what has a copy counts as running
+SUCCESS, FAILED = 3, 4  # from DVC's TaskStatus; up to SUCCESS an experiment with a copy counts as running
 
 
 def main(root: Path = Path(".")) -> None:
     if not (root / ".dvc").is_dir():
-        sys.exit(f"error: {root.resolve()} holds no .dvc; run from the folder that holds dvc.yaml")
-    for path in damaged(root):
-        if at_work := dvc_at_work(root):
-            sys.exit(f"error: {path}: cannot be read, and process {at_work[0]} is at work; wait for it or end it")
-        print(f"mend_dvc: {path} was half-written and is removed")
+        sys.exit(f"error: {root.resolve()} has no folder .dvc. Run from the folder that holds dvc.yaml.")
+    for path in damaged_paths(root):
+        if pids := running_dvc(root):
+            sys.exit(f"error: {path} is damaged and dvc runs as process {pids[0]}. Wait until it ends, or end it.")
+        print(f"mend_dvc: removed {path}, which was half-written")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for file, experiment in killed(root):
+    for file, experiment in killed_experiments(root):
         write_json(file, experiment | {"status": FAILED})
         print(
-            f"mend_dvc: experiment {experiment['name']} was killed and counts as running no more; "
-            f"its copy can be deleted: rm -r {experiment['root_dir']}"
+            f"mend_dvc: experiment {experiment['name']} was killed; its state is now failed. "
+            f"You can delete its copy: rm -r {experiment['root_dir']}"
         )
 
 
-def damaged(root: Path) -> list[Path]:
-    rwlock, lock = root / ".dvc/tmp/rwlock", root / "dvc.lock"
-    found = [path for path, is_whole in ((rwlock, _is_json), (lock, _is_lock)) if path.exists() and not is_whole(path)]
+def damaged_paths(root: Path) -> list[Path]:
+    """Files and folders of DVC that are half-written."""
+    checks = ((root / ".dvc/tmp/rwlock", _is_json), (root / "dvc.lock", _is_lock))
+    damaged = [path for path, is_valid in checks if path.exists() and not is_valid(path)]
     for entry in (root / ".dvc/cache/runs").glob("*/*"):
         runs = list(entry.iterdir())
         if not runs or not all(_is_run(run) for run in runs):
-            found.append(entry)
-    return found + [file.parent for file in (root / EXPERIMENTS).glob("*/*.run") if not _is_json(file)]
+            damaged.append(entry)
+    return damaged + [file.parent for file in (root / EXPERIMENTS).glob("*/*.run") if not _is_json(file)]
 
 
-def killed(root: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Files of experiments that are said to run, and what is in them, where no process does."""
-    files = {file: json.loads(file.read_text(encoding="utf-8")) for file in (root / EXPERIMENTS).glob("*/*.run")}
+def killed_experiments(root: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """State file and state of each experiment that counts as running, but has no process."""
+    states = {file: json.loads(file.read_text(encoding="utf-8")) for file in (root / EXPERIMENTS).glob("*/*.run")}
     running = [
-        (file, experiment)
-        for file, experiment in files.items()
-        if experiment["status"] <= SUCCESS and Path(experiment["root_dir"]).is_dir()
+        (file, state)
+        for file, state in states.items()
+        if state["status"] <= SUCCESS and Path(state["root_dir"]).is_dir()
     ]
-    if not running or dvc_at_work(root):  # one that makes its copy is still in the checkout
+    if not running or running_dvc(root):  # a dvc that makes the copy still runs in the checkout
         return []
-    return [(file, experiment) for file, experiment in running if not is_worked_in(Path(experiment["root_dir"]))]
+    return [(file, state) for file, state in running if not has_process(Path(state["root_dir"]))]
 
 
-def is_worked_in(folder: Path) -> bool:
+def has_process(folder: Path) -> bool:
+    """True if the working directory of a live process is in the folder."""
     return any(
         process.info["cwd"] and Path(process.info["cwd"]).is_relative_to(folder.resolve()) and is_alive(process)
         for process in psutil.process_iter(["cwd"])
     )
+
+
+def running_dvc(root: Path) -> list[int]:
+    """Process ids of dvc commands whose working directory is the checkout."""
+    pids = []
+    for process in psutil.process_iter(["cwd", "cmdline"]):
+        is_dvc = any(Path(word).name == "dvc" for word in (process.info["cmdline"] or [])[:3])  # python -m dvc, dvc
+        if is_dvc and process.info["cwd"] == str(root.resolve()):
+            pids.append(process.pid)
+    return pids
 
 
 def _is_json(path: Path) -> bool:
@@ -83,30 +97,20 @@ def _is_json(path: Path) -> bool:
 
 
 def _is_lock(path: Path) -> bool:
-    value = _yaml(path)
+    value = _read_yaml(path)
     return isinstance(value, dict) and "schema" in value
 
 
 def _is_run(path: Path) -> bool:
-    value = _yaml(path)
+    value = _read_yaml(path)
     return isinstance(value, dict) and {"cmd", "outs"} <= value.keys()
 
 
-def _yaml(path: Path) -> object:
+def _read_yaml(path: Path) -> object:
     try:
         return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except (YAMLError, UnicodeDecodeError):
         return None
-
-
-def dvc_at_work(root: Path) -> list[int]:
-    """Processes that are dvc and whose current folder is the checkout."""
-    found = []
-    for process in psutil.process_iter(["cwd", "cmdline"]):
-        is_dvc = any(Path(word).name == "dvc" for word in (process.info["cmdline"] or [])[:3])  # python -m dvc, dvc
-        if is_dvc and process.info["cwd"] == str(root.resolve()):
-            found.append(process.pid)
-    return found
 
 
 if __name__ == "__main__":

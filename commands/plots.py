@@ -1,7 +1,7 @@
-"""plots: vega's scripts out of vl-convert -> .dvc/tmp/plots.html, and DVC told to use it
+"""plots: the vega scripts of vl-convert -> .dvc/tmp/plots.html, DVC's template for pages of plots
 
-DVC's own page of plots loads vega from the internet and stays blank without it. After this, `dvc plots show` and
-`dvc plots diff` write pages that hold all they need (1 MB of scripts each), in this clone.
+DVC's own template loads vega from the internet; offline its pages stay empty. After this command, `dvc plots show` and
+`dvc plots diff` in this clone write pages that contain the scripts (1 MB each).
 """
 
 import subprocess
@@ -23,7 +23,7 @@ PAGE = """<!DOCTYPE html>
 body {{ font: 0.9rem sans-serif; }}
 #plots {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 36rem), 1fr)); gap: 1rem; }}
 #plots > div {{ overflow-x: auto; }}
-#plots > div:has(svg.marks[width="0"]) {{ display: none; }} /* no data, such as one machine's in another commit */
+#plots > div:has(svg.marks[width="0"]) {{ display: none; }} /* a plot without data */
 </style>
 <script>{vega}</script>
 </head>

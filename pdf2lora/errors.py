@@ -1,7 +1,7 @@
-"""The one kind of failure that is the user's to mend, and how a stage reports it.
+"""User errors: their exception, and how a stage reports them.
 
-A message names the key or the file, the value that was found, the rule it breaks and the remedy, in one line.
-Everything else that goes wrong is a fault of the program and keeps its traceback.
+A message has the key or the file, the value, the rule and the remedy. All other exceptions are bugs of this program and
+keep their traceback.
 """
 
 import errno
@@ -11,54 +11,53 @@ import re
 import sys
 from collections.abc import Callable
 
-# What the system refuses, and what can be done about it.
 REMEDIES = {
-    errno.ENOSPC: "make room on that disk",
-    errno.EDQUOT: "make room in your quota",
-    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
-    errno.EROFS: "make it writable",
-    errno.EACCES: "give yourself the right to it",
-    errno.EPERM: "give yourself the right to it",
+    errno.ENOSPC: "Free space on that disk",
+    errno.EDQUOT: "Free space in your quota",
+    errno.EFBIG: "Raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "Make the file system writable",
+    errno.EACCES: "Check the file's permissions",
+    errno.EPERM: "Check the file's permissions",
 }
 
 
 class InputError(ValueError):
-    """Params, data or a checkpoint that cannot be used; `str(error)` is what the user reads."""
+    """Invalid settings, data or model files. The text of the exception is the message to the user."""
 
 
 def report_input_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Wraps a stage's `main`: an InputError becomes `error: ...` on stderr and exit status 1, without a traceback.
+    """Decorates a stage's `main`: a user error ends it with `error: ...` on stderr and exit status 1.
 
-    So does what the system refuses: a full disk, a folder that may not be written to.
+    User errors are InputError and the errors of the operating system in REMEDIES, for example a full disk.
     """
 
     @functools.wraps(main)
-    def reported() -> None:
+    def wrapper() -> None:
         try:
             main()
         except InputError as error:
             sys.exit(f"error: {error}")
         except Exception as error:
-            refusal = _refusal(error)
-            if refusal is None:
+            message = _describe_system_error(error)
+            if message is None:
                 raise
-            sys.exit(f"error: {refusal}, then run again: what is finished is kept")
+            sys.exit(f"error: {message}, then run again. Finished work is kept.")
 
-    return reported
+    return wrapper
 
 
-def _refusal(error: BaseException) -> str | None:
-    """What the system refused, in words; None where the error is another one.
+def _describe_system_error(error: BaseException) -> str | None:
+    """File, cause and remedy; None for an error that is not in REMEDIES.
 
-    safetensors gives the system's number in the text alone; torch's writer not even that: the place in its source is
-    where every write ends that came short.
+    safetensors has the error number only in its message. torch's file writer has no number: every failed write ends in
+    the same line of its source.
     """
     if isinstance(error, OSError) and error.errno in REMEDIES:
-        return f"{error.filename or 'a file'}: {error.strerror}; {REMEDIES[error.errno]}"
-    if (found := re.search(r"os error (\d+)", str(error))) and int(found[1]) in REMEDIES:
-        return f"a file: {os.strerror(int(found[1]))}; {REMEDIES[int(found[1])]}"
-    if error.__context__ and (inner := _refusal(error.__context__)):
-        return inner
+        return f"{error.filename or 'a file'}: {error.strerror}. {REMEDIES[error.errno]}"
+    if (match := re.search(r"os error (\d+)", str(error))) and int(match[1]) in REMEDIES:
+        return f"a file: {os.strerror(int(match[1]))}. {REMEDIES[int(match[1])]}"
+    if error.__context__ and (message := _describe_system_error(error.__context__)):
+        return message
     if "inline_container.cc" in str(error):
-        return f"a checkpoint could not be written to its end; {REMEDIES[errno.ENOSPC]}"
+        return f"a checkpoint file is incomplete. {REMEDIES[errno.ENOSPC]}"
     return None

@@ -1,12 +1,14 @@
-"""params.yaml as types and bounds. No setting has a default in code: params.yaml is where all of them stand.
+"""Types and limits of all settings in params.yaml.
 
-The whole file is checked whenever a stage starts, and all that is wrong with it is said at once.
+Settings have no defaults in code. Every stage reads and validates the whole file when it starts. One error message
+lists all invalid settings.
 """
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -16,7 +18,7 @@ from ruamel.yaml.error import YAMLError
 from pdf2lora.errors import InputError
 
 PARAMS_FILE = Path("params.yaml")
-UNION_MEMBERS = ("constrained-int", "constrained-float", "literal['auto']")  # pydantic's names, in the path of an error
+UNION_MEMBER = re.compile(r"constrained-\w+|(literal|list)\[.*\]")  # pydantic adds it to the path of an error
 
 
 def _unquoted(value: object) -> object:
@@ -30,118 +32,213 @@ Name = Annotated[
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
-
-
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
+ALL_LINEAR = "all-linear"
+Seed = Annotated[int, Field(ge=0)]
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "aim", "clearml", "swanlab"]
 
 
 class Section(BaseModel):
-    """A part of params.yaml: unknown keys and other types are refused."""
+    """A section of params.yaml. Unknown keys and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class SourceModel(Section):
+    """Facts about one base model that its files do not contain."""
+
     llama_version: Annotated[Literal["1", "2", "3", "3.1", "3.2"], BeforeValidator(_unquoted)]
+    """Selects RoPE scaling, context length and special tokens. Meta's params.json does not distinguish 3.1 from 3.2."""
 
 
 class Extract(Section):
+    """PDF -> clean text."""
+
     engines: Annotated[list[Literal["pypdf2", "pdfium"]], Field(min_length=1)]
+    """PDF engines in order. The next engine runs only if the text of the one before is not readable."""
     max_pages: Positive
+    """Pages per document, from the first. Later pages are not read."""
     timeout_s: Annotated[float, Field(gt=0)]
+    """Processor seconds per document and engine. After that the worker process is killed; the pages so far stay."""
     memory_gib: Annotated[float, Field(ge=0.5)]
+    """Address space of one worker process, in GiB."""
     clean: bool
+    """Removes page headers, page numbers, hyphenation, ligatures and control characters."""
     min_characters: Positive
+    """Documents with less text, in characters, are left out."""
+    ocr: Literal["auto", "rapidocr", "none"]
+    """Reads the pages without readable text. auto: by RapidOCR if it is installed. rapidocr: it must be installed."""
+    ocr_timeout_s: Annotated[float, Field(gt=0)]
+    """Processor time for the OCR of one page, in seconds. A page that needs more ends the OCR of its document."""
+    ocr_memory_gib: Annotated[float, Field(ge=2)]
+    """Address space of one OCR worker, in GiB. A page at 200 dpi needs about 2 GiB."""
 
 
 class Split(Section):
+    """Documents -> train, validation and test documents."""
+
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the documents in the test split."""
     validation_fraction: Fraction
+    """Share of the documents in the validation split, which gives the curves during training. 0: no validation."""
     near_duplicate_similarity: Annotated[float, Field(gt=0, le=1)]
+    """Documents with this Jaccard similarity or more go to the same split. Lower values prevent more leakage."""
     seed: int
+    """Seed of the random split."""
 
 
 class Convert(Section):
+    """Source model -> models/base in Hugging Face format."""
+
     max_shard_gib: Gib
+    """Largest weight file, in GiB. Does not change the weights."""
 
 
 class Quantization(Section):
+    """Precision of the frozen base weights, the same in training and evaluation."""
+
     bits: Literal[4, 8, 16]
+    """Bits per weight. 4 needs the least memory; 16 means no quantization."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"]
+    """4-bit data type of bitsandbytes. nf4 fits normally distributed weights (QLoRA, Dettmers et al. 2023)."""
     bnb_4bit_use_double_quant: bool
+    """Also quantizes the scales of the 4-bit blocks: 0.4 bits per weight less."""
 
 
 class Lora(Section):
+    """The adapter."""
+
     r: Positive
+    """Rank of the LoRA matrices. Trainable parameters and adapter size grow in proportion."""
     lora_alpha: Positive
+    """The adapter's output is multiplied by lora_alpha / r."""
     lora_dropout: Fraction
-    target_modules: Annotated[list[Annotated[str, Field(pattern=r"^\w+$")]], Field(min_length=1)]
+    """Dropout probability on the adapter's input, in training only."""
+    target_modules: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1)]
+    """Linear layers that get LoRA matrices, by their names in the model, or all-linear: every one except the head. More
+    layers learn more and train slower."""
     use_dora: bool
+    """Learns magnitude and direction separately (DoRA, Liu et al. 2024). Slower; often better at low rank."""
     use_rslora: bool
+    """Scales by lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023). For high ranks."""
 
 
 class Compute(Section):
+    """How the model is computed, in find_batch, train, evaluate and sample."""
+
     num_processes: Positive | Literal["auto"]
-    """Processes of find_batch, train and evaluate; one process uses one GPU. auto: all visible GPUs, or one process
-    where there is no GPU. Changes the time, not the result."""
+    """Processes of find_batch, train and evaluate; one process uses one GPU. auto: all visible GPUs, or one process on
+    a CPU. Changes the time, not the result."""
     seq_length: Annotated[int, Field(ge=8)]
+    """Tokens per training sequence and per evaluation window. Memory per sequence grows with it."""
     kernels: Literal["auto", "reference", "fused", "fp8"]
-    compute_dtype: Literal["auto", "bfloat16", "float32"]
+    """Implementation of the training step. reference: transformers and PEFT. fused: this project's Triton kernels, same
+    mathematics. fp8: fused, with 8-bit products of the frozen weights, an approximation in training only. auto: fused
+    on a supported GPU, else reference."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    """Type of activations and products. auto: bfloat16 on a GPU that supports it,
+    float16 on an older GPU, float32 on a CPU."""
     attention: Literal["auto", "flash_attention_2", "sdpa"]
+    """Attention of the reference implementation. auto: flash_attention_2 if it is installed, else PyTorch's sdpa."""
     deterministic: bool
+    """Two runs on one GPU give the same adapter, bit for bit. Costs about 3% of the speed."""
 
 
 class FindBatch(Section):
+    """Search for the batch size. It measures real training steps in a child process."""
+
     min: Positive
+    """Smallest per-device batch, in sequences. find_batch stops with an error if it does not fit."""
     max: Positive
+    """Largest per-device batch, in sequences."""
     steps: Annotated[int, Field(ge=2)]
+    """Optimizer steps per measurement. The first step is a warm-up and is not timed."""
     memory_gib: Gib | Literal["auto"]
+    """GPU memory budget in GiB. auto: all free memory. A number emulates a smaller GPU."""
     cpu_memory_gib: Gib
+    """Budget for the tensors of a step if there is no GPU, in GiB."""
     gpu_headroom_gib: Annotated[float, Field(ge=0)]
+    """Part of the GPU budget that stays free for CUDA and for fragmentation, in GiB."""
 
 
 class Train(Section):
+    """Training. Only effective_batch, gradient_checkpointing and optim change the memory or the time of a step."""
+
     effective_batch: Positive | Literal["auto"]
+    """Sequences per optimizer step. The per-device batch and accumulation divide it, so the result does not depend on
+    the GPU's memory. auto: the largest batch that fits."""
     num_train_epochs: Annotated[float, Field(gt=0)]
+    """Passes over the training documents; fractions are allowed."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)]
+    """Peak learning rate, after warm-up."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"]
+    """Learning rate schedule."""
     warmup_steps: Annotated[float, Field(ge=0)]
+    """Optimizer steps with a rising learning rate. A value below 1 is a share of all steps."""
     weight_decay: Annotated[float, Field(ge=0)]
+    """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)]
+    """Gradients are clipped to this norm."""
     optim: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused"]
+    """Optimizer. 8bit and paged variants are from bitsandbytes; paged state can move to host memory."""
     gradient_checkpointing: Literal["auto", "none", "mlp", "full", "offload"]
+    """Activations that the backward pass recomputes to save memory. none: nothing; mlp: gate and up projections; full:
+    all but the layer inputs; offload: like full, with layer inputs in host memory. auto: find_batch selects the
+    fastest that fits."""
     logging_steps: Positive
+    """Optimizer steps between two points of the training curves."""
     eval_steps: Positive
+    """Optimizer steps between two validations."""
     save_steps: Positive
-    seed: Annotated[int, Field(ge=0)]
+    """Optimizer steps between two checkpoints."""
+    seed: Seed
+    """Seed of the LoRA matrices, the order of the sequences and dropout."""
     keep: Literal["last", "best"]
     """The adapter to keep: of the last step, or of the step with the lowest validation loss."""
     early_stopping_patience: Positive | Literal["none"]
-    """Validations in a row without a new lowest loss after which the training stops; none: never."""
+    """Validations in a row without a new lowest loss after which training stops. none: training never stops early."""
     report_to: Literal["none"] | Tracker | Annotated[list[Tracker], Field(min_length=1)]
-    """Experiment trackers beside dvclive, by accelerate's names. Each needs its package."""
+    """Experiment trackers besides dvclive, with accelerate's names. Each tracker needs its package."""
 
 
 class Evaluate(Section):
+    """Test perplexity, its intervals and comparison."""
+
     stride: Positive
+    """Tokens that each window adds to the previous one. A token has at least seq_length - stride tokens of context,
+    where its document has them. A smaller stride gives more context and takes more time."""
     per_device_batch: Positive
-    bootstrap_samples: Annotated[int, Field(ge=100)]
-    seed: Annotated[int, Field(ge=0)]
+    """Windows in one forward pass. It changes time and memory, not the result."""
+    unquantized_base: bool
+    """Also scores the base without quantization, which shows the cost of 4 or 8 bits. It takes half as long again."""
     compare_to: Annotated[str, Field(min_length=1)]
+    """A git revision or DVC experiment whose adapter is the baseline of a paired comparison, or none."""
 
 
 class Sample(Section):
+    """Text that base and adapted model generate, for the report and for make generate."""
+
     num_documents: Positive
+    """Test documents whose openings both models continue."""
     prompt_tokens: Positive
+    """Tokens of each opening."""
     max_new_tokens: Positive
+    """Tokens that a model generates at most."""
     temperature: Annotated[float, Field(ge=0)]
+    """0 takes the most probable token each time. A higher temperature draws less probable tokens more often."""
     seed: Annotated[int, Field(ge=0)]
+    """Seed of the draws."""
 
 
 class Params(Section):
+    """The whole of params.yaml."""
+
     corpus: Name
+    """Folder of PDFs: data/pdfs/<corpus>."""
     model: Name
+    """Folder of the source model: models/source/<model>."""
     models: dict[Name, SourceModel]
+    """One entry per folder of models/source."""
     extract: Extract
     split: Split
     convert: Convert
@@ -159,96 +256,106 @@ class Params(Section):
         return self.models[self.model].llama_version if self.model in self.models else None
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> Self:
-        """Rules that two keys make together; each is one line of the ValueError."""
-        broken = []
+    def _require_consistent_keys(self) -> Self:
+        """Rules about two keys. The ValueError has one line for each broken rule."""
+        errors = []
         if self.split.test_fraction + self.split.validation_fraction >= 1:
-            broken.append(
-                f"split.validation_fraction: {self.split.validation_fraction} with test_fraction "
-                f"{self.split.test_fraction} leaves nothing to train on; their sum must be less than 1"
+            errors.append(
+                f"split.test_fraction is {self.split.test_fraction} and split.validation_fraction is "
+                f"{self.split.validation_fraction}; their sum must be less than 1. Reduce one of them."
             )
         if self.find_batch.min > self.find_batch.max:
-            broken.append(
-                f"find_batch.min: {self.find_batch.min} must not be greater than find_batch.max ({self.find_batch.max})"
+            errors.append(
+                f"find_batch.min is {self.find_batch.min}; it must not be greater than find_batch.max "
+                f"({self.find_batch.max}). Reduce it."
             )
         if self.evaluate.stride > self.compute.seq_length:
-            broken.append(
-                f"evaluate.stride: {self.evaluate.stride} must not be greater than compute.seq_length "
-                f"({self.compute.seq_length}), or tokens would be left out"
+            errors.append(
+                f"evaluate.stride is {self.evaluate.stride}; it must not be greater than compute.seq_length "
+                f"({self.compute.seq_length}), because windows would skip tokens. Reduce it."
             )
-        if broken:
-            raise ValueError("\n".join(broken))
+        if errors:
+            raise ValueError("\n".join(errors))
         return self
 
 
 def read_params(file: Path = PARAMS_FILE) -> Params:
-    """Reads and checks the whole of params.yaml (YAML 1.2, in which 1e-05 is a number).
+    """Reads and validates the whole of params.yaml as YAML 1.2, in which 1e-05 is a number.
 
     Raises:
-        InputError: one line for each thing that is wrong, every one naming its key, value and rule.
+        InputError: one line for each invalid setting, with key, value, rule and remedy.
     """
     try:
         values = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{file}: there is no such file; run from the folder that holds dvc.yaml") from None
+        raise InputError(f"{file} does not exist. Run from the folder that holds dvc.yaml.") from None
     except (YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not YAML: {' '.join(str(error).split())}; mend the line it names") from None
+        raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}. Correct that line.") from None
     if not isinstance(values, dict):
-        raise InputError(f"{file}: holds {type(values).__name__}, must hold sections such as 'extract:' and 'train:'")
+        raise InputError(f"{file} holds {type(values).__name__}; it must hold sections such as 'train:'.")
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        lines = [line for detail in error.errors() for line in _in_words(detail)]
-        raise InputError(f"\n{' ' * 7}".join(_merged(lines))) from None
+        lines = [line for detail in error.errors() for line in _describe(detail)]
+        raise InputError(f"\n{' ' * 7}".join(_merge_union_errors(lines))) from None
 
 
-def _in_words(detail: ErrorDetails) -> Iterable[str]:
-    """One pydantic error as lines of ours: key, value, rule, remedy."""
-    key = ".".join(str(part) for part in detail["loc"] if part not in UNION_MEMBERS)
+def _describe(detail: ErrorDetails) -> Iterator[str]:
+    """Converts one pydantic error to lines with key, value, rule and remedy."""
+    key = ".".join(str(part) for part in detail["loc"] if not UNION_MEMBER.fullmatch(str(part)))
     value, context = detail["input"], detail.get("ctx", {})
-    change = f"change it in {PARAMS_FILE} or with -S {key}=..."
+    remedy = f"Change it in {PARAMS_FILE} or with -S {key}=..."
     match detail["type"]:
         case "missing":
-            yield f"{key}: missing; every setting must stand in {PARAMS_FILE}, add this one"
+            yield f"{key} is missing; every setting must be in {PARAMS_FILE}. Add it."
         case "extra_forbidden":
-            yield f"{key}: unknown; {_did_you_mean(detail['loc'])}"
+            yield f"{key} is not a setting. {_suggest(detail['loc'])}"
         case "literal_error":
-            yield f"{key}: {value!r} must be {context['expected']}; {change}"
+            yield f"{key} is {value!r}; it must be {context['expected']}. {remedy}"
         case "value_error":
             yield from str(context["error"]).split("\n")
         case "too_short":
-            yield f"{key}: {value!r} must hold at least {context['min_length']}; {change}"
+            yield f"{key} is {value!r}; it must have at least {context['min_length']} entry. {remedy}"
         case "string_pattern_mismatch":
             key = key.removesuffix(".[key]")
-            yield f"{key}: {value!r} must be made of letters, digits, '_' and '-' (DVC cannot parse a dot); {change}"
+            yield f"{key} is {value!r}; it must have only letters, digits, '_' and '-'. {remedy}"
         case _:
-            rule = (
-                detail["msg"]
-                .removeprefix("Input should ")
-                .replace("a valid integer", "an integer")
-                .replace("valid ", "")
-            )
-            yield f"{key}: {value!r} must {rule}; {change}"
+            rule = detail["msg"].removeprefix("Input should ").replace("a valid integer", "an integer")
+            yield f"{key} is {value!r}; it must {rule.replace('valid ', '')}. {remedy}"
 
 
-def _merged(lines: list[str]) -> list[str]:
-    """A value of a union is refused once for each of its types: those lines become one, `must be a or b`."""
+def _merge_union_errors(lines: list[str]) -> list[str]:
+    """pydantic reports a union once for each member type. Merges these lines: `it must be a or b`.
+
+    If an entry of a list is invalid, only the line of the entry stays.
+    """
     merged: dict[str, str] = {}
     for line in lines:
-        key_and_value, must, rest = line.partition(" must ")
+        key_and_value, must, rest = line.partition(" it must ")
         if must and key_and_value in merged:
-            before, _, remedy = merged[key_and_value].rpartition("; ")
-            merged[key_and_value] = f"{before} or {rest.partition('; ')[0].removeprefix('be ')}; {remedy}"
+            before, _, remedy = merged[key_and_value].rpartition(". Change ")
+            rule = rest.partition(". Change ")[0].removeprefix("be ")
+            merged[key_and_value] = f"{before} or {rule}. Change {remedy}"
         else:
             merged[key_and_value] = line
-    return list(merged.values())
+    keys = [line.partition(" ")[0] for line in merged.values()]
+    return [line for line, key in zip(merged.values(), keys, strict=True) if not _has_deeper(key, keys)]
 
 
-def _did_you_mean(path: tuple[int | str, ...]) -> str:
-    """The nearest key of the same section, or all of them."""
-    section = Params
-    for part in path[:-1]:  # `models` is a dict of SourceModel, every other part of a path is a field
-        section = Params.model_fields[str(part)].annotation if part in Params.model_fields else SourceModel  # type: ignore
-    known = list(section.model_fields)
-    near = difflib.get_close_matches(str(path[-1]), known, n=1)
-    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+def _has_deeper(key: str, keys: list[str]) -> bool:
+    return any(other.startswith(f"{key}.") for other in keys)
+
+
+def _suggest(path: tuple[int | str, ...]) -> str:
+    """The most similar key of the same section, or all its keys."""
+    section: Any
+    match path:
+        case (_,):
+            section = Params
+        case ("models", _, _):
+            section = SourceModel
+        case _:
+            section = Params.model_fields[str(path[0])].annotation
+    keys = list(section.model_fields)
+    similar = difflib.get_close_matches(str(path[-1]), keys, n=1)
+    return f"Did you mean {similar[0]}?" if similar else f"Known keys: {', '.join(keys)}."

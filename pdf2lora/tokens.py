@@ -1,6 +1,6 @@
 """Text -> packed training sequences; text -> evaluation windows.
 
-Numpy and `tokenizers` alone: whoever counts tokens need not import torch.
+Uses numpy and tokenizers only, so that callers can count tokens without importing torch.
 """
 
 import json
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from pdf2lora.errors import InputError
 
-IGNORED = -100  # the label of a position that is not scored (torch's cross_entropy)
+IGNORED = -100  # label of a position without loss (the default ignore_index of torch's cross_entropy)
 
 Tokens = NDArray[np.int64]
 
@@ -34,12 +34,12 @@ class Encoder:
         """Reads tokenizer.json and config.json of a Hugging Face folder."""
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-        tokenizer.encode_special_tokens = True  # "<|end_of_text|>" in a document is text, not the end of it
+        tokenizer.encode_special_tokens = True  # "<|end_of_text|>" in a document is plain text
         eos = config["eos_token_id"]
         return cls(
             tokenizer=tokenizer,
             bos=config["bos_token_id"],
-            eos=eos[0] if isinstance(eos, list) else eos,  # the chat models end turns too
+            eos=eos[0] if isinstance(eos, list) else eos,  # chat models also have an end-of-turn token
             context_length=config["max_position_embeddings"],
         )
 
@@ -53,11 +53,11 @@ class Encoder:
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encoded]
 
     def sequences(self, texts: Sequence[str], *, seq_length: int) -> "Sequences":
-        """The texts as rows to train on: see pack."""
+        """Encodes and packs texts to training sequences (see pack)."""
         return pack(self.encode(texts), bos=self.bos, eos=self.eos, seq_length=seq_length)
 
     def windows(self, encoded: Sequence[Tokens], *, seq_length: int, stride: int) -> list["Window"]:
-        """Windows that score each token of each document exactly once: see windows; documents by their numbers."""
+        """Evaluation windows of all documents (see windows). A window has the index of its document."""
         return [
             window
             for number, tokens in enumerate(encoded)
@@ -67,8 +67,8 @@ class Encoder:
     def require_context(self, num_tokens: int, key: str = "compute.seq_length") -> None:
         if num_tokens > self.context_length:
             raise InputError(
-                f"{key}: {num_tokens} must not be greater than the context of the base model "
-                f"({self.context_length} tokens); change it in params.yaml or with -S {key}=..."
+                f"{key} is {num_tokens}; the base model's context is {self.context_length} tokens. "
+                f"Use a smaller value in params.yaml or with -S {key}=..."
             )
 
 
@@ -110,10 +110,10 @@ def pack(documents: Sequence[Tokens], *, bos: int | None, eos: int, seq_length: 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of one document for the model to read, and which of its next tokens count.
+    """A part of one document: the model's input, and the next tokens that this window scores.
 
-    input_ids: (seq_length,), filled up with bos on the right, where it is seen by no token that counts;
-    targets: (seq_length,), the next token at each position, or IGNORED.
+    input_ids: (seq_length,) int64, padded on the right with bos. No scored position attends to padding.
+    targets: (seq_length,) int64, the next token of each position, or IGNORED.
     """
 
     document: int
@@ -122,22 +122,21 @@ class Window:
 
 
 def windows(document: int, tokens: Tokens, *, bos: int, seq_length: int, stride: int) -> list[Window]:
-    """Windows that score each token of a document exactly once.
+    """Splits a document into overlapping windows that score each token exactly once.
 
-    The first one scores seq_length tokens, each later one moves on by `stride` and scores what is new in it, so that
-    a token has at least seq_length - stride tokens before it, where the document has them (bos stands before the
-    first).
+    The first window scores seq_length tokens after bos. Each later one starts `stride` tokens further and scores only
+    its new tokens. So each token has at least seq_length - stride tokens of context, or all tokens before it.
     """
     with_bos = np.concatenate([[bos], tokens])
-    made = []
-    scored = 0
-    while scored < len(tokens):
-        end = min(len(tokens), scored + stride if scored else seq_length)
+    result = []
+    num_scored = 0
+    while num_scored < len(tokens):
+        end = min(len(tokens), num_scored + stride if num_scored else seq_length)
         begin = max(0, end - seq_length)
         input_ids = np.full(seq_length, bos, dtype=np.int64)
         targets = np.full(seq_length, IGNORED, dtype=np.int64)
         input_ids[: end - begin] = with_bos[begin:end]
-        targets[scored - begin : end - begin] = with_bos[scored + 1 : end + 1]
-        made.append(Window(document, input_ids, targets))
-        scored = end
-    return made
+        targets[num_scored - begin : end - begin] = with_bos[num_scored + 1 : end + 1]
+        result.append(Window(document, input_ids, targets))
+        num_scored = end
+    return result

@@ -1,9 +1,7 @@
-"""report: metrics/*, data/documents.jsonl, data/split, data/samples.json, dvc.lock -> reports/
+"""report: metrics, data/documents.jsonl, data/split, data/samples.json, dvc.lock -> reports/
 
-reports/index.html, reports/figures and reports/model_card.md are outputs: the same bytes from the same results, so that
-DVC keeps them with each experiment and `dvc exp apply` brings back the page of that experiment. reports/machine.js and
-reports/machine hold what this machine measured; no two runs share that, so they are nobody's output, as
-metrics/machine.json is not, and dvc.lock stays as it is when a run is repeated.
+index.html, figures and model_card.md are outputs: the same results give the same bytes, and `dvc exp apply` restores
+them. machine.html has the numbers of this machine, which differ from run to run: it is not an output.
 """
 
 from pathlib import Path
@@ -11,12 +9,12 @@ from pathlib import Path
 from pdf2lora.errors import report_input_errors
 from pdf2lora.params import read_params
 from pdf2lora.report.card import render_card
-from pdf2lora.report.page import machine_figures, read_machine, render_machine, render_page, result_figures, with_energy
+from pdf2lora.report.machine import read_measurements, render_machine
+from pdf2lora.report.page import render_page, result_figures
 from pdf2lora.report.results import read_results
 from pdf2lora.report.style import save
 from pdf2lora.runtime.files import atomic_directory, atomic_write
 from pdf2lora.runtime.processes import single_instance
-from pdf2lora.runtime.scratch import fingerprint
 
 REPORTS = Path("reports")
 MACHINE = Path("metrics/machine.json")
@@ -27,28 +25,22 @@ MACHINE_CURVES = Path("metrics/machine")
 @single_instance
 def main() -> None:
     params = read_params()
+    source = Path("models/source") / params.model
     hashed = ["data/documents.jsonl", "data/split", "models/base", "models/adapter", "metrics/eval.json"]
-    checkpoint = Path("models/source") / params.model
-    results = read_results(checkpoint, [f"data/pdfs/{params.corpus}", str(checkpoint), *hashed])
-    machine, curves = read_machine(MACHINE, MACHINE_CURVES)
+    results = read_results(source, [f"data/pdfs/{params.corpus}", str(source), *hashed])
+    figures = result_figures(results)
 
-    run = fingerprint(params, results)
-    drawn, drawn_of_machine = result_figures(results), machine_figures(curves)
-
-    REPORTS.mkdir(exist_ok=True)
     with atomic_directory(REPORTS / "figures") as folder:
-        svgs = {name: save(figure, folder, name) for name, figure in drawn.items()}
-    with atomic_directory(REPORTS / "machine") as folder:
-        svgs_of_machine = {name: save(figure, folder, name) for name, figure in drawn_of_machine.items()}
-    texts = {
-        "index.html": render_page(results, params, svgs, run),
+        svgs = {name: save(figure, folder, name) for name, figure in figures.items()}
+    pages = {
+        "index.html": render_page(results, params, svgs),
         "model_card.md": render_card(results, params),
-        "machine.js": render_machine(with_energy(machine, curves), svgs_of_machine, run),
+        "machine.html": render_machine(read_measurements(MACHINE, MACHINE_CURVES), params),
     }
-    for name, text in texts.items():
+    for name, text in pages.items():
         with atomic_write(REPORTS / name) as partial:
             partial.write_text(text, encoding="utf-8")
-    print(f"report: {REPORTS / 'index.html'}, {len(drawn)} figures in {REPORTS / 'figures'}")
+    print(f"report: {REPORTS / 'index.html'}, {len(figures)} figures in {REPORTS / 'figures'}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Compiles the GPU's kernels for one compute capability, on any machine: python compile_kernels.py <capability> [...]
+"""Compiles the kernels for compute capabilities on any machine: python compile_kernels.py <capability> [...]
 
-Prints a line for each kernel: its name, the rank of its LoRA or 0, bytes of shared memory, bytes of registers spilled.
-The kernels are called by the project's own functions, on tensors of the CPU, and are compiled where they would be
-launched. Not in pytest's process, where Triton interprets.
+Prints one line per kernel: name, LoRA rank or 0, bytes of shared memory, bytes of spilled registers. The project's own
+functions call the kernels on CPU tensors; this script compiles each kernel instead of launching it. It needs its own
+process, because Triton interprets kernels in pytest's process.
 """
 
 import re
@@ -17,23 +17,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from pdf2lora.model.kernels import frozen, lora
+from pdf2lora.model.dropout import DropoutRate
+from pdf2lora.model.kernels import dropout, frozen, lora
 from pdf2lora.model.kernels.attention import Heads
 from pdf2lora.model.kernels.cross_entropy import cross_entropy_
 from pdf2lora.model.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, swiglu, swiglu_backward_
-from pdf2lora.model.kernels.rotary import LARGEST_RANK, Angles, Up, rotary_backward, rotate_
+from pdf2lora.model.kernels.rotary import MAX_FUSED_ROTARY_RANK, Angles, Up, rotary_backward, rotate_
 from pdf2lora.model.kernels.rows import quantize
 
 FEATURES, INTERMEDIATE, VOCABULARY = 3072, 8192, 128_256  # of Llama-3.2-3B
 TOKENS = 64
-RANKS = (16, 64, lora.LARGEST_RANK)
+RANKS = (16, 64, lora.MAX_LORA_RANK)
 
 
 def compile_for(capability: int) -> None:
     target = GPUTarget("cuda", capability, 32)
     triton.runtime.driver.set_active(
         SimpleNamespace(
-            get_current_device=lambda: capability,  # a cache for each
+            get_current_device=lambda: capability,  # one kernel cache per capability
             get_current_stream=lambda device: 0,
             get_current_target=lambda: target,
         )
@@ -70,19 +71,21 @@ def elementwise(*, fp8: bool) -> None:
         cross_entropy_(logits, torch.zeros(TOKENS, dtype=torch.int64), gradient=True)
         linear = bnb.nn.Linear4bit(128, 128, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
         frozen.dequantize(linear.weight, torch.zeros(128, 128, dtype=torch.bfloat16))
+        dropout.keep_mask(torch.zeros(2, dtype=torch.int64), 0, TOKENS, TOKENS, FEATURES, threshold=6554)
 
 
 def adapter(rank: int) -> None:
     for projections in (1, 3):
         x, a = (torch.zeros(rows, FEATURES, dtype=torch.bfloat16) for rows in (TOKENS, projections * rank))
-        low_rank, mask = lora.down(x, a, rank, lora.Dropout(0.1), 0)
+        counter = lora.DropoutCounter(torch.zeros(2, dtype=torch.int64), 0, TOKENS, DropoutRate(0.1))
+        low_rank, mask = lora.down(x, a, rank, counter)
         lora.backward_(x, x.clone(), a, low_rank, rank, mask, 1.1)
     heads = Heads(num_queries=24, num_keys=8, head_dim=128, seq_length=TOKENS)
     rows = torch.zeros(TOKENS, heads.width, dtype=torch.bfloat16)
     angles = Angles(torch.zeros(TOKENS, 64), torch.zeros(TOKENS, 64))
     rotate_(rows, angles, heads)
     b = torch.zeros(heads.width, 3 * rank, dtype=torch.bfloat16)
-    up = Up(b, (0, rank, 2 * rank), rank) if rank <= LARGEST_RANK else None
+    up = Up(b, (0, rank, 2 * rank), rank) if rank <= MAX_FUSED_ROTARY_RANK else None
     rotary_backward(heads.split(rows), angles, heads, up)
 
 

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: PDFs made in code, params.yaml with changes, Python in another process."""
+"""Fixtures for all tests: generated PDFs, params.yaml with changes, Python in another process."""
 
 import logging
 import multiprocessing
@@ -23,8 +23,8 @@ from ruamel.yaml import YAML
 
 from pdf2lora.runtime.gpus import has_cuda_driver
 
-# Where there is no CUDA driver, Triton interprets kernels. It decides so when it is imported, and bitsandbytes imports
-# it: so this comes before all tests.
+# Without a CUDA driver, Triton's interpreter runs the kernels. Triton reads this variable when it is imported, and
+# bitsandbytes imports Triton, so it must be set before all tests.
 if not has_cuda_driver():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -36,7 +36,7 @@ VOCABULARY = (
 
 
 def prose(seed: int, num_words: int = 120) -> str:
-    """Sentences of common words, other ones for each seed, in lines of at most 12 words."""
+    """Random common words, different for each seed, in lines of at most 12 words."""
     rng = random.Random(seed)
     words = rng.choices(VOCABULARY.split(), k=num_words)
     lines = [" ".join(words[start : start + 12]) for start in range(0, num_words, 12)]
@@ -44,7 +44,7 @@ def prose(seed: int, num_words: int = 120) -> str:
 
 
 def write_pdf(file: Path, pages: list[str], password: str | None = None) -> Path:
-    """A PDF with these lines on its pages; a password encrypts it, the empty one too."""
+    """Writes a PDF with one string per page. A password encrypts it; an empty password too."""
     file.parent.mkdir(parents=True, exist_ok=True)
     encryption = None if password is None else StandardEncryption(password, ownerPassword="owner", strength=128)
     canvas = Canvas(str(file), encrypt=encryption, invariant=1)
@@ -58,7 +58,7 @@ def write_pdf(file: Path, pages: list[str], password: str | None = None) -> Path
 
 
 def write_scan(file: Path) -> Path:
-    """A page that is one picture."""
+    """Writes a PDF with one page that is an image."""
     canvas = Canvas(str(file), invariant=1)
     canvas.drawImage(ImageReader(Image.new("RGB", (20, 20), "gray")), 50, 50, 400, 600)
     canvas.showPage()
@@ -66,8 +66,8 @@ def write_scan(file: Path) -> Path:
     return file
 
 
-def shown(text: str) -> bytes:
-    """A content stream that shows the text, a line below the other."""
+def text_stream(text: str) -> bytes:
+    """A PDF content stream that shows the lines of the text."""
     return (
         b"BT /F1 12 Tf 72 720 Td 14 TL "
         + b" ".join(b"(%s) Tj T*" % line.encode() for line in text.split("\n"))
@@ -76,7 +76,7 @@ def shown(text: str) -> bytes:
 
 
 def raw_pdf(*contents: bytes, stream_filter: bytes = b"") -> bytes:
-    """A PDF with one page for each content stream, byte by byte as given: what no PDF library would write."""
+    """A PDF with one page per content stream, written byte by byte. A PDF library would refuse such streams."""
     page_numbers = range(4, 4 + 2 * len(contents), 2)
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
@@ -101,7 +101,7 @@ def raw_pdf(*contents: bytes, stream_filter: bytes = b"") -> bytes:
 
 
 def deflated_blanks(gib: int) -> bytes:
-    """So many GiB of blanks as a zlib stream of 4 MB for each 4 GiB, made from one deflated MiB repeated."""
+    """A zlib stream of so many GiB of spaces, about 1 MB per GiB. It repeats one compressed MiB."""
     deflate = zlib.compressobj(9)
     first, next_ = (deflate.compress(b" " * 2**20) + deflate.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
     size = gib * 2**30
@@ -111,13 +111,13 @@ def deflated_blanks(gib: int) -> bytes:
 
 
 def flate_bomb() -> bytes:
-    """A page of 4 GiB in a file of 10 kB."""
+    """A PDF of 10 kB whose page has 4 GiB."""
     return raw_pdf(zlib.compress(deflated_blanks(4), 9), stream_filter=b"/Filter [/FlateDecode /FlateDecode] ")
 
 
 def hanging_pdf(*pages_before: str) -> bytes:
-    """The last page's content ends in a comment without a line end: PyPDF2 reads it for ever (CVE-2023-36464)."""
-    return raw_pdf(*map(shown, pages_before), b"BT ET % x")
+    """A PDF whose last page ends in a comment without line end. PyPDF2 never stops reading it (CVE-2023-36464)."""
+    return raw_pdf(*map(text_stream, pages_before), b"BT ET % x")
 
 
 @pytest.fixture(scope="session")
@@ -128,7 +128,7 @@ def pdfs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from_bytes = {
         "hanging": hanging_pdf(prose(4), prose(5)),
         "bomb": flate_bomb(),
-        "one_bad_page": raw_pdf(shown(prose(6)), b"BT (never closed <<", shown(prose(7))),
+        "one_bad_page": raw_pdf(text_stream(prose(6)), b"BT (never closed <<", text_stream(prose(7))),
         "truncated": whole.read_bytes()[: whole.stat().st_size // 2],
         "no_pdf": b"The climate is warming. " * 40,
         "empty": b"",
@@ -147,7 +147,7 @@ def pdfs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def write_params(tmp_path: Path) -> Callable[..., Path]:
-    """Writes the shipped params.yaml to tmp_path, changed: write_params({"lora.r": 16}, without=["train.seed"])."""
+    """Writes params.yaml with changes to tmp_path: write_params({"lora.r": 16}, without=["train.seed"])."""
 
     def write(changes: dict[str, Any] | None = None, without: list[str] | None = None) -> Path:
         values = YAML(typ="safe").load(REPOSITORY / "params.yaml")
@@ -173,7 +173,7 @@ def _section_of(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
 
 @pytest.fixture(scope="session")
 def server_of_children() -> None:
-    """Starts the server that children are forked from where it can import this project: each then starts at once."""
+    """Starts the fork server of find_batch's probes with its imports done, so that probes start fast."""
     if not has_cuda_driver():
         with chdir(REPOSITORY):
             multiprocessing.set_forkserver_preload(["pdf2lora.training.probe"])
@@ -182,8 +182,8 @@ def server_of_children() -> None:
 
 @pytest.fixture
 def start_python() -> Any:
-    """Starts Python on a piece of code that can import pdf2lora; ended with the test."""
-    started: list[subprocess.Popen[str]] = []
+    """Starts Python with code that can import pdf2lora. The process is killed when the test ends."""
+    processes: list[subprocess.Popen[str]] = []
 
     def start(code: str, *arguments: object) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -193,18 +193,18 @@ def start_python() -> Any:
             stderr=subprocess.PIPE,
             text=True,
         )
-        started.append(process)
+        processes.append(process)
         return process
 
     yield start
-    for process in started:
+    for process in processes:
         process.kill()
         process.communicate()
 
 
 @pytest.fixture
 def own_logging(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Lets a stage set up logging as in a process of its own, where pytest has no handlers; undone afterwards."""
+    """Lets a stage configure logging as in its own process, where pytest has no handlers. Restores it afterwards."""
     root = logging.getLogger()
     level = root.level
     monkeypatch.setattr(logging, "basicConfig", partial(logging.basicConfig, force=True))

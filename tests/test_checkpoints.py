@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from pdf2lora.training.trainer import build_model, build_trainer
 from tiny_llama import (
     COMPUTE,
     LORA,
@@ -22,7 +23,6 @@ from transformers import TrainerCallback
 
 from pdf2lora.runtime.manifest import MANIFEST
 from pdf2lora.training.checkpoints import CheckpointKeeper, latest_valid, step_of
-from pdf2lora.training.trainer import build_model, build_trainer
 
 pytestmark = [quiet, pytest.mark.usefixtures("server_of_children")]
 SETTINGS = changed(TRAIN, save_steps=2, logging_steps=3, num_train_epochs=2)  # 8 steps, 4 an epoch
@@ -172,7 +172,7 @@ def test_a_flipped_bit_in_the_newest_falls_back_to_the_one_before(undisturbed, t
     assert latest_valid(folder) == str(folder / "checkpoint-6")
 
     assert capsys.readouterr().out == (
-        f"train: checkpoint-8 is not used, its {name} is not what was written; goes on from checkpoint-6\n"
+        f"train: checkpoint-8 is not used, {name} is corrupt (SHA-256 mismatch); goes on from checkpoint-6\n"
     )
     assert not (folder / "checkpoint-8").exists()
 
@@ -225,7 +225,7 @@ def test_an_unfinished_checkpoint_is_removed(undisturbed, tmp_path, capsys):
     assert latest_valid(folder) == str(folder / "checkpoint-6")
 
     assert capsys.readouterr().out == (
-        "train: checkpoint-8 is not used, it was not written to its end; goes on from checkpoint-6\n"
+        "train: checkpoint-8 is not used, it is incomplete (no manifest.json); goes on from checkpoint-6\n"
     )
 
 

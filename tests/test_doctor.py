@@ -250,7 +250,7 @@ class TestFourBitWeights:
         monkeypatch.setattr(environment, "find_gpus", lambda: gpus)
         for check in ("torch_build", "bitsandbytes"):
             monkeypatch.setattr(environment, check, lambda *_: Finding("ok", "library", "exists"))
-        monkeypatch.setitem(sys.modules, "pdf2lora.model.capabilities", None)  # an import would fail
+        monkeypatch.setitem(sys.modules, "pdf2lora.model.quantization", None)  # an import would fail
 
         assert "4-bit weights" not in printed(capsys)
 

@@ -16,23 +16,23 @@ main()
 """
 
 
-def test_an_input_error_is_one_line_on_stderr_without_traceback(start_python: Callable[..., Popen[str]]) -> None:
-    stage = start_python(STAGE.format(raised="InputError('lora.r: 0 must be greater than 0')"))
+def test_input_error_is_one_line_on_stderr(start_python: Callable[..., Popen[str]]) -> None:
+    stage = start_python(STAGE.format(raised="InputError('lora.r is 0; it must be at least 1')"))
     out, err = stage.communicate(timeout=30)
-    assert (stage.returncode, out, err) == (1, "", "error: lora.r: 0 must be greater than 0\n")
+    assert (stage.returncode, out, err) == (1, "", "error: lora.r is 0; it must be at least 1\n")
 
 
-@pytest.mark.parametrize("raised", ["ValueError('a fault of ours')", "KeyError('a fault of ours')"])
-def test_other_errors_keep_their_traceback(start_python: Callable[..., Popen[str]], raised: str) -> None:
+@pytest.mark.parametrize("raised", ["ValueError('a bug')", "KeyError('a bug')"])
+def test_other_exceptions_keep_their_traceback(start_python: Callable[..., Popen[str]], raised: str) -> None:
     stage = start_python(STAGE.format(raised=raised))
     err = stage.communicate(timeout=30)[1]
     assert stage.returncode == 1
     assert err.startswith("Traceback (most recent call last)")
-    assert "a fault of ours" in err
+    assert "a bug" in err
     assert "error: " not in err
 
 
-def test_a_main_that_ends_well_returns_nothing_and_keeps_its_name() -> None:
+def test_decorated_main_keeps_its_name_and_docstring() -> None:
     calls = []
 
     @report_input_errors
@@ -45,6 +45,6 @@ def test_a_main_that_ends_well_returns_nothing_and_keeps_its_name() -> None:
     assert (main.__name__, main.__doc__) == ("main", "extract: PDFs -> text")
 
 
-def test_an_input_error_is_a_value_error_with_its_text() -> None:
+def test_input_error_is_a_value_error() -> None:
     assert isinstance(InputError("corpus: empty"), ValueError)
     assert str(InputError("corpus: empty")) == "corpus: empty"

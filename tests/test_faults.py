@@ -1,4 +1,4 @@
-"""What the machine does to the pipeline: a full disk, a limit, a flipped byte, a folder that may not be written to."""
+"""Faults of the machine: a full disk, a file size limit, a flipped bit, a read-only folder, a killed worker."""
 
 import os
 import re
@@ -31,14 +31,13 @@ SETTINGS = {
     **{f"lora.{key}": value for key, value in LORA.model_dump().items()},
     **{f"quantization.{key}": value for key, value in QUANTIZATION.model_dump().items()},
     "evaluate.stride": 16,
-    "evaluate.bootstrap_samples": 100,
     "corpus": "reports",
     "extract.min_characters": 50,
 }
 
 
 def run_stage(name: str, *, largest_file: int = resource.RLIM_INFINITY) -> "subprocess.CompletedProcess[str]":
-    """A stage as dvc runs it, in the current folder; largest_file: bytes that a file may have."""
+    """Runs a stage as dvc does, in the current folder. largest_file: size limit of a file in bytes."""
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest_file}, {largest_file}))"
     return run_python(f"{limit}; import runpy; runpy.run_module('stages.{name}', run_name='__main__')")
 
@@ -50,7 +49,7 @@ def run_python(code: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_params: Callable[..., Path]) -> Path:
-    """A corpus of three PDFs."""
+    """A project with a corpus of three PDFs."""
     monkeypatch.chdir(tmp_path)
     for name in ("DVC_ROOT", "DVC_STAGE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
@@ -67,9 +66,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def with_base(project: Path, base: Path) -> Path:
-    """A project before train."""
-    for side in ("train", "validation", "test"):
-        write_texts(project / f"data/split/{side}.jsonl", [prose(3, 25)])
+    """The project, ready for train."""
+    for split in ("train", "validation", "test"):
+        write_texts(project / f"data/split/{split}.jsonl", [prose(3, 25)])
     shutil.copytree(base, project / "models/base")
     (project / "metrics").mkdir()
     (project / "metrics/batch.json").write_text(
@@ -95,9 +94,7 @@ def small_disk(project: Path) -> Iterator[Path]:
 # a full disk
 
 
-def test_a_full_disk_is_named_and_costs_nothing_that_was_there(
-    small_disk: Path, write_params: Callable[..., Path]
-) -> None:
+def test_full_disk_is_reported_and_the_old_output_stays(small_disk: Path, write_params: Callable[..., Path]) -> None:
     assert run_stage("extract").returncode == 0
     before = Path("data/documents.jsonl").read_bytes()
     write_params(SETTINGS | {"extract.max_pages": 1})
@@ -110,8 +107,8 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_there(
 
     assert ended.returncode == 1
     assert ended.stderr.strip().splitlines()[-1] == (
-        "error: data/documents.jsonl: No space left on device; make room on that disk, then run again: "
-        "what is finished is kept"
+        "error: data/documents.jsonl: No space left on device. Free space on that disk, then run again. "
+        "Finished work is kept."
     )
     assert Path("data/documents.jsonl").read_bytes() == before
     assert not list(small_disk.glob(".*"))
@@ -120,13 +117,13 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_there(
     assert [document.pages_read for document in read_documents(Path("data/documents.jsonl"))] == [1] * 3
 
 
-def test_a_limit_of_file_sizes_is_named(project: Path) -> None:
+def test_file_size_limit_is_reported(project: Path) -> None:
     ended = run_stage("extract", largest_file=700)
 
     assert ended.returncode == 1
     assert re.fullmatch(
-        r"error: \S+: File too large; raise the limit of file sizes \(ulimit -f\), "
-        "then run again: what is finished is kept",
+        r"error: \S+: File too large\. Raise the limit on file sizes \(ulimit -f\), then run again\. "
+        r"Finished work is kept\.",
         ended.stderr.strip().splitlines()[-1],
     )
     assert not Path("data/documents.jsonl").exists()
@@ -135,13 +132,13 @@ def test_a_limit_of_file_sizes_is_named(project: Path) -> None:
 
 
 @pytest.mark.usefixtures("with_base")
-def test_a_training_whose_checkpoint_does_not_fit_goes_on_when_there_is_room() -> None:
+def test_training_resumes_after_a_checkpoint_did_not_fit() -> None:
     ended = run_stage("train", largest_file=20_000)  # less than the adapter
 
     assert ended.returncode == 1
-    said = ended.stderr.strip().splitlines()[-1]
-    assert said.startswith("error: ")
-    assert said.endswith(", then run again: what is finished is kept")
+    message = ended.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert message.endswith(", then run again. Finished work is kept.")
     assert "Traceback" not in ended.stderr
     assert not Path("models/adapter").exists()
 
@@ -152,28 +149,31 @@ def test_a_training_whose_checkpoint_does_not_fit_goes_on_when_there_is_room() -
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
-        (OSError(28, "No space left on device", "data/out"), "data/out: No space left on device; make room on that"),
-        (OSError(122, "Disk quota exceeded"), "a file: Disk quota exceeded; make room in your quota"),
-        (PermissionError(13, "Permission denied", "data"), "data: Permission denied; give yourself the right to it"),
-        (OSError(30, "Read-only file system", "data"), "data: Read-only file system; make it writable"),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), "a file: No space left on device; make"),
-        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64"), "a checkpoint could not be"),
+        (OSError(28, "No space left on device", "data/out"), "data/out: No space left on device. Free space on that"),
+        (OSError(122, "Disk quota exceeded"), "a file: Disk quota exceeded. Free space in your quota"),
+        (PermissionError(13, "Permission denied", "data"), "data: Permission denied. Check the file's permissions"),
+        (OSError(30, "Read-only file system", "data"), "data: Read-only file system. Make the file system writable"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "a file: No space left on device. Free"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64"),
+            "a checkpoint file is incomplete. Free",
+        ),
     ],
 )
-def test_what_the_system_refuses_is_said_in_a_line(error: Exception, said: str) -> None:
+def test_system_error_is_reported_in_one_line(error: Exception, message: str) -> None:
     @report_input_errors
     def main() -> None:
         raise error
 
     with pytest.raises(SystemExit) as ended:
         main()
-    assert str(ended.value.code).startswith(f"error: {said}")
+    assert str(ended.value.code).startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("shapes differ"), KeyError("loss")])
-def test_any_other_failure_keeps_its_traceback(error: Exception) -> None:
+def test_other_exceptions_keep_their_traceback(error: Exception) -> None:
     @report_input_errors
     def main() -> None:
         raise error
@@ -182,12 +182,12 @@ def test_any_other_failure_keeps_its_traceback(error: Exception) -> None:
         main()
 
 
-# a folder that may not be written to
+# a read-only folder
 
 
-def test_a_folder_that_may_not_be_written_to(project: Path) -> None:
+def test_read_only_folder_is_reported(project: Path) -> None:
     data = project / "data"
-    if os.geteuid() == 0:  # root may write everywhere but to what is mounted read-only
+    if os.geteuid() == 0:  # permissions do not stop root; a read-only mount does
         if subprocess.run(["mount", "--bind", data, data], capture_output=True).returncode:
             pytest.skip("mounting is not allowed here")
         subprocess.run(["mount", "-o", "remount,bind,ro", data], check=True)
@@ -202,18 +202,16 @@ def test_a_folder_that_may_not_be_written_to(project: Path) -> None:
             data.chmod(0o700)
 
     assert ended.returncode == 1
-    said = ended.stderr.strip().splitlines()[-1]
-    assert said.startswith("error: data/.documents.jsonl.")
-    assert said.endswith("then run again: what is finished is kept")
+    message = ended.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: data/.documents.jsonl.")
+    assert message.endswith("then run again. Finished work is kept.")
     assert run_stage("extract").returncode == 0
 
 
 # files that change
 
 
-def test_a_pdf_that_is_cut_while_it_is_read_is_not_taken_for_whole(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pdf_that_changes_while_it_is_read_is_an_error(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = Path("data/pdfs/reports/1.pdf")
     whole = cut.read_bytes()
     extract_all = corpus_module.extract
@@ -236,27 +234,27 @@ def test_a_pdf_that_is_cut_while_it_is_read_is_not_taken_for_whole(
     assert [document.reason for document in read_documents(Path("data/documents.jsonl"))] == [None] * 3
 
 
-def test_a_worker_that_the_machine_kills_changes_no_text(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ran out of memory elsewhere, or kill -9: a document is read once more before it counts as a crash."""
+def test_killed_worker_changes_no_text(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After kill -9 or the out-of-memory killer, the document is read once more."""
     files = sorted(Path("data/pdfs/reports").iterdir())
     settings = {"engines": ["pypdf2"], "max_pages": 9, "timeout_s": 20, "memory_gib": 1.0, "min_characters": 10}
     undisturbed = list(extract(files, clean=True, num_workers=1, **settings))  # type: ignore[arg-type]
-    seconds = Worker._processor_seconds
-    asked: list[int] = []
+    processor_time_s = Worker._processor_time_s
+    pids: list[int] = []
 
     def kill_once(worker: Worker) -> float:
-        asked.append(worker.process.pid)
-        if len(asked) == 1:
+        pids.append(worker.process.pid)
+        if len(pids) == 1:
             os.kill(worker.process.pid, signal.SIGKILL)
             worker.process.join()
-        return seconds(worker)
+        return processor_time_s(worker)
 
-    monkeypatch.setattr(Worker, "_processor_seconds", kill_once)
+    monkeypatch.setattr(Worker, "_processor_time_s", kill_once)
     assert list(extract(files, clean=True, num_workers=1, **settings)) == undisturbed  # type: ignore[arg-type]
-    assert len(set(asked)) == 2
+    assert len(set(pids)) == 2
 
 
-def test_a_pdf_that_kills_its_worker_each_time_has_crashed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pdf_that_kills_its_worker_twice_has_crashed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = []
 
     def kill(worker: Worker) -> float:
@@ -265,7 +263,7 @@ def test_a_pdf_that_kills_its_worker_each_time_has_crashed(project: Path, monkey
         killed.append(worker.process.pid)
         raise EOFError
 
-    monkeypatch.setattr(Worker, "_processor_seconds", kill)
+    monkeypatch.setattr(Worker, "_processor_time_s", kill)
     settings = {"engines": ["pypdf2"], "max_pages": 9, "timeout_s": 20, "memory_gib": 1.0, "min_characters": 10}
     [(_, extraction)] = extract([Path("data/pdfs/reports/0.pdf")], clean=True, num_workers=1, **settings)  # type: ignore[arg-type]
     assert extraction.reason == Reason.CRASHED
@@ -274,8 +272,8 @@ def test_a_pdf_that_kills_its_worker_each_time_has_crashed(project: Path, monkey
 
 @pytest.mark.parametrize("stage", [train, evaluate, sample])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_flipped_bit_in_the_base_is_found(with_base: Path, stage: Any, name: str) -> None:
-    """With the times of the file as they were, as a disk does it: dvc would not look."""
+def test_flipped_bit_in_the_base_is_found(with_base: Path, stage: Any, name: str) -> None:
+    """The file's times do not change, as with a disk error, so DVC does not hash the file."""
     file = Path("models/base") / name
     times = file.stat()
     content = bytearray(file.read_bytes())
@@ -287,27 +285,27 @@ def test_a_flipped_bit_in_the_base_is_found(with_base: Path, stage: Any, name: s
         stage.main()
 
     assert ended.value.code == (
-        f"error: models/base: cannot be used, its {name} is not what was written; "
-        "make it again with: dvc repro --force convert"
+        f"error: models/base cannot be used: {name} is corrupt (SHA-256 mismatch). "
+        "Make it again with: dvc repro --force convert"
     )
 
 
-def test_a_base_without_its_manifest_was_not_written_to_its_end(with_base: Path) -> None:
+def test_base_without_a_manifest_is_incomplete(with_base: Path) -> None:
     (with_base / "models/base" / MANIFEST).unlink()
 
     with pytest.raises(SystemExit) as ended:
         evaluate.main()
 
     assert ended.value.code == (
-        "error: models/base: cannot be used, it was not written to its end; "
-        "make it again with: dvc repro --force convert"
+        "error: models/base cannot be used: it is incomplete (no manifest.json). "
+        "Make it again with: dvc repro --force convert"
     )
 
 
-# what is not installed
+# missing packages
 
 
-def test_a_library_that_is_missing_is_named(project: Path) -> None:
+def test_missing_library_is_reported(project: Path) -> None:
     assert run_stage("extract").returncode == 0
 
     ended = run_python(
@@ -318,5 +316,5 @@ def test_a_library_that_is_missing_is_named(project: Path) -> None:
     assert ended.stderr == "error: datasketch is not installed; run make setup, or pip install -r requirements.txt\n"
 
 
-def test_a_module_of_ours_that_is_missing_keeps_its_traceback() -> None:
+def test_missing_module_of_this_project_keeps_its_traceback() -> None:
     assert "Traceback" in run_python("import stages, pdf2lora.nowhere").stderr

@@ -1,7 +1,7 @@
-"""What only a GPU can show: python -m pytest -m gpu
+"""Tests that need a GPU: python -m pytest -m gpu
 
-The kernels compiled, against the float32 arithmetic of the same weights; the search for a batch and the training in
-the memory of a GPU. tests/test_kernels.py looks at the same kernels one by one, in Triton's interpreter.
+They compare the compiled kernels with float32 arithmetic on the same weights, and run training and the batch search in
+the memory of a GPU. test_kernels_*.py test the same kernels one by one in Triton's interpreter.
 """
 
 import json
@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, prose
+from pdf2lora.training.trainer import build_model, build_trainer
 from tiny_llama import (
     BOS,
     COMPUTE,
     LORA,
     QUANTIZATION,
+    TRAIN,
     changed,
     quiet,
     random_sequences,
@@ -34,12 +36,14 @@ import stages  # noqa: F401  # before CUDA starts: the workspaces with which cuB
 from pdf2lora.errors import InputError
 from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.model import loss
-from pdf2lora.model.capabilities import CHECKPOINTING, checkpointing_modes, choose_kernels
+from pdf2lora.model.dropout import DropoutRate, keep_mask
 from pdf2lora.model.forward import build_forward
+from pdf2lora.model.gradient_checkpointing import SUPPORTED_GRADIENT_CHECKPOINTING as SUPPORTED
+from pdf2lora.model.gradient_checkpointing import GradientCheckpointing, gradient_checkpointing_choices
+from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.model.loading import add_lora, load_adapter, load_base
 from pdf2lora.model.loss import linear_cross_entropy, nats_per_target
 from pdf2lora.tokens import IGNORED, windows
-from pdf2lora.training.trainer import build_model, build_trainer
 
 HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 CAPABILITY = torch.cuda.get_device_capability() if HAS_GPU else (0, 0)
@@ -67,7 +71,7 @@ SHAPE = {
 
 @pytest.fixture(scope="module")
 def one_layer(tmp_path_factory):
-    """So that the rounding of one layer does not pile up in the next."""
+    """One layer: rounding errors do not accumulate over layers."""
     return write_tiny_llama(tmp_path_factory.mktemp("one"), num_hidden_layers=1, **SHAPE)
 
 
@@ -83,10 +87,10 @@ def restore(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def adapted(base, lora=NO_DROPOUT, *, bits=4, train=BFLOAT16):
-    """The base with an adapter as after a training: B is not zero."""
+def adapted(base, lora=NO_DROPOUT, *, bits=4, compute=BFLOAT16):
+    """The base model with an adapter whose B is not zero, as after training."""
     torch.manual_seed(0)
-    model = add_lora(load_base(base, changed(QUANTIZATION, bits=bits), train), lora)
+    model = add_lora(load_base(base, changed(QUANTIZATION, bits=bits), compute), lora)
     for name, value in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.02)
@@ -94,18 +98,18 @@ def adapted(base, lora=NO_DROPOUT, *, bits=4, train=BFLOAT16):
 
 
 def in_float32(base, model, lora=NO_DROPOUT):
-    """The same dequantized weights, the same matrices, no quantization and no half precision."""
-    whole = adapted(base, lora, bits=16, train=FLOAT32)
+    """The same model with its dequantized weights in float32."""
+    unquantized = adapted(base, lora, bits=16, compute=FLOAT32)
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, bnb.nn.Linear4bit):
                 weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
                 assert weight.dtype == torch.bfloat16
-                whole.get_submodule(name).weight.copy_(weight)
+                unquantized.get_submodule(name).weight.copy_(weight)
         for name, value in model.named_parameters():
             if not isinstance(value, bnb.nn.Params4bit):
-                whole.get_parameter(name).copy_(value)
-    return whole
+                unquantized.get_parameter(name).copy_(value)
+    return unquantized
 
 
 def some_ids(batch, seq_length, *, seed=0):
@@ -113,12 +117,12 @@ def some_ids(batch, seq_length, *, seed=0):
     return torch.from_numpy(numbers).cuda()
 
 
-def hidden_and_gradients(forward, ids, *, seed=0):
-    """Of the next-token loss; the seed is that of dropout."""
+def hidden_and_gradients(forward, ids, *, seed=0, first_row=0):
+    """Hidden states and gradients of the next-token loss. seed, first_row: of dropout."""
     model = forward.model
     model.train()
     model.zero_grad()
-    torch.manual_seed(seed)
+    forward.set_dropout(seed, first_row)
     hidden = forward(ids)
     targets = ids.roll(-1, dims=1)
     targets[:, -1] = IGNORED
@@ -173,7 +177,7 @@ def test_fused_is_as_exact_as_bfloat16_allows(one_layer, deterministic, targets,
 
 
 @pytest.mark.parametrize("r", [3, 20, 64, 100, 256])
-def test_any_rank_is_filled_up_to_what_a_tensor_core_takes(one_layer, r):
+def test_every_rank_is_padded_for_tensor_cores(one_layer, r):
     lora = changed(NO_DROPOUT, r=r)
     model = adapted(one_layer, lora)
     ids = some_ids(2, 128)
@@ -206,7 +210,7 @@ def test_fp8_is_near(one_layer, targets, batch, seq_length):
 
 
 @needs_fp8
-def test_fp8_is_for_training_alone(one_layer):
+def test_fp8_is_for_training_only(one_layer):
     model = adapted(one_layer)
     ids = some_ids(2, 64)
     fp8, fused = (build_forward(model, kernels) for kernels in ("fp8", "fused"))
@@ -233,21 +237,21 @@ def test_disabled_adapter_is_the_base(four_layers):
 
 def test_evaluation_by_the_kernels_scores_like_the_reference(four_layers):
     model = adapted(four_layers, LORA)
-    looks = [
+    scored_windows = [
         window
         for number, length in enumerate([300, 9, 700])
         for window in windows(number, np.arange(length) % BOS, bos=BOS, seq_length=128, stride=60)
     ]
 
     def nats(forward):
-        return nats_per_document(forward, looks, num_documents=3, per_device_batch=4)
+        return nats_per_document(forward, scored_windows, num_documents=3, per_device_batch=4)
 
     exact = nats(build_forward(in_float32(four_layers, model, LORA), "reference"))
     assert nats(build_forward(model, "fused")) == pytest.approx(exact, rel=5e-3)
     assert nats(build_forward(model, "reference")) == pytest.approx(exact, rel=5e-3)
 
 
-# what is kept between the passes
+# gradient checkpointing
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -259,7 +263,7 @@ def test_gradient_checkpointing_changes_no_bit(four_layers, dropout, kernels, ba
     ids = some_ids(batch, seq_length)
 
     found = {
-        mode: hidden_and_gradients(build_forward(model, kernels, mode), ids, seed=5) for mode in CHECKPOINTING[kernels]
+        mode: hidden_and_gradients(build_forward(model, kernels, mode), ids, seed=5) for mode in SUPPORTED[kernels]
     }
 
     hidden, gradients = found["none"]
@@ -268,9 +272,9 @@ def test_gradient_checkpointing_changes_no_bit(four_layers, dropout, kernels, ba
         assert same(found[mode][1], gradients), mode
 
 
-@pytest.mark.parametrize("mode", CHECKPOINTING["fused"])
+@pytest.mark.parametrize("mode", GradientCheckpointing)
 def test_second_step_of_a_forward_is_like_the_first(four_layers, mode):
-    """What is held from step to step, the host's memory of offload above all, carries nothing over."""
+    """Buffers that stay between steps, such as the host memory of offload, do not change a result."""
     torch.use_deterministic_algorithms(True)
     forward = build_forward(adapted(four_layers, LORA), "fused", mode)
     ids = some_ids(2, 128)
@@ -294,13 +298,65 @@ def test_dropout_is_drawn_from_the_seed(four_layers):
     assert 1e-3 < relative_error(one, other) < 0.5
 
 
-def test_the_more_is_recomputed_the_less_memory_a_step_takes(four_layers):
+@pytest.mark.parametrize("kernels", ["fused", "reference"])
+def test_rows_draw_the_same_masks_in_every_micro_batch(four_layers, kernels):
+    torch.use_deterministic_algorithms(True)
+    forward = build_forward(adapted(four_layers, LORA), kernels)
+    ids = some_ids(8, 64)
+
+    every, _ = hidden_and_gradients(forward, ids, seed=1)
+    second_half, _ = hidden_and_gradients(forward, ids[4:], seed=1, first_row=4)
+    other_rows, _ = hidden_and_gradients(forward, ids[4:], seed=1)
+
+    assert relative_error(second_half, every[4:]) < 1e-2 < relative_error(other_rows, every[4:])
+
+
+@pytest.mark.parametrize("kernels", ["fused", pytest.param("fp8", marks=needs_fp8)])
+@pytest.mark.parametrize("mode", ["none", "mlp", "full"])
+def test_cuda_graph_of_a_micro_batch_draws_new_masks(four_layers, kernels, mode):
+    """The graph gives the hidden states and gradients of the eager micro-batch, for each seed."""
+    torch.use_deterministic_algorithms(True)
+    model = adapted(four_layers, changed(LORA, target_modules=ALL_LINEAR))
+    forward, ids = build_forward(model, kernels, mode), some_ids(2, 128)
+    parameters = [value for value in model.parameters() if value.requires_grad]
+    expected = [hidden_and_gradients(forward, ids, seed=seed) for seed in (1, 2)]
+
+    def micro_batch():
+        hidden = forward(ids)
+        targets = ids.roll(-1, dims=1)
+        targets[:, -1] = IGNORED
+        loss = linear_cross_entropy(hidden.flatten(0, 1), forward.head, targets.flatten()) / targets.numel()
+        loss.backward()
+        return hidden.detach()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            model.zero_grad()
+            micro_batch()
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = micro_batch()
+    for seed, (hidden, gradients) in zip((1, 2), expected, strict=True):
+        for parameter in parameters:
+            parameter.grad.zero_()
+        forward.set_dropout(seed, 0)
+        graph.replay()
+        assert torch.equal(captured, hidden)
+        found = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+        assert max(errors(found, gradients).values()) < 1e-6
+
+
+def test_recomputation_saves_memory(four_layers):
     model = adapted(four_layers)
     ids = some_ids(16, 512)
 
     def peak_bytes(mode):
         forward = build_forward(model, "fused", mode)
-        hidden_and_gradients(forward, ids)  # what stays is there
+        hidden_and_gradients(forward, ids)  # allocates the buffers that stay
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         hidden_and_gradients(forward, ids)
@@ -334,32 +390,30 @@ def test_dequantized_weights_are_those_of_bitsandbytes(quant_type, double, dtype
         torch.testing.assert_close(out, expected, rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=0)
 
 
-def kept_by_dropout(p, seed, *, tokens=200, features=48):
-    """The mask, (tokens, features), read off dropout(1) A^T with an A that picks 16 features at a time."""
+@pytest.mark.parametrize("features", [48, 300])
+def test_mask_of_the_gpu_is_that_of_the_cpu(features):
+    state, rate = torch.tensor([2**40 + 3, 5]), DropoutRate(0.25)
+
+    found = keep_mask(state.cuda(), 9, 200, 50, features, rate)
+
+    assert torch.equal(found.cpu(), keep_mask(state, 9, 200, 50, features, rate))
+
+
+def test_lora_kernels_drop_the_same_features_in_both_passes():
     from pdf2lora.model.kernels import lora
 
-    ones = torch.ones(tokens, features, dtype=torch.bfloat16, device="cuda")
-    picks = torch.eye(features, dtype=torch.bfloat16, device="cuda").split(16)
-    parts = [lora.down(ones, pick.contiguous(), 16, lora.Dropout(p), seed).values for pick in picks]
-    return torch.cat(parts, dim=1) != 0
-
-
-def test_dropout_keeps_its_share_and_drops_the_same_in_the_backward_pass():
-    from pdf2lora.model.kernels import lora
-
-    p, seed, tokens, features = 0.25, 7, 2500, 48  # more than one split of the backward pass
-    kept = kept_by_dropout(p, seed, tokens=tokens, features=features)
-    assert abs(kept.float().mean().item() - 0.75) < 5 * (0.25 * 0.75 / kept.numel()) ** 0.5
-    assert 0.6 < (kept == kept_by_dropout(p, seed + 1, tokens=tokens)).float().mean() < 0.65  # 0.75^2 + 0.25^2
+    tokens, features, rate = 2500, 48, DropoutRate(0.25)  # more than one split of the backward pass
+    state = torch.tensor([7, 0], device="cuda")
+    kept = keep_mask(state, 3, tokens, 1, features, rate)
     torch.manual_seed(0)
     x, grad_x = (torch.randn(tokens, features, device="cuda").bfloat16() for _ in range(2))
     a = torch.randn(16, features, device="cuda").bfloat16()
     grad_low_rank = torch.randn(tokens, 16, device="cuda").bfloat16()
-    dropped = torch.where(kept, x.float(), 0.0) / 0.75
-    expected_x = grad_x.float() + torch.where(kept, grad_low_rank.float() @ a.float(), 0.0) / 0.75
+    dropped = torch.where(kept, x.float(), 0.0) * rate.scale
+    expected_x = grad_x.float() + torch.where(kept, grad_low_rank.float() @ a.float(), 0.0) * rate.scale
 
-    low_rank, mask = lora.down(x, a, 16, lora.Dropout(p), seed)
-    grad_a = lora.backward_(x, grad_x, a, grad_low_rank, 16, mask, lora.Dropout(p).scale)
+    low_rank, mask = lora.down(x, a, 16, lora.DropoutCounter(state, 3, 1, rate))
+    grad_a = lora.backward_(x, grad_x, a, grad_low_rank, 16, mask, rate.scale)
 
     assert relative_error(low_rank, dropped @ a.float().t()) < 5e-3
     assert relative_error(grad_a, grad_low_rank.float().t() @ dropped) < 5e-3
@@ -369,7 +423,7 @@ def test_dropout_keeps_its_share_and_drops_the_same_in_the_backward_pass():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("vocabulary", "chunk"), [(260, 2**28), (32_000, 17 * 32_000), (128_256, 64 * 128_256)])
 def test_loss_of_chunks_is_that_of_whole_logits(monkeypatch, dtype, vocabulary, chunk):
-    monkeypatch.setattr(loss, "LOGITS_OF_A_CHUNK", chunk)
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", chunk)
     torch.manual_seed(0)
     hidden = torch.randn(150, 64, device="cuda").to(dtype).requires_grad_()
     head = (torch.randn(vocabulary, 64, device="cuda") * 0.2).to(dtype)
@@ -392,22 +446,22 @@ def test_loss_of_chunks_is_that_of_whole_logits(monkeypatch, dtype, vocabulary, 
     assert not nats[::7].any()
 
 
-# the choice
+# choices
 
 
-def test_auto_means_fused_here_and_leaves_the_checkpointing_to_find_batch(caplog):
+def test_auto_is_fused_and_every_value_of_gradient_checkpointing(caplog):
     caplog.set_level(logging.INFO)
 
     assert choose_kernels(BFLOAT16, QUANTIZATION, LORA) == "fused"
 
-    assert caplog.messages == ["kernels: auto asked for, fused runs"]
-    auto = changed(BFLOAT16, gradient_checkpointing="auto")
-    assert checkpointing_modes(auto, "fused") == ("none", "mlp", "full", "offload")
-    assert checkpointing_modes(auto, "reference") == ("none", "full")
+    assert caplog.messages == ["kernels: fused (compute.kernels: auto)"]
+    auto = changed(TRAIN, gradient_checkpointing="auto")
+    assert gradient_checkpointing_choices(auto, "fused") == ("none", "mlp", "full", "offload")
+    assert gradient_checkpointing_choices(auto, "reference") == ("none", "full")
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_other_bases_than_4_bit_fall_back_and_train(one_layer, caplog, bits):
+def test_base_models_of_8_and_16_bits_train_on_the_reference(one_layer, caplog, bits):
     caplog.set_level(logging.INFO)
     quantization = changed(QUANTIZATION, bits=bits)
 
@@ -415,11 +469,11 @@ def test_other_bases_than_4_bit_fall_back_and_train(one_layer, caplog, bits):
 
     assert kernels == "reference"
     assert caplog.messages == [
-        f"kernels: auto asked for, reference runs (they need a base of 4 bits, quantization.bits is {bits})"
+        f"kernels: reference (compute.kernels: auto) (they need a base model of 4 bits, quantization.bits is {bits})"
     ]
     _, gradients = hidden_and_gradients(build_forward(adapted(one_layer, bits=bits), kernels), some_ids(2, 64))
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients.values())
-    with pytest.raises(InputError, match=r"compute\.kernels: 'fused' cannot run here: they need a base of 4 bits"):
+    with pytest.raises(InputError, match="cannot run here: they need a base model of 4 bits"):
         choose_kernels(changed(BFLOAT16, kernels="fused"), quantization, LORA)
 
 

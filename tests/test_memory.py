@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pdf2lora.training.probe_process import Child
 
 from pdf2lora.errors import InputError
 from pdf2lora.training import probe_process
 from pdf2lora.training.batch_search import AS_FAST, Measurement, Mode, Probe, choose, memory_model, search, search_modes
-from pdf2lora.training.probe_process import Child
 
 pytestmark = pytest.mark.usefixtures("server_of_children")
 

@@ -4,10 +4,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
 
 from commands import mend_dvc
 
@@ -20,15 +22,20 @@ def dvc(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*DVC, *arguments], capture_output=True, text=True, env=names)
 
 
+def reproduce() -> None:
+    with closing(Repo()) as repo:
+        repo.reproduce()
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
     before = Path.cwd()
     os.chdir(folder)
-    assert dvc("init", "--no-scm", "--quiet").returncode == 0
+    Repo.init(no_scm=True).close()
     Path("source").write_text("text")
     Path("dvc.yaml").write_text(PIPELINE)
-    assert dvc("repro").returncode == 0
+    reproduce()
     os.chdir(before)
     return folder
 
@@ -65,13 +72,13 @@ def half_experiment() -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "mended"),
+    ("damage", "path"),
     [
         (empty_rwlock, ".dvc/tmp/rwlock"),
         (empty_lock, "dvc.lock"),
         (empty_run, ".dvc/cache/runs/"),
         (half_run, ".dvc/cache/runs/"),
-        (half_experiment, ".dvc/tmp/exps/standalone/run/0a1b2c "),
+        (half_experiment, ".dvc/tmp/exps/standalone/run/0a1b2c,"),
     ],
 )
 def test_dvc_repro_runs_again(
@@ -80,7 +87,7 @@ def test_dvc_repro_runs_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     damage: Callable[[], None],
-    mended: str,
+    path: str,
 ) -> None:
     subprocess.run(["cp", "-a", f"{pipeline}/.", str(tmp_path)], check=True)
     monkeypatch.chdir(tmp_path)
@@ -88,24 +95,24 @@ def test_dvc_repro_runs_again(
 
     mend_dvc.main()
 
-    said = capsys.readouterr().out
-    assert said.startswith(f"mend_dvc: {mended}")
-    assert said.endswith(" was half-written and is removed\n")
-    done = dvc("repro")
-    assert done.returncode == 0, done.stderr
+    output = capsys.readouterr().out
+    assert output.startswith(f"mend_dvc: removed {path}")
+    assert output.endswith(", which was half-written\n")
+    reproduce()
     assert Path("copy").read_text() == "text"
 
 
 def test_dvc_itself_does_not_recover(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reason for mend_dvc; where this fails it can go."""
+    """The reason for mend_dvc. If this test fails, DVC repairs itself and mend_dvc can be deleted."""
     subprocess.run(["cp", "-a", f"{pipeline}/.", str(tmp_path)], check=True)
     monkeypatch.chdir(tmp_path)
     empty_rwlock()
 
-    assert "RWLock-file" in dvc("repro").stderr
+    with pytest.raises(DvcException):
+        reproduce()
 
 
-def test_what_is_whole_is_left_alone(
+def test_valid_files_do_not_change(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(pipeline)
@@ -117,42 +124,40 @@ def test_what_is_whole_is_left_alone(
     assert {path: path.read_bytes() for path in pipeline.rglob("*") if path.is_file()} == files
 
 
-def test_nothing_is_removed_while_a_dvc_is_at_work(
-    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_removed_while_dvc_runs(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(pipeline)
-    monkeypatch.setattr(mend_dvc, "damaged", lambda root: [root / "dvc.lock"])
+    monkeypatch.setattr(mend_dvc, "damaged_paths", lambda root: [root / "dvc.lock"])
     dvc_that_waits = tmp_path / "dvc"
     dvc_that_waits.write_text("import time; print('up', flush=True); time.sleep(60)")
     with subprocess.Popen([sys.executable, str(dvc_that_waits)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
         try:
-            with pytest.raises(SystemExit) as refused:
+            with pytest.raises(SystemExit) as raised:
                 mend_dvc.main()
         finally:
             process.kill()
-    assert refused.value.code == (
-        f"error: dvc.lock: cannot be read, and process {process.pid} is at work; wait for it or end it"
+    assert raised.value.code == (
+        f"error: dvc.lock is damaged and dvc runs as process {process.pid}. Wait until it ends, or end it."
     )
 
 
 @pytest.fixture
 def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["subprocess.Popen[bytes]"]:
-    """`dvc exp run --temp`, whose stage has begun."""
+    """Starts `dvc exp run --temp` and waits until its stage runs."""
     monkeypatch.chdir(tmp_path)
     for name in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL"):
         monkeypatch.setenv(name, "somebody")
     subprocess.run(["git", "init", "--quiet"], check=True)
     assert dvc("init", "--quiet").returncode == 0
-    begun = tmp_path / "begun"
-    Path("dvc.yaml").write_text(f"stages: {{wait: {{cmd: touch {begun} && sleep 60, outs: [copy]}}}}")
+    started = tmp_path / "started"
+    Path("dvc.yaml").write_text(f"stages: {{wait: {{cmd: touch {started} && sleep 60, outs: [copy]}}}}")
     subprocess.run(["git", "add", "."], check=True)
     subprocess.run(["git", "commit", "--quiet", "--message", "pipeline"], check=True)
     command = [*DVC, "exp", "run", "--temp", "--name", "slow"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as run:
         try:
-            while not begun.exists():
+            while not started.exists():
                 assert run.poll() is None
                 time.sleep(0.1)
             yield run
@@ -161,48 +166,32 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["sub
                 os.killpg(run.pid, signal.SIGKILL)
 
 
-def test_an_experiment_that_was_killed_counts_as_running_no_more(
+def test_killed_experiment_gets_the_state_failed(
     experiment: "subprocess.Popen[bytes]", capsys: pytest.CaptureFixture[str]
 ) -> None:
-    os.killpg(experiment.pid, signal.SIGKILL)
-    experiment.wait()
-    assert "Running" in dvc("exp", "show", "--no-pager", "--csv").stdout  # the reason for mending
+    mend_dvc.main()
+    assert capsys.readouterr().out == ""  # dvc and its stage run
 
+    experiment.kill()
+    experiment.wait()
+    mend_dvc.main()
+    assert capsys.readouterr().out == ""  # the stage still runs
+
+    os.killpg(experiment.pid, signal.SIGKILL)
+    assert "Running" in dvc("exp", "show", "--no-pager", "--csv").stdout  # the reason for this repair
     mend_dvc.main()
 
     (copy,) = Path(".dvc/tmp/exps/standalone").resolve().glob("tmp*")
     assert capsys.readouterr().out == (
-        f"mend_dvc: experiment slow was killed and counts as running no more; its copy can be deleted: rm -r {copy}\n"
+        f"mend_dvc: experiment slow was killed; its state is now failed. You can delete its copy: rm -r {copy}\n"
     )
-    shown = dvc("exp", "show", "--no-pager", "--csv")
-    assert shown.returncode == 0
-    assert "Running" not in shown.stdout
+    assert "Running" not in dvc("exp", "show", "--no-pager", "--csv").stdout
     mend_dvc.main()
     assert capsys.readouterr().out == ""
 
 
-def test_an_experiment_that_runs_is_left_alone(
-    experiment: "subprocess.Popen[bytes]", capsys: pytest.CaptureFixture[str]
-) -> None:
-    mend_dvc.main()
-
-    assert capsys.readouterr().out == ""
-    assert "Running" in dvc("exp", "show", "--no-pager", "--csv").stdout
-
-
-def test_an_experiment_whose_dvc_was_killed_runs_until_its_stage_has_ended(
-    experiment: "subprocess.Popen[bytes]", capsys: pytest.CaptureFixture[str]
-) -> None:
-    experiment.kill()
-    experiment.wait()
-
-    mend_dvc.main()
-
-    assert capsys.readouterr().out == ""
-
-
-def test_a_folder_without_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_without_dvc_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as refused:
+    with pytest.raises(SystemExit) as raised:
         mend_dvc.main()
-    assert refused.value.code == f"error: {tmp_path} holds no .dvc; run from the folder that holds dvc.yaml"
+    assert raised.value.code == f"error: {tmp_path} has no folder .dvc. Run from the folder that holds dvc.yaml."

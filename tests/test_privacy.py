@@ -1,4 +1,4 @@
-"""The text stays inside: no stage speaks to another machine, no secret of the environment is written down."""
+"""No stage uses the network, and no secret of the environment is written to a file or printed."""
 
 import os
 import shutil
@@ -20,33 +20,32 @@ SETTINGS = {
     "corpus": "reports",
     "extract.min_characters": 50,
     "evaluate.stride": 16,
-    "evaluate.bootstrap_samples": 100,
 }
 SECRET = "s3cr3t-0f-th3-t3st"
 SECRETS = {name: SECRET for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
 
-# Python imports sitecustomize in every process that it starts, so the workers are watched too.
+# Python imports sitecustomize in every process, so this also watches worker processes.
 WATCH = """
 import os, sys
 
 def watch(event, arguments):
     if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request"):
         if event == "socket.connect" and isinstance(arguments[1], (str, bytes)):
-            return  # a Unix socket: a process of this machine
-        with open(os.environ["WATCHED"], "a") as file:
+            return  # a Unix socket, which is local
+        with open(os.environ["EVENTS"], "a") as file:
             file.write(f"{event} {arguments[1:]}\\n")
 
 sys.addaudithook(watch)
-open(os.environ["WATCHED"] + ".on", "a").write(f"{os.getpid()}\\n")
+open(os.path.dirname(os.environ["EVENTS"]) + "/pids", "a").write(f"{os.getpid()}\\n")
 """
 
 
-def watched(folder: Path, code: str) -> "subprocess.CompletedProcess[str]":
+def run_watched(folder: Path, code: str) -> "subprocess.CompletedProcess[str]":
     (folder / "watch").mkdir(exist_ok=True)
     (folder / "watch/sitecustomize.py").write_text(WATCH)
     path = os.pathsep.join([str(folder / "watch"), str(REPOSITORY)])
     kept = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")}
-    environment = kept | SECRETS | {"PYTHONPATH": path, "WATCHED": str(folder / "watched")}
+    environment = kept | SECRETS | {"PYTHONPATH": path, "EVENTS": str(folder / "events")}
     return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -55,7 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
-def test_no_stage_asks_the_network_or_writes_a_secret_down(
+def test_no_stage_uses_the_network_or_writes_a_secret(
     tmp_path: Path, base: Path, write_params: Callable[..., Path]
 ) -> None:
     write_params(SETTINGS)
@@ -67,20 +66,20 @@ def test_no_stage_asks_the_network_or_writes_a_secret_down(
         '{"device": "cpu", "memory_gib": "auto", "gradient_checkpointing": "full", '
         '"per_device_batch": 2, "gradient_accumulation_steps": 1, "effective_batch": 2}'
     )
-    said = ""
+    printed = ""
 
     for stage in ("extract", "split", "train", "evaluate"):
-        ended = watched(tmp_path, f"import runpy; runpy.run_module('stages.{stage}', run_name='__main__')")
+        ended = run_watched(tmp_path, f"import runpy; runpy.run_module('stages.{stage}', run_name='__main__')")
         assert ended.returncode == 0, ended.stderr
-        said += ended.stdout + ended.stderr
+        printed += ended.stdout + ended.stderr
 
-    assert not (tmp_path / "watched").exists(), (tmp_path / "watched").read_text()
-    assert len(set((tmp_path / "watched.on").read_text().split())) > 4  # the stages and their workers
+    assert not (tmp_path / "events").exists(), (tmp_path / "events").read_text()
+    assert len(set((tmp_path / "pids").read_text().split())) > 4  # the stages and their workers
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"eval.json", "adapter_model.safetensors"} <= {path.name for path in written}
     assert any("training_" in path.name for path in written)
     assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
-    assert SECRET not in said
+    assert SECRET not in printed
 
 
 @pytest.mark.parametrize(
@@ -91,16 +90,16 @@ def test_no_stage_asks_the_network_or_writes_a_secret_down(
         "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9', timeout=1)",
     ],
 )
-def test_the_watch_would_see_it(tmp_path: Path, code: str) -> None:
-    assert watched(tmp_path, code).returncode != 0
-    assert "socket." in (tmp_path / "watched").read_text()
+def test_the_watch_sees_network_calls(tmp_path: Path, code: str) -> None:
+    assert run_watched(tmp_path, code).returncode != 0
+    assert "socket." in (tmp_path / "events").read_text()
 
 
 def test_dvc_sends_no_statistics() -> None:
     assert "analytics = false" in (REPOSITORY / ".dvc/config").read_text()
 
 
-def test_nothing_is_asked_of_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_do_not_contact_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import stages, huggingface_hub.constants as c; print(c.HF_HUB_OFFLINE)"
     environment: dict[str, Any] = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from pdf2lora.training.trainer import build_model, build_trainer
 from ruamel.yaml import YAML
 from tiny_llama import (
     COMPUTE,
@@ -25,7 +26,6 @@ from pdf2lora.tokens import pack
 from pdf2lora.training import probe
 from pdf2lora.training.batch_search import Measurement
 from pdf2lora.training.probe import PeakMemory, StepClock
-from pdf2lora.training.trainer import build_model, build_trainer
 
 MIB = 2**20
 TWO_ROWS = pack([np.arange(60)], bos=1, eos=2, seq_length=32)

@@ -1,4 +1,4 @@
-"""The short form of tests/long/same_bytes.py; the long one is `make same-bytes`."""
+"""The short form of tests/long/same_bytes.py. The long form is `make same-bytes`."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from tests.long import same_bytes
 from tests.long.clones import Failed
 
 
-def test_extract_split_and_convert_give_the_same_bytes_elsewhere(tmp_path: Path) -> None:
-    said = same_bytes.compare(tmp_path, ["split", "convert"], short=True, seed=1)
+def test_extract_split_and_convert_give_the_same_bytes_in_two_clones(tmp_path: Path) -> None:
+    summary = same_bytes.compare(tmp_path, ["split", "convert"], short=True, seed=1)
 
-    assert said.startswith("same_bytes: dvc.lock is the same, ")
+    assert summary.startswith("same_bytes: dvc.lock is the same, ")
 
 
-def test_a_difference_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clones' stages are done by hand: one output differs."""
+def test_different_output_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the runs by two lock files with one different output."""
 
     def make_clone(clone: Path, *, short: bool) -> None:
         for name in ("data/pdfs", "models/source"):
@@ -30,11 +30,11 @@ def test_a_difference_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(same_bytes, "make_clone", make_clone)
     monkeypatch.setattr(same_bytes, "run", run)
-    with pytest.raises(Failed, match="other bytes in y"):
+    with pytest.raises(Failed, match="different bytes in y"):
         same_bytes.compare(tmp_path, ["split"], short=True, seed=1)
 
 
-def test_workers_are_as_many_as_the_cores_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_workers_is_the_number_of_cores_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extraction.os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
     monkeypatch.setattr(extraction.os, "cpu_count", lambda: 64)
     assert extraction.num_cores() == 2

@@ -27,7 +27,7 @@ def test_encoder_reads_ids_and_context_length(encoder):
     assert (encoder.bos, encoder.eos, encoder.context_length) == (BOS, EOS, CONTEXT_LENGTH)
 
 
-def test_encoder_takes_the_first_of_several_eos(tmp_path):
+def test_encoder_uses_the_first_of_several_eos(tmp_path):
     encoder = Encoder.load(write_tiny_llama(tmp_path, eos=[EOS, END_OF_TURN]))
 
     assert encoder.eos == EOS
@@ -41,7 +41,7 @@ def test_encode_adds_no_special_tokens(encoder):
     assert encoder.encode([""])[0].shape == (0,)
 
 
-def test_special_token_in_a_document_stays_text(encoder):
+def test_special_token_in_a_document_is_encoded_as_text(encoder):
     text = "the sea <|end_of_text|> rises <|begin_of_text|>"
 
     (tokens,) = encoder.encode([text])
@@ -52,7 +52,7 @@ def test_special_token_in_a_document_stays_text(encoder):
 
 @settings(deadline=None)
 @given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=4))
-def test_every_text_is_encoded_by_itself_and_without_loss(encoder, texts):
+def test_texts_are_encoded_independently_and_without_loss(encoder, texts):
     encoded = encoder.encode(texts)
 
     assert [encoder.tokenizer.decode(tokens.tolist()) for tokens in encoded] == texts
@@ -60,17 +60,17 @@ def test_every_text_is_encoded_by_itself_and_without_loss(encoder, texts):
         np.testing.assert_array_equal(tokens, encoder.encode([text])[0])
 
 
-def test_seq_length_may_be_as_long_as_the_context(encoder):
+def test_seq_length_may_equal_the_context(encoder):
     encoder.require_context(CONTEXT_LENGTH)
 
 
-def test_seq_length_longer_than_the_context_is_refused(encoder):
+def test_seq_length_longer_than_the_context_is_an_error(encoder):
     with pytest.raises(InputError) as caught:
         encoder.require_context(CONTEXT_LENGTH + 1)
 
     assert str(caught.value) == (
-        "compute.seq_length: 129 must not be greater than the context of the base model (128 tokens); "
-        "change it in params.yaml or with -S compute.seq_length=..."
+        "compute.seq_length is 129; the base model's context is 128 tokens. "
+        "Use a smaller value in params.yaml or with -S compute.seq_length=..."
     )
 
 
@@ -80,31 +80,30 @@ def test_seq_length_longer_than_the_context_is_refused(encoder):
 def test_pack_puts_bos_and_eos_around_each_document():
     packed = pack([np.array([1, 2, 3]), np.array([4])], bos=8, eos=9, seq_length=4)
 
-    assert packed.input_ids.tolist() == [[8, 1, 2, 3], [9, 8, 4, 9]]
-    assert packed.labels.tolist() == packed.input_ids.tolist()
+    assert packed.inputs.tolist() == [[8, 1, 2, 3], [9, 8, 4, 9]]
+    assert packed.targets.tolist() == [[1, 2, 3, 9], [8, 4, 9, IGNORED]]
 
 
 @pytest.mark.parametrize(
-    ("length", "num_rows", "num_padding"),
-    [(0, 1, 6), (1, 1, 5), (5, 1, 1), (6, 1, 0), (7, 2, 7), (14, 2, 0), (15, 3, 7)],
+    ("length", "num_sequences", "num_padding"),
+    [(0, 1, 7), (1, 1, 6), (6, 1, 1), (7, 1, 0), (8, 2, 7), (15, 2, 0), (16, 3, 7)],
 )
-def test_last_row_is_filled_up_with_eos_that_is_not_learned(length, num_rows, num_padding):
+def test_last_sequence_is_padded_with_eos_without_targets(length, num_sequences, num_padding):
     packed = pack(numbered(length), bos=98, eos=99, seq_length=8)
 
-    assert len(packed) == num_rows
-    padding = packed.labels.ravel() == IGNORED
+    assert len(packed) == num_sequences
+    padding = packed.targets.ravel() == IGNORED
     assert padding.sum() == num_padding
     assert padding[len(padding) - num_padding :].all()
-    assert (packed.input_ids.ravel()[padding] == 99).all()
+    assert (packed.inputs.ravel()[padding] == 99).all()
 
 
-def test_rows_are_given_by_number():
+def test_num_targets_counts_the_targets_of_some_sequences():
     packed = pack(numbered(9), bos=98, eos=99, seq_length=8)
 
-    assert {key: row.tolist() for key, row in packed[1].items()} == {
-        "input_ids": [7, 8, 99, 99, 99, 99, 99, 99],
-        "labels": [7, 8, 99] + [IGNORED] * 5,
-    }
+    assert packed.num_targets(np.array([0])) == 8
+    assert packed.num_targets(np.array([1])) == 2
+    assert packed.num_targets(np.array([0, 1])) == 10
 
 
 @settings(deadline=None)
@@ -112,17 +111,19 @@ def test_rows_are_given_by_number():
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
     seq_length=st.integers(1, 30),
 )
-def test_every_token_is_in_exactly_one_row(lengths, seq_length):
+def test_every_token_except_the_first_is_a_target_once(lengths, seq_length):
     documents = numbered(*lengths)
 
     packed = pack(documents, bos=998, eos=999, seq_length=seq_length)
 
-    learned = packed.labels[packed.labels != IGNORED]
-    np.testing.assert_array_equal(learned[learned < 998], np.arange(sum(lengths)))
-    assert np.count_nonzero(learned == 998) == np.count_nonzero(learned == 999) == len(documents)
-    np.testing.assert_array_equal(packed.input_ids[packed.labels != IGNORED], learned)
-    assert packed.input_ids.shape == packed.labels.shape == (len(packed), seq_length)
-    assert packed.labels.size - len(learned) < seq_length
+    has_target = packed.targets != IGNORED
+    inputs, targets = packed.inputs[has_target], packed.targets[has_target]
+    np.testing.assert_array_equal(targets[targets < 998], np.arange(sum(lengths)))
+    assert inputs[0] == 998
+    np.testing.assert_array_equal(inputs[1:], targets[:-1])  # each target is the next input
+    assert np.count_nonzero(inputs == 998) == np.count_nonzero(targets == 999) == len(documents)
+    assert packed.inputs.shape == packed.targets.shape == (len(packed), seq_length)
+    assert packed.targets.size - len(targets) < seq_length
 
 
 # windows
@@ -159,10 +160,10 @@ def test_document_as_long_as_a_window_is_one_window():
     assert len(windows(0, np.arange(7), bos=9, seq_length=6, stride=2)) == 2
 
 
-def test_stride_of_a_whole_window_scores_each_window_in_full():
-    made = windows(0, np.arange(8), bos=9, seq_length=4, stride=4)
+def test_stride_of_a_whole_window_scores_every_position():
+    document_windows = windows(0, np.arange(8), bos=9, seq_length=4, stride=4)
 
-    assert [list(scored(window).values()) for window in made] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [list(scored(window).values()) for window in document_windows] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_empty_document_has_no_window():
@@ -174,10 +175,10 @@ def test_empty_document_has_no_window():
 def test_each_token_is_scored_once_after_enough_context(length, seq_length, data):
     stride = data.draw(st.integers(1, seq_length), label="stride")
 
-    made = windows(0, np.arange(length), bos=NUMBERED_BOS, seq_length=seq_length, stride=stride)
+    document_windows = windows(0, np.arange(length), bos=NUMBERED_BOS, seq_length=seq_length, stride=stride)
 
-    assert [target for window in made for target in scored(window).values()] == list(range(length))
-    for window in made:
+    assert [target for window in document_windows for target in scored(window).values()] == list(range(length))
+    for window in document_windows:
         assert window.input_ids.shape == window.targets.shape == (seq_length,)
         for position, target in scored(window).items():
             read = window.input_ids[: position + 1].tolist()
@@ -188,15 +189,15 @@ def test_each_token_is_scored_once_after_enough_context(length, seq_length, data
 
 @settings(deadline=None)
 @given(length=st.integers(1, 90), seq_length=st.integers(1, 24), data=st.data())
-def test_filled_up_positions_come_last_and_are_not_counted(length, seq_length, data):
+def test_padding_comes_last_and_is_not_scored(length, seq_length, data):
     stride = data.draw(st.integers(1, seq_length), label="stride")
 
     *whole, last = windows(0, np.arange(length), bos=NUMBERED_BOS, seq_length=seq_length, stride=stride)
 
-    num_filled = max(0, seq_length - length)
-    assert (last.targets[seq_length - num_filled :] == IGNORED).all()
-    assert (last.input_ids[seq_length - num_filled :] == NUMBERED_BOS).all()
-    assert max(scored(last)) == seq_length - num_filled - 1
+    num_padding = max(0, seq_length - length)
+    assert (last.targets[seq_length - num_padding :] == IGNORED).all()
+    assert (last.input_ids[seq_length - num_padding :] == NUMBERED_BOS).all()
+    assert max(scored(last)) == seq_length - num_padding - 1
     for window in whole:
         assert max(scored(window)) == seq_length - 1
 

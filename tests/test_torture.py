@@ -1,4 +1,4 @@
-"""The short form of tests/long/torture.py: two rounds over the stages before find_batch."""
+"""The short form of tests/long/torture.py: two rounds with stages before find_batch."""
 
 import json
 import random
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.long.clones import Failed
-from tests.long.torture import SAVE_STEPS, Fault, Project, first_step, require_newer, whole_checkpoints
+from tests.long.torture import SAVE_STEPS, Fault, Project, first_step, require_newer, valid_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -17,26 +17,26 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.mark.parametrize(("stage", "target"), [("extract", "dvc"), ("convert", "all")])
 def test_after_kill_9_the_next_run_gives_the_same_hashes(project: Project, stage: str, target: str) -> None:
-    assert "hashes the same" in project.repro(stage, Fault(target), random.Random(1))
+    assert "hashes equal" in project.repro(stage, Fault(target), random.Random(1))
 
 
-def test_other_hashes_are_found(project: Project) -> None:
-    with pytest.raises(Failed, match="other hashes: data/split"):
+def test_different_hashes_are_found(project: Project) -> None:
+    with pytest.raises(Failed, match="different hashes: data/split"):
         project._compare(project.expected | {"data/split": "0"}, "after 1 s")
 
 
-def test_a_training_that_began_before_the_last_checkpoint_is_found(tmp_path: Path) -> None:
+def test_training_that_began_before_the_last_checkpoint_is_found(tmp_path: Path) -> None:
     log = tmp_path / "training.log"
     log.write_text("INFO starts from .scratch/train/0f/checkpoint-8\n")
     assert first_step({log}, 8) == 8
-    with pytest.raises(Failed, match=r"checkpoint-12 was there, training began at \[8\]"):
+    with pytest.raises(Failed, match=r"checkpoint-12 existed, training began at \[8\]"):
         first_step({log}, 12)
     log.write_text("INFO starts from the base model\n")
-    with pytest.raises(Failed, match="checkpoint-8 was there, training began at the base model"):
+    with pytest.raises(Failed, match="checkpoint-8 existed, training began at the base model"):
         first_step({log}, 8)
 
 
-def test_checkpoints_of_the_last_step_and_without_a_manifest_are_not_waited_for(tmp_path: Path) -> None:
+def test_checkpoints_of_the_last_step_or_without_a_manifest_do_not_count(tmp_path: Path) -> None:
     for step in (4, 8, 9):
         checkpoint = tmp_path / f".scratch/train/0f/checkpoint-{step}"
         checkpoint.mkdir(parents=True)
@@ -44,11 +44,11 @@ def test_checkpoints_of_the_last_step_and_without_a_manifest_are_not_waited_for(
         if step != 8:
             (checkpoint / "manifest.json").touch()
 
-    assert whole_checkpoints(tmp_path) == [4]
+    assert valid_checkpoints(tmp_path) == [4]
 
 
-def test_a_signal_that_ended_train_without_a_checkpoint_is_found() -> None:
+def test_signal_without_a_new_checkpoint_is_found() -> None:
     require_newer(4, [4, 5], last_step=29)
     with pytest.raises(Failed, match="no checkpoint after checkpoint-4"):
         require_newer(4, [4], last_step=29)
-    require_newer(28, [28], last_step=28 + SAVE_STEPS)  # the one of the last step would not be among them
+    require_newer(28, [28], last_step=28 + SAVE_STEPS)  # a checkpoint of the last step does not count

@@ -1,129 +1,104 @@
-"""The adapter of now against an earlier one, paired by document.
+"""The current adapter against a baseline adapter, paired by test document.
 
-Perplexities of single documents differ far more from each other than two adapters differ on one document. So the
-difference is taken within each document, and its interval over the documents: what is the same in both, how hard the
-documents are, is gone from it.
+The perplexities of two documents differ far more than those of two adapters on one document. A paired comparison
+removes the differences between documents.
 """
 
 import io
-import math
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from pdf2lora.errors import InputError
-
-DOCUMENTS = "metrics/eval_documents.csv"
+from pdf2lora.evaluation.intervals import Estimate, improvement, interval_note, perplexity
+from pdf2lora.evaluation.metrics import format_improvement, rounded, share_metrics
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Perplexity over the documents that both have seen as test documents, the same tokens in both.
+    """Perplexities over the test documents that both runs scored."""
 
-    improvement: 1 - now / before, its 95% interval low to high; improved: documents whose perplexity is lower now;
-    left_out: test documents of now that are not compared.
-    """
-
-    documents: int
-    left_out: int
-    before: float
-    now: float
-    improvement: float
-    low: float
-    high: float
-    improved: int
+    num_documents: int
+    num_unpaired: int  # test documents of the current run that the baseline did not score
+    num_improved: int  # documents with a lower perplexity than in the baseline
+    baseline: float  # perplexity
+    current: float
+    improvement: Estimate  # 1 - current / baseline
 
     @property
-    def differs(self) -> bool:
-        """Whether the interval excludes 0."""
-        return not self.low <= 0 <= self.high
+    def significant(self) -> bool | None:
+        """Whether the 95% interval excludes 0; None where there is no interval."""
+        interval = self.improvement.interval
+        return None if interval is None else not interval.low <= 0 <= interval.high
 
 
-def commit_of(name: str, repository: Path) -> str:
-    """The commit of a git revision or of a DVC experiment.
+def parse_table(text: str) -> pd.DataFrame:
+    """metrics/eval_documents.csv as a table."""
+    return pd.read_csv(io.StringIO(text))
 
-    Raises:
-        InputError: there is none, or more than one experiment of that name.
+
+def compare(current: pd.DataFrame, baseline: pd.DataFrame) -> Comparison | None:
+    """Compares two tables of evaluate; None where they share no document.
+
+    Two documents are the same where id, bytes and tokens agree. The interval covers the choice of test documents. It
+    does not cover other training seeds: tests/long/noise_floor.py measures those (docs/reproducibility.md).
     """
-    revision = _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
-    experiments = _git(repository, "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{name}")
-    found = [revision.strip()] if revision else sorted(set(experiments.split()) if experiments else ())
-    if len(found) != 1:
-        what = "names several experiments, give the commit of one" if found else "is no git revision and no experiment"
-        raise InputError(f"evaluate.compare_to: '{name}' {what}; see git log and dvc exp show, or choose 'none'")
-    return found[0]
-
-
-def documents_at(commit: str, repository: Path) -> pd.DataFrame:
-    """metrics/eval_documents.csv as it was in a commit.
-
-    Raises:
-        InputError: the commit has none.
-    """
-    table = _git(repository, "show", f"{commit}:{DOCUMENTS}")
-    if table is None:
-        raise InputError(
-            f"evaluate.compare_to: commit {commit[:7]} has no {DOCUMENTS}; choose one after evaluate, or 'none'"
-        )
-    return pd.read_csv(io.StringIO(table))
-
-
-def compare(now: pd.DataFrame, before: pd.DataFrame, *, num_samples: int, seed: int) -> Comparison:
-    """Both tables as evaluate writes them. Documents are paired where id, bytes and tokens agree.
-
-    The interval: documents are drawn with replacement, each with both of its perplexities, and the middle 95% of the
-    improvements are kept (Efron and Tibshirani 1993). From a handful of documents it is too narrow; take more.
-    It says nothing of other seeds: how much those differ tests/long/noise_floor.py measures (docs/reproducibility.md).
-
-    Raises:
-        InputError: they have no document in common.
-    """
-    keys = ["id", "bytes", "tokens"]
-    both = now.merge(before, on=keys, suffixes=("_now", "_before"), validate="one_to_one")
-    if both.empty:
-        raise InputError(
-            "evaluate.compare_to: no test document of then is one of now (same id, bytes and tokens); compare "
-            "runs with the same corpus, split and tokenizer, or choose 'none'"
-        )
-    tokens = both["tokens"].to_numpy(dtype=np.float64)
-    nats = {when: tokens * np.log(both[f"adapted_perplexity_{when}"].to_numpy()) for when in ("now", "before")}
-    drawn = np.random.default_rng(seed).integers(len(both), size=(num_samples, len(both)))
-    low, high = np.quantile(_improvement(nats["now"][drawn], nats["before"][drawn], tokens[drawn]), [0.025, 0.975])
+    pairs = current.merge(
+        baseline, on=["id", "bytes", "tokens"], suffixes=("_current", "_baseline"), validate="one_to_one"
+    )
+    if pairs.empty:
+        return None
+    tokens = pairs["tokens"].to_numpy(dtype=np.int64)
+    before, after = (tokens * np.log(pairs[f"adapted_perplexity_{run}"].to_numpy()) for run in ("baseline", "current"))
     return Comparison(
-        documents=len(both),
-        left_out=len(now) - len(both),
-        before=math.exp(nats["before"].sum() / tokens.sum()),
-        now=math.exp(nats["now"].sum() / tokens.sum()),
-        improvement=float(_improvement(nats["now"], nats["before"], tokens)),
-        low=float(low),
-        high=float(high),
-        improved=int((nats["now"] < nats["before"]).sum()),
+        num_documents=len(pairs),
+        num_unpaired=len(current) - len(pairs),
+        num_improved=int((after < before).sum()),
+        baseline=perplexity(before, tokens).value,
+        current=perplexity(after, tokens).value,
+        improvement=improvement(before, after, tokens),
     )
 
 
-def _improvement(
-    now: NDArray[np.float64], before: NDArray[np.float64], tokens: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """1 - perplexity now / perplexity before, over the last axis."""
-    return np.asarray(1 - np.exp((now - before).sum(axis=-1) / tokens.sum(axis=-1)))
+def require_pairs(comparison: Comparison | None) -> Comparison:
+    """
+    Raises:
+        InputError: the two runs share no test document.
+    """
+    if comparison is None:
+        raise InputError(
+            "evaluate.compare_to: the baseline scored none of the current test documents (same id, bytes and tokens); "
+            "compare runs with the same corpus, split and tokenizer, or choose 'none'"
+        )
+    return comparison
 
 
-def in_words(name: str, commit: str, comparison: Comparison) -> str:
-    c = comparison
-    direction, share = ("lower", c.improvement) if c.improvement >= 0 else ("higher", -c.improvement)
-    bounds = (c.low, c.high) if c.improvement >= 0 else (-c.high, -c.low)
-    verdict = "more than the choice of documents" if c.differs else "no difference that these documents show"
+def comparison_metrics(name: str, commit: str, comparison: Comparison) -> dict[str, object]:
+    """The section `comparison` of metrics/eval.json."""
+    return {
+        "baseline": name,
+        "commit": commit,
+        "documents": comparison.num_documents,
+        "unpaired_documents": comparison.num_unpaired,
+        "improved_documents": comparison.num_improved,
+        "baseline_perplexity": rounded(comparison.baseline),
+        "current_perplexity": rounded(comparison.current),
+        "improvement": share_metrics(comparison.improvement),
+        "significant": comparison.significant,
+    }
+
+
+def comparison_line(name: str, commit: str, comparison: Comparison) -> str:
+    match comparison.significant:
+        case None:
+            verdict = interval_note(comparison.num_documents)
+        case True:
+            verdict = "significant at 95%"
+        case False:
+            verdict = "not significant at 95%"
     return (
-        f"{name} ({commit[:7]}): perplexity {c.before:.2f} -> {c.now:.2f}, {share:.1%} {direction} "
-        f"[{bounds[0]:.1%}, {bounds[1]:.1%}], better on {c.improved} of {c.documents} documents: {verdict}"
+        f"baseline adapter {name} ({commit[:7]}) {comparison.baseline:.2f} -> current adapter "
+        f"{comparison.current:.2f}, {format_improvement(share_metrics(comparison.improvement))}, lower on "
+        f"{comparison.num_improved} of {comparison.num_documents} documents; {verdict}"
     )
-
-
-def _git(repository: Path, *arguments: str) -> str | None:
-    """What git prints, None where it fails."""
-    done = subprocess.run(["git", *arguments], cwd=repository, capture_output=True, text=True, check=False)
-    return done.stdout if done.returncode == 0 else None

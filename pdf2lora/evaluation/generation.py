@@ -1,6 +1,6 @@
-"""Text that a model writes after a prompt, and how much each token of a given text surprises it."""
+"""Text that a model generates from prompts, and the negative log-likelihood of each token of a text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,81 +9,83 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from transformers.generation.streamers import BaseStreamer
 
+from pdf2lora.params import Sample
 from pdf2lora.tokens import Encoder, Tokens
 
 
 @torch.no_grad()
-def continuation(
+def generate(
     model: Any,
-    prompt: Tokens,
+    prompts: Sequence[Tokens],
     encoder: Encoder,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    on_text: Callable[[str], object] = lambda piece: None,
-) -> str:
-    """What the model writes after bos and the prompt, (num_tokens,), until it ends the text or reaches max_new_tokens.
+    settings: Sample,
+    on_text: Callable[[str], object] | None = None,
+) -> list[str]:
+    """The continuation of bos and each prompt, (num_tokens,), until an end token or settings.max_new_tokens.
 
-    model: a PeftModel or a LlamaForCausalLM, left in eval mode.
-    temperature: 0 takes the likeliest token each time; above it, tokens are drawn from the whole distribution, the
-        same draws for the same seed on one kind of machine.
-    on_text: gets each piece of text as soon as it is there.
+    All prompts are one batch. The same prompts and seed give the same texts on one kind of machine.
+
+    model: a PeftModel or a LlamaForCausalLM. It is in eval mode afterwards.
+    on_text: receives each piece of text as soon as it is generated; for a single prompt only.
     """
     model.eval()
     device = model.get_input_embeddings().weight.device
-    input_ids = torch.from_numpy(np.concatenate([[encoder.start], prompt])).to(device)[None]
-    # What the checkpoint's own generation_config.json says of these is not wanted: both models are asked alike.
-    how: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    streamer = _Pieces(encoder, on_text)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
+    length = 1 + max(map(len, prompts))
+    input_ids = torch.full((len(prompts), length), encoder.eos)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):  # padding on the left: all rows continue at the same position
+        ids = np.concatenate([[encoder.start], prompt])
+        input_ids[row, length - len(ids) :] = torch.from_numpy(ids)
+        attention_mask[row, length - len(ids) :] = 1
+    # These values replace those of the model's own generation_config.json: base and adapted model use the same ones.
+    sampling: dict[str, Any] = {"do_sample": False}
+    if settings.temperature > 0:
+        sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        sequences = model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            max_new_tokens=settings.max_new_tokens,
             repetition_penalty=1.0,
             use_cache=True,
             eos_token_id=model.config.eos_token_id,
             pad_token_id=encoder.eos,
-            streamer=streamer,
-            **how,
+            streamer=_TextStreamer(encoder, on_text) if on_text else None,
+            **sampling,
         )
-    return streamer.text
+    return [encoder.tokenizer.decode(ids) for ids in sequences[:, length:].tolist()]
 
 
-class _Pieces(BaseStreamer):  # type: ignore[misc]
-    """Hands on text as tokens come; bytes that are not yet a whole character wait for the next token."""
+class _TextStreamer(BaseStreamer):  # type: ignore[misc]
+    """Passes text on token by token. The bytes of an incomplete character wait for the next token."""
 
     def __init__(self, encoder: Encoder, on_text: Callable[[str], object]):
         self.tokenizer = encoder.tokenizer
         self.on_text = on_text
-        self.prompt_is_in = False
+        self.received_prompt = False
         self.tokens: list[int] = []
-        self.text = ""
+        self.num_characters = 0  # that were passed on
 
     def put(self, value: torch.Tensor) -> None:
-        if not self.prompt_is_in:
-            self.prompt_is_in = True
+        if not self.received_prompt:
+            self.received_prompt = True
             return
         self.tokens += value.flatten().tolist()
-        self._hand_on(self.tokenizer.decode(self.tokens))
+        self._pass_on(self.tokenizer.decode(self.tokens))
 
     def end(self) -> None:
-        self._hand_on(self.tokenizer.decode(self.tokens), is_last=True)
+        self._pass_on(self.tokenizer.decode(self.tokens), is_last=True)
 
-    def _hand_on(self, text: str, *, is_last: bool = False) -> None:
-        if len(text) > len(self.text) and (is_last or not text.endswith("\N{REPLACEMENT CHARACTER}")):
-            self.on_text(text[len(self.text) :])
-            self.text = text
+    def _pass_on(self, text: str, *, is_last: bool = False) -> None:
+        if len(text) > self.num_characters and (is_last or not text.endswith("\N{REPLACEMENT CHARACTER}")):
+            self.on_text(text[self.num_characters :])
+            self.num_characters = len(text)
 
 
 @torch.no_grad()
-def nats_per_token(causal_lm: Any, tokens: Tokens, encoder: Encoder) -> NDArray[np.float64]:
-    """-log p of each token of a short text, (num_tokens,), given bos and the tokens before it."""
+def token_nats(causal_lm: Any, tokens: Tokens, encoder: Encoder) -> NDArray[np.float64]:
+    """-log p of each token of a short text, (num_tokens,), given bos and the earlier tokens."""
     causal_lm.eval()
     device = causal_lm.get_input_embeddings().weight.device
     ids = torch.from_numpy(np.concatenate([[encoder.start], tokens])).to(device)

@@ -1,70 +1,78 @@
-"""Perplexity = exp(summed nats / counted tokens): each token of the test documents is scored once.
+"""95% intervals of perplexity and of improvement. Every interval of the project is computed here.
 
-Not the mean over batches of each batch's mean loss, which weighs the tokens of a short batch more. Bits per byte and
-word perplexity count the same nats against the text instead of its tokens, and so compare across tokenizers (Gao et
-al. 2020, The Pile, section 3.1).
+Method: the jackknife over documents (Efron and Tibshirani 1993, chapter 11) with the quantile of Student's t. The
+tokens of one document depend on each other, documents hardly do, so the jackknife leaves out whole documents. Long
+documents count more than short ones: the degrees of freedom are the effective number of documents (Kish 1965) - 1.
+
+benchmarks/coverage.py measures how often intervals of this and of other methods contain the true value
+(docs/reading-the-numbers.md): with 4 documents 96%, where a percentile bootstrap contains it in 78% of cases.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
-from pdf2lora.evaluation.windows import TextSize
+Nats = NDArray[np.float64]  # negative log-likelihood of each document, (num_documents,)
+Counts = NDArray[np.int64]  # tokens of each document, (num_documents,)
 
-Nats = NDArray[np.float64]
-DIGITS = 6  # after the point: more would be noise of the processor's arithmetic
-
-
-def summary(nats: Nats, sizes: Sequence[TextSize]) -> dict[str, float]:
-    """The numbers of one model over all documents."""
-    total = float(nats.sum())
-    return {
-        "perplexity": math.exp(total / sum(size.tokens for size in sizes)),
-        "bits_per_byte": total / math.log(2) / sum(size.bytes for size in sizes),
-        "word_perplexity": math.exp(total / sum(size.words for size in sizes)),
-    }
+METHOD = "jackknife over documents, Student's t"
+MIN_DOCUMENTS = 3  # fewer documents give no interval
+FEW_DOCUMENTS = 8  # fewer documents give a wide interval
 
 
-def bootstrap(
-    base: Nats, adapted: Nats, sizes: Sequence[TextSize], *, num_samples: int, seed: int
-) -> dict[str, tuple[float, float]]:
-    """95% intervals of both perplexities and of the improvement, 1 - adapted / base.
+class Interval(NamedTuple):
+    low: float
+    high: float
 
-    Documents are drawn with replacement, the same draw for both models (Efron and Tibshirani 1993): tokens of a
-    document are not independent, documents nearly are.
+
+class Estimate(NamedTuple):
+    value: float
+    interval: Interval | None  # 95%; None with fewer than MIN_DOCUMENTS documents
+
+
+def perplexity(nats: Nats, tokens: Counts) -> Estimate:
+    """exp(total nats / total tokens). It is not a mean over batches or documents: each token has the same weight."""
+    mean, half_width = _mean(nats, tokens)
+    return Estimate(float(np.exp(mean)), _interval(np.exp, mean, half_width))
+
+
+def improvement(before: Nats, after: Nats, tokens: Counts) -> Estimate:
+    """1 - perplexity after / perplexity before: positive where the perplexity falls.
+
+    The estimate is paired: it uses the difference of the nats of each document, so the differences between documents
+    cancel.
     """
-    tokens = np.array([size.tokens for size in sizes])
-    drawn = np.random.default_rng(seed).integers(len(sizes), size=(num_samples, len(sizes)))
-    counted = tokens[drawn].sum(axis=1)
-    perplexity = {
-        name: np.exp(nats[drawn].sum(axis=1) / counted) for name, nats in (("base", base), ("adapted", adapted))
-    }
-    perplexity["improvement"] = 1 - perplexity["adapted"] / perplexity["base"]
-    return {name: (float(low), float(high)) for name, (low, high) in _intervals(perplexity)}
+    mean, half_width = _mean(before - after, tokens)
+    return Estimate(float(-np.expm1(-mean)), _interval(lambda gain: -np.expm1(-gain), mean, half_width))
 
 
-def _intervals(samples: dict[str, Nats]) -> list[tuple[str, Nats]]:
-    return [(name, np.quantile(values, [0.025, 0.975])) for name, values in samples.items()]
+def interval_note(num_documents: int) -> str | None:
+    """A warning about the interval of so many documents; None where they are enough."""
+    documents = "1 document" if num_documents == 1 else f"{num_documents} documents"
+    if num_documents < MIN_DOCUMENTS:
+        return f"no interval: {documents}, at least {MIN_DOCUMENTS} are needed"
+    if num_documents < FEW_DOCUMENTS:
+        return f"wide interval: only {documents}"
+    return None
 
 
-def result(base: Nats, adapted: Nats, sizes: list[TextSize], *, num_samples: int, seed: int) -> dict[str, object]:
-    """The tree of metrics/eval.json: base, adapted, improvement, what was counted."""
-    intervals = bootstrap(base, adapted, sizes, num_samples=num_samples, seed=seed)
-    models = {"base": summary(base, sizes), "adapted": summary(adapted, sizes)}
+def _mean(values: Nats, tokens: Counts) -> tuple[float, float | None]:
+    """Sum of values / sum of tokens, and half the width of its 95% interval."""
+    values, tokens = values[tokens > 0], tokens[tokens > 0]
+    total, num_tokens, num_documents = values.sum(), tokens.sum(), len(tokens)
+    mean = float(total / num_tokens)
+    if num_documents < MIN_DOCUMENTS:
+        return mean, None
+    without_each = (total - values) / (num_tokens - tokens)
+    variance = (num_documents - 1) / num_documents * ((without_each - mean) ** 2).sum()
+    effective_documents = num_tokens**2 / (tokens.astype(np.float64) ** 2).sum()
+    return mean, float(stdtrit(max(1.0, effective_documents - 1), 0.975) * np.sqrt(variance))
 
-    def low_and_high(name: str) -> dict[str, float]:
-        low, high = intervals[name]
-        return {"low_95": round(low, DIGITS), "high_95": round(high, DIGITS)}
 
-    tree: dict[str, object] = {
-        name: {key: round(value, DIGITS) for key, value in numbers.items()} | low_and_high(name)
-        for name, numbers in models.items()
-    }
-    improvement = 1 - models["adapted"]["perplexity"] / models["base"]["perplexity"]
-    return tree | {
-        "improvement": {"share": round(improvement, DIGITS), **low_and_high("improvement")},
-        "documents": len(sizes),
-        "tokens": sum(size.tokens for size in sizes),
-    }
+def _interval(transform: Callable[[float], float], mean: float, half_width: float | None) -> Interval | None:
+    if half_width is None:
+        return None
+    return Interval(float(transform(mean - half_width)), float(transform(mean + half_width)))

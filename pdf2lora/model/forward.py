@@ -1,6 +1,7 @@
-"""Token ids -> hidden states: by transformers and PEFT, the reference, or by the kernels of pdf2lora/kernels.
+"""The forward pass: token ids -> hidden states after the last norm. compute.kernels selects the implementation.
 
-Either is asked for by `compute.kernels`; the head and the loss come after it, in loss.py, and are the same for both.
+`ReferenceForward` calls transformers and PEFT and computes any decoder-only causal language model. `FusedForward` calls
+the kernels in pdf2lora/model/kernels and computes the families in architectures.py. The loss (loss.py) follows both.
 """
 
 from typing import Protocol
@@ -8,56 +9,78 @@ from typing import Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
-from pdf2lora.model.capabilities import Kernels
+from pdf2lora.errors import InputError
+from pdf2lora.model.dropout import dropout_state
+from pdf2lora.model.gradient_checkpointing import SUPPORTED_GRADIENT_CHECKPOINTING, GradientCheckpointing
+from pdf2lora.model.head import Head, decoder_of
+from pdf2lora.model.kernel_choice import Kernels
 
 
 class Forward(Protocol):
     """input_ids (batch, seq_length) -> hidden states after the last norm, (batch, seq_length, hidden).
 
-    The model's own train(), eval() and disable_adapter() hold for it; head: (vocabulary, hidden), of the model.
+    The model's train(), eval() and disable_adapter() also change this forward pass.
     """
 
-    model: PeftModel | LlamaForCausalLM
-    head: Tensor
+    model: PeftModel | PreTrainedModel
+    head: Head
 
     def __call__(self, input_ids: Tensor) -> Tensor: ...
 
+    def set_dropout(self, seed: int, first_row: int) -> None:
+        """See DropoutState.set. Does nothing for a model without dropout."""
+        ...
 
-class Reference:
-    """transformers' layers, with PEFT's LoRA if there is one, under autocast where the base is in bfloat16."""
 
-    def __init__(self, model: PeftModel | LlamaForCausalLM, gradient_checkpointing: str):
+class ReferenceForward:
+    """Transformers' layers with PEFT's LoRA, under autocast if the base model is in half precision."""
+
+    def __init__(self, model: PeftModel | PreTrainedModel, gradient_checkpointing: GradientCheckpointing):
+        """
+        Raises:
+            InputError: the model has no gradient checkpointing and `gradient_checkpointing` is FULL.
+        """
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         self.model = model
-        self.llama = causal_lm.model
-        self.head = causal_lm.get_output_embeddings().weight
-        if gradient_checkpointing == "full":
-            self.llama.gradient_checkpointing_enable({"use_reentrant": False})
+        self.decoder = decoder_of(causal_lm)
+        self.embeddings = causal_lm.get_input_embeddings()
+        self.head = Head.of(causal_lm)
+        self.dropout_state = dropout_state(model)
+        if gradient_checkpointing is GradientCheckpointing.FULL:
+            if not causal_lm.supports_gradient_checkpointing:
+                name = type(causal_lm).__name__
+                raise InputError(f"train.gradient_checkpointing is 'full'; {name} does not support it. Use 'none'.")
+            self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
         else:
-            self.llama.gradient_checkpointing_disable()
-
-    def set_dropout(self, seed: int, first_row: int) -> None:
-        torch.manual_seed(seed % 2**31 + first_row)  # STUB until dropout.py
+            self.decoder.gradient_checkpointing_disable()
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        weight = self.llama.embed_tokens.weight
+        weight = self.embeddings.weight
         with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
-            hidden: Tensor = self.llama(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
+
+    def set_dropout(self, seed: int, first_row: int) -> None:
+        if self.dropout_state is not None:
+            self.dropout_state.set(seed, first_row)
 
 
 def build_forward(
-    model: PeftModel | LlamaForCausalLM, kernels: Kernels, gradient_checkpointing: str = "none"
+    model: PeftModel | PreTrainedModel, kernels: Kernels, gradient_checkpointing: str = "none"
 ) -> Forward:
-    """The forward pass of a model; a later one for the same model takes the place of an earlier one.
+    """The forward pass of a model. If a model has several, the last one built decides on gradient checkpointing.
 
-    gradient_checkpointing: one of CHECKPOINTING[kernels].
+    Raises:
+        ValueError: gradient_checkpointing is not in SUPPORTED_GRADIENT_CHECKPOINTING[kernels].
+        InputError: the kernels or the model cannot do what the settings say.
     """
+    checkpointing = GradientCheckpointing(gradient_checkpointing)
+    if checkpointing not in SUPPORTED_GRADIENT_CHECKPOINTING[kernels]:
+        raise ValueError(f"the {kernels} kernels do not support gradient_checkpointing {gradient_checkpointing!r}")
     if kernels == "reference":
-        return Reference(model, gradient_checkpointing)
-    from pdf2lora.model.kernels.decoder import Keep
-    from pdf2lora.model.kernels.llama import FusedLlama
+        return ReferenceForward(model, checkpointing)
+    from pdf2lora.model.kernels.fused import FusedForward
 
-    return FusedLlama(model, keep=Keep(gradient_checkpointing), fp8=kernels == "fp8")
+    return FusedForward(model, gradient_checkpointing=checkpointing, fp8=kernels == "fp8")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdf2lora.params import Lora, Quantization
+from pdf2lora.params import ALL_LINEAR, Lora, Quantization
 from pdf2lora.weights.config_json import ConfigSizes
 from pdf2lora.weights.huggingface_files import HuggingFaceFiles
 from pdf2lora.weights.params_json import ModelArgs
@@ -22,7 +22,8 @@ class ModelShape:
 
     def lora_parameters(self, lora: Lora) -> int:
         """A and B of each target: r x (in + out). DoRA adds `out` magnitudes."""
-        targets = [self.layers[name] for name in lora.target_modules]
+        names = self.layers if lora.target_modules == ALL_LINEAR else lora.target_modules
+        targets = [self.layers[name] for name in names if name in self.layers]
         return self.num_layers * sum(
             lora.r * (num_inputs + num_outputs) + (num_outputs if lora.use_dora else 0)
             for num_inputs, num_outputs in targets

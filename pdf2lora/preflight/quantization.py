@@ -16,7 +16,8 @@ def four_bit_weights(params: Params, shape: ModelShape, *, has_gpu: bool) -> lis
     widths = {num_inputs for num_inputs, _ in shape.layers.values()}
     if has_gpu or params.quantization.bits != 4 or all(width % BLOCK_SIZE == 0 for width in widths):
         return []
-    from pdf2lora.model.capabilities import check_4bit_round_trip, compute_dtype
+    from pdf2lora.model.device import compute_dtype
+    from pdf2lora.model.quantization import check_4bit_round_trip
 
     try:
         check_4bit_round_trip(widths, params.quantization.bnb_4bit_quant_type, compute_dtype(params.compute))

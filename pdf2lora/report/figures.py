@@ -1,4 +1,4 @@
-"""The report's figures, each drawn from the numbers in metrics/. They know no file: results.py reads, these draw."""
+"""The figures of the report, drawn from numbers. results.py and machine.py read the files."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -10,13 +10,15 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from pdf2lora.report.results import Curve
 from pdf2lora.report.style import LIGHT, axes
 
-NUM_DOCUMENTS = 12  # of the documents' figure, from either end
-LINE_ENDS = 1.15  # budgets: a memory model is drawn no further
-MODE_COLOURS = (LIGHT["adapted"], LIGHT["base"], LIGHT["validation"], LIGHT["train"], LIGHT["ink"])
+NUM_DOCUMENTS = 12  # in the figure of documents: the best and the worst ones
+MAX_BUDGETS = 1.15  # a memory model is drawn up to this multiple of the budget
+LINE_COLOURS = (LIGHT["adapted"], LIGHT["base"], LIGHT["validation"], LIGHT["train"], LIGHT["ink"])
+
+Figures = dict[str, Figure]
 
 
 def over_steps(title: str, y_label: str, curves: Mapping[str, Curve]) -> Figure:
-    """A line for each curve over the optimizer steps; train as it was logged, validation with its looks marked."""
+    """A line for each curve over the optimizer steps; validation has a mark for each point."""
     with axes(title, "optimizer step", y_label) as (figure, area):
         for name, (steps, values) in curves.items():
             marker = "o" if name == "validation" or len(steps) == 1 else ""
@@ -27,31 +29,34 @@ def over_steps(title: str, y_label: str, curves: Mapping[str, Curve]) -> Figure:
         return figure
 
 
-def batch_memory(probes: Sequence[dict[str, Any]], modes: Mapping[str, dict[str, float]], budget_gib: float) -> Figure:
-    """Peak memory of each probe over its batch, the memory model through them, the budget that they must keep."""
+def batch_memory(probes: Sequence[dict[str, Any]], models: Mapping[str, dict[str, float]], budget_gib: float) -> Figure:
+    """Peak memory of each probe over its batch, the fitted memory models, the budget."""
     with axes("Memory of a training step", "sequences in the batch", "peak GiB") as (figure, area):
-        colours = dict(zip(_modes_of(probes), cycle(MODE_COLOURS), strict=False))
-        for mode, colour in colours.items():
-            ended = [p for p in probes if _mode(p) == mode and p["peak_gib"] is not None]
-            died = [p["batch"] for p in probes if _mode(p) == mode and p["peak_gib"] is None]
+        names = list(dict.fromkeys(_checkpointing(probe) for probe in probes))
+        for name, colour in zip(names, cycle(LINE_COLOURS), strict=False):
+            of_name = [probe for probe in probes if _checkpointing(probe) == name]
+            measured = [probe for probe in of_name if probe["peak_gib"] is not None]
+            out_of_memory = [probe["batch"] for probe in of_name if probe["peak_gib"] is None]
             area.scatter(
-                [p["batch"] for p in ended],
-                [p["peak_gib"] for p in ended],
+                [probe["batch"] for probe in measured],
+                [probe["peak_gib"] for probe in measured],
                 s=28,
-                color=[colour if p["fits"] else LIGHT["bad"] for p in ended],
+                color=[colour if probe["fits"] else LIGHT["bad"] for probe in measured],
                 zorder=3,
             )
-            area.scatter(died, [budget_gib] * len(died), s=36, marker="x", color=LIGHT["bad"], zorder=3)
-            model = modes.get(mode, {})
+            area.scatter(
+                out_of_memory, [budget_gib] * len(out_of_memory), s=36, marker="x", color=LIGHT["bad"], zorder=3
+            )
+            model = models.get(name, {})
             if "fixed_gib" in model and "gib_per_sequence" in model:
                 fixed, slope = model["fixed_gib"], model["gib_per_sequence"]
-                largest = max(p["batch"] for p in probes if _mode(p) == mode)
-                above = (LINE_ENDS * budget_gib - fixed) / slope if slope > 0 else largest
-                ends = [0, max(0.0, min(largest, above))]
+                largest = max(probe["batch"] for probe in of_name)
+                limit = (MAX_BUDGETS * budget_gib - fixed) / slope if slope > 0 else largest
+                ends = [0, max(0.0, min(largest, limit))]
                 line = [fixed + slope * batch for batch in ends]
-                area.plot(ends, line, color=colour, linestyle=":", label=mode or "memory model")
-            elif mode:
-                area.scatter([], [], s=28, color=colour, label=mode)
+                area.plot(ends, line, color=colour, linestyle=":", label=name or "memory model")
+            elif name:
+                area.scatter([], [], s=28, color=colour, label=name)
         area.axhline(budget_gib, color=LIGHT["ink"], linewidth=1, linestyle="--", label="budget")
         area.set_xlim(left=0)
         area.set_ylim(bottom=0)
@@ -60,9 +65,9 @@ def batch_memory(probes: Sequence[dict[str, Any]], modes: Mapping[str, dict[str,
         return figure
 
 
-def batch_bounds(probes: Sequence[dict[str, Any]], mode: str) -> Figure:
-    """The probes of one mode in their order, and between which bounds the answer lay after each."""
-    probes = [probe for probe in probes if _mode(probe) == mode]
+def batch_bounds(probes: Sequence[dict[str, Any]], gradient_checkpointing: str) -> Figure:
+    """The probes with this gradient_checkpointing in their order, and the bounds of the answer after each probe."""
+    probes = [probe for probe in probes if _checkpointing(probe) == gradient_checkpointing]
     ceiling = max(probe["batch"] for probe in probes) + 1
     low, high, lows, highs = 0, ceiling, [], []
     for probe in probes:
@@ -71,15 +76,15 @@ def batch_bounds(probes: Sequence[dict[str, Any]], mode: str) -> Figure:
         lows.append(low)
         highs.append(high)
     numbers = list(range(1, len(probes) + 1))
-    with axes("The bounds close in", "probe", "sequences in the batch") as (figure, area):
+    with axes("Bounds of the largest batch", "probe", "sequences in the batch") as (figure, area):
         area.fill_between(
-            numbers, lows, highs, step="post", color=LIGHT["adapted"], alpha=0.15, label="still open", linewidth=0
+            numbers, lows, highs, step="post", color=LIGHT["adapted"], alpha=0.15, label="possible", linewidth=0
         )
         for fits, label, marker in ((True, "fits", "o"), (False, "does not fit", "X")):
-            drawn = [(n, p["batch"]) for n, p in zip(numbers, probes, strict=True) if p["fits"] == fits]
-            if drawn:
+            points = [(n, p["batch"]) for n, p in zip(numbers, probes, strict=True) if p["fits"] == fits]
+            if points:
                 colour = LIGHT["adapted" if fits else "bad"]
-                xs, ys = zip(*drawn, strict=True)
+                xs, ys = zip(*points, strict=True)
                 area.scatter(xs, ys, s=36, marker=marker, color=colour, label=label, zorder=3)
         area.set_ylim(bottom=0)
         area.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -89,7 +94,7 @@ def batch_bounds(probes: Sequence[dict[str, Any]], mode: str) -> Figure:
 
 
 def test_perplexity(metrics: Mapping[str, Any]) -> Figure:
-    """Both perplexities with their 95% intervals."""
+    """The perplexities with their 95% intervals."""
     with axes("Test perplexity", "perplexity (lower is better)", "", height=1.7) as (figure, area):
         for row, name in enumerate(("adapted", "base")):
             numbers = metrics[name]
@@ -114,14 +119,14 @@ def test_perplexity(metrics: Mapping[str, Any]) -> Figure:
 
 
 def documents(rows: Sequence[dict[str, Any]]) -> Figure:
-    """How each test document's perplexity changed, the best adapted one at the top; of many, both ends."""
+    """Base and adapted perplexity of each test document, lowest first; of many documents the best and the worst."""
     rows = sorted(rows, key=lambda row: row["adapted_perplexity"])
     title = "Each test document"
     if len(rows) > 2 * NUM_DOCUMENTS:
         rows = [*rows[:NUM_DOCUMENTS], *rows[-NUM_DOCUMENTS:]]
         title = f"The {NUM_DOCUMENTS} best and the {NUM_DOCUMENTS} worst test documents"
     with axes("", "perplexity, base to adapted", "", height=1.4 + 0.3 * len(rows)) as (figure, area):
-        figure.suptitle(title, x=0.02, ha="left")  # over the names too, which leave the axes little width
+        figure.suptitle(title, x=0.02, ha="left")  # above the names: they leave little width for a title of the axes
         for line, row in enumerate(rows):
             ends = row["base_perplexity"], row["adapted_perplexity"]
             area.plot(ends, (line, line), color=LIGHT["grid"], linewidth=3, solid_capstyle="round", zorder=1)
@@ -137,8 +142,8 @@ def documents(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def improvement(rows: Sequence[dict[str, Any]], metrics: Mapping[str, Any]) -> Figure:
-    """How many test documents became how much better, with the improvement over all and its interval."""
-    with axes("Improvement by document", "perplexity lower by", "documents") as (figure, area):
+    """Histogram of the improvement by document, with the improvement over all documents and its interval."""
+    with axes("Improvement by document", "improvement", "documents") as (figure, area):
         area.hist([row["improvement"] for row in rows], bins=20, color=LIGHT["adapted"], alpha=0.7)
         total = metrics["improvement"]
         area.axvspan(total["low_95"], total["high_95"], color=LIGHT["ink"], alpha=0.12, linewidth=0, label="95%")
@@ -150,9 +155,9 @@ def improvement(rows: Sequence[dict[str, Any]], metrics: Mapping[str, Any]) -> F
 
 
 def over_time(title: str, y_label: str, curves: Mapping[str, Curve]) -> Figure:
-    """What the machine did while a stage ran."""
+    """A line for each curve over the seconds of a stage."""
     with axes(title, "seconds", y_label, height=2.6) as (figure, area):
-        for colour, (name, (seconds, values)) in zip(cycle(MODE_COLOURS), curves.items(), strict=False):
+        for colour, (name, (seconds, values)) in zip(cycle(LINE_COLOURS), curves.items(), strict=False):
             area.plot(seconds, values, label=name, color=colour, linewidth=1.2)
         area.set_ylim(bottom=0)
         if len(curves) > 1:
@@ -161,7 +166,7 @@ def over_time(title: str, y_label: str, curves: Mapping[str, Curve]) -> Figure:
 
 
 def shortened(name: str, length: int = 30) -> str:
-    """A document's path without the folders, then without the middle, that there is no room for."""
+    """A document's path, shortened: first its folders go, then the middle of its name."""
     name = name.removesuffix(".pdf")
     while len(name) > length and "/" in name:
         name = name.partition("/")[2]
@@ -169,9 +174,5 @@ def shortened(name: str, length: int = 30) -> str:
     return name if len(name) <= length else f"{name[: length - half - 1]}…{name[-half:]}"
 
 
-def _mode(probe: Mapping[str, Any]) -> str:
+def _checkpointing(probe: Mapping[str, Any]) -> str:
     return str(probe.get("gradient_checkpointing", ""))
-
-
-def _modes_of(probes: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(_mode(probe) for probe in probes))

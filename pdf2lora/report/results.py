@@ -1,4 +1,4 @@
-"""What the report tells of one run, read from metrics/, data/ and dvc.lock."""
+"""The results of one run, read from metrics/, data/ and dvc.lock."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ PLOTS = Path("metrics/train/plots/metrics")
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file or folder as dvc.lock has it: md5 of a file, of the list of files for a folder (it ends in .dir)."""
+    """A file or folder in dvc.lock. The md5 of a folder is that of its list of files and ends in .dir."""
 
     path: str
     md5: str
@@ -29,7 +29,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Results:
-    """One run, without anything that only this machine measured."""
+    """One run, without the numbers of one machine."""
 
     extract: dict[str, Any]
     split: dict[str, Any]
@@ -42,11 +42,14 @@ class Results:
     split_of: dict[str, str]  # id of a kept document -> train, validation or test
     samples: list[dict[str, Any]]
     artifacts: list[Artifact]
-    licence_files: list[str]  # that came with the checkpoint
+    licence_files: list[str]  # of the source model
 
 
-def read_results(checkpoint: Path, paths: Iterable[str]) -> Results:
-    """Reads what the stages wrote, from the project's folder; `paths`: what to look up in dvc.lock."""
+def read_results(source: Path, paths: Iterable[str]) -> Results:
+    """Reads the outputs of the stages in the current folder.
+
+    source: the folder of the source model; paths: files and folders whose hashes dvc.lock gives.
+    """
     return Results(
         extract=_json("metrics/extract.json"),
         split=_json("metrics/split.json"),
@@ -61,19 +64,19 @@ def read_results(checkpoint: Path, paths: Iterable[str]) -> Results:
         split_of={d.id: split for split in SPLITS for d in read_documents(Path(f"data/split/{split}.jsonl"))},
         samples=_json("data/samples.json"),
         artifacts=read_artifacts(Path("dvc.lock"), paths),
-        licence_files=find_licences(checkpoint),
+        licence_files=find_licences(source),
     )
 
 
 def read_curve(file: Path) -> Curve:
-    """The two columns of one of dvclive's files, step and value."""
+    """The columns step and value of a file of dvclive."""
     table = read_columns(file)
     steps, values = list(table.values())[:2]
     return steps, values
 
 
 def read_columns(file: Path) -> dict[str, list[float]]:
-    """The columns of a file of numbers with tabs between them; a gap becomes nan."""
+    """The columns of a tab-separated file of numbers; an empty field becomes nan."""
     with file.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines, delimiter="\t"))
     return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else ())}
@@ -82,7 +85,8 @@ def read_columns(file: Path) -> dict[str, list[float]]:
 def read_artifacts(lock: Path, paths: Iterable[str]) -> list[Artifact]:
     """These files and folders in dvc.lock; unknown ones are left out.
 
-    DVC brings the lock up to date after each stage: while report runs, its own entry alone is that of the run before.
+    DVC updates the lock after each stage. So while report runs, the entry of report is that of the previous run, and is
+    not read.
     """
     if not lock.exists():
         return []

@@ -1,7 +1,7 @@
-"""How the report's figures look: one palette for light and dark, the same bytes each time.
+"""The style of the report's figures: one palette for light and dark mode, the same bytes for the same numbers.
 
-matplotlib draws with the light colours. In the SVG each of them then becomes a variable that the page, or the file
-itself where it stands alone, sets for light and for dark.
+matplotlib draws with the light colours. `svg` replaces each of them by a CSS variable. The page, or the SVG file itself
+outside the page, sets the variables for light and dark mode.
 """
 
 import re
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# role -> its colour on white, its colour on black; base and adapted are told apart by every kind of eye (Okabe, Ito)
+# role -> colour on white, colour on black; colour-blind readers can distinguish base and adapted (Okabe and Ito 2008)
 PALETTE = {
     "ink": ("#1f2328", "#e6edf3"),
     "muted": ("#59636e", "#9198a1"),
@@ -31,9 +32,9 @@ LIGHT = {role: light for role, (light, _) in PALETTE.items()}
 PNG_DPI = 160
 
 _SETTINGS: dict[Any, Any] = {
-    "svg.hashsalt": "pdf2lora",  # ids of the SVG would be random
-    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so that it measures the same everywhere
+    "svg.hashsalt": "pdf2lora",  # without it the ids of the SVG are random
+    "svg.fonttype": "none",  # text stays text, not outlines: small, searchable, in the page's font
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so text has the same width on every machine
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -63,7 +64,7 @@ _SETTINGS: dict[Any, Any] = {
 
 @contextmanager
 def axes(title: str, x_label: str, y_label: str, *, height: float = 3.0) -> Iterator[tuple[Figure, Axes]]:
-    """An empty figure of the report, 4.8 inches wide; it is drawn on and saved inside the block."""
+    """An empty figure of the report, 4.8 inches wide and `height` inches high. Draw inside the block."""
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(4.8, height))
         area = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
@@ -71,14 +72,14 @@ def axes(title: str, x_label: str, y_label: str, *, height: float = 3.0) -> Iter
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG element without a background, its colours var(--figure-<role>)."""
-    drawn = BytesIO()
+    """The figure as an SVG element without background, with the colours var(--figure-<role>)."""
+    output = BytesIO()
     with matplotlib.rc_context(_SETTINGS):
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = drawn.getvalue().decode()
+        figure.savefig(output, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = output.getvalue().decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # matplotlib numbers every part, and the same numbers would come again in the page's next figure
+    # the ids of groups are numbers, which would repeat in the next figure of the page
     text = re.sub(r'(<g|<svg\b[^>]*?) id="[\w.]+"', r"\1", text).replace("*{stroke", "svg *{stroke")
     text = text.replace("'DejaVu Sans'", "inherit").replace("font: 9px inherit", "font-size: 9px")
     for role, light in LIGHT.items():
@@ -86,17 +87,21 @@ def svg(figure: Figure) -> str:
     return text
 
 
-def variables(theme: int) -> str:
-    """CSS declarations of the palette; theme: 0 light, 1 dark."""
-    return " ".join(f"--figure-{role}: {colours[theme]};" for role, colours in PALETTE.items())
+def palette() -> dict[str, Markup]:
+    """ "light" and "dark" -> CSS declarations of the variables."""
+    return {
+        theme: Markup(" ".join(f"--figure-{role}: {colours[number]};" for role, colours in PALETTE.items()))
+        for number, theme in enumerate(("light", "dark"))
+    }
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
-    """Writes <name>.svg, which follows the reader's theme, and <name>.png, on white; returns svg(figure)."""
+    """Writes <name>.svg for light and dark mode and <name>.png on white. Returns svg(figure)."""
     inline = svg(figure)
+    colours = palette()
     themes = (
-        f"<style>:root {{ {variables(0)} font-family: sans-serif; }} "
-        f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(1)} }} }}</style>"
+        f"<style>:root {{ {colours['light']} font-family: sans-serif; }} "
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {colours['dark']} }} }}</style>"
     )
     end_of_tag = inline.index(">") + 1
     (folder / f"{name}.svg").write_text(inline[:end_of_tag] + themes + inline[end_of_tag:], encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Files and folders that are written completely or not at all."""
+"""Hashes, and atomic writes of files and folders."""
 
 import glob
 import hashlib
@@ -21,15 +21,15 @@ def file_sha256(file: Path) -> str:
 
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
-    """Gives a path to write to, and puts that file in place of `file` once the block has ended without an error.
+    """Yields a temporary path in the same folder. It replaces `file` when the block ends without an exception.
 
-    The path is this process's own: two that write the same file do not write into each other's. What killed ones left
-    behind is removed.
+    The name of the temporary file contains the process id, so that two processes never write to the same file.
+    Temporary files of dead processes are removed.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(file)
+    partial = _partial_path(file)
     try:
-        with _names_file(file):
+        with _add_filename(file):
             yield partial
         partial.replace(file)
     finally:
@@ -38,12 +38,12 @@ def atomic_write(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """Like atomic_write, for an empty folder to fill."""
-    partial = _partial(folder)
+    """Like atomic_write, for a folder: yields an empty temporary folder, which replaces `folder`."""
+    partial = _partial_path(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with _names_file(folder):
+        with _add_filename(folder):
             yield partial
         if folder.exists():
             shutil.rmtree(folder)
@@ -52,31 +52,32 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _partial(path: Path) -> Path:
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        pid = left.name.split(".")[-2]
-        if not pid.isdigit() or not _is_at_work(int(pid)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+def write_json(file: Path, value: object) -> None:
+    with atomic_write(file) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _partial_path(path: Path) -> Path:
+    """The temporary path of this process. Removes those of dead processes."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        pid = partial.name.split(".")[-2]
+        if not pid.isdigit() or not _is_running(int(pid)):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
-def _is_at_work(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     with suppress(psutil.NoSuchProcess):
         return is_alive(psutil.Process(pid))
     return False
 
 
 @contextmanager
-def _names_file(path: Path) -> Iterator[None]:
-    """A full disk or a limit is reported by the system without the file's name."""
+def _add_filename(path: Path) -> Iterator[None]:
+    """Adds the path to an OSError without one. A failed write to an open file (full disk, file size limit) has none."""
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
-
-
-def write_json(file: Path, value: object) -> None:
-    with atomic_write(file) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

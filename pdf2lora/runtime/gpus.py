@@ -1,10 +1,9 @@
-"""GPUs without torch: which ones this process may use, and an exclusive lock on each.
+"""Lists and locks the GPUs of this machine without torch.
 
-torch would answer the same questions, but takes seconds to import, and CUDA reads CUDA_VISIBLE_DEVICES only once.
+torch takes seconds to import, and CUDA reads CUDA_VISIBLE_DEVICES only once, when it starts.
 """
 
 import ctypes
-import fcntl
 import os
 import tempfile
 import time
@@ -13,12 +12,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
+from pdf2lora.runtime.locks import try_lock
+
 LOCKS = Path(tempfile.gettempdir()) / f"pdf2lora-gpus-{os.getuid()}"
 UUID_BYTES = 96  # NVML_DEVICE_UUID_V2_BUFFER_SIZE
 
 
 def has_cuda_driver() -> bool:
-    """Whether the machine can have a usable GPU."""
+    """True if a CUDA driver is installed. The machine may still have no usable GPU."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -27,9 +28,9 @@ def has_cuda_driver() -> bool:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, by names that CUDA_VISIBLE_DEVICES accepts; none without a driver.
+    """The GPUs that this process may use, as UUIDs or other names that CUDA_VISIBLE_DEVICES accepts.
 
-    An index in CUDA_VISIBLE_DEVICES counts in the order of the PCI bus.
+    Empty without a driver. An index in CUDA_VISIBLE_DEVICES is a position in PCI bus order.
     """
     uuids = _uuids()
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -39,7 +40,7 @@ def visible_gpus() -> list[str]:
     for name in filter(None, map(str.strip, allowed.split(","))):
         if name.lstrip("-").isdigit():
             if not 0 <= int(name) < len(uuids):
-                break  # CUDA ignores the rest, too
+                break  # CUDA ignores the rest too
             gpus.append(uuids[int(name)])
         else:
             gpus.append(next((uuid for uuid in uuids if uuid.startswith(name)), name))
@@ -47,7 +48,7 @@ def visible_gpus() -> list[str]:
 
 
 def _uuids() -> list[str]:
-    """UUIDs of all GPUs in the order of the PCI bus, from NVML, which comes with the driver."""
+    """UUIDs of all GPUs in PCI bus order, from NVML, which is part of the driver."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -68,35 +69,27 @@ def _uuids() -> list[str]:
 
 @contextmanager
 def reserve_gpus(gpus: Sequence[str], count: int) -> Iterator[tuple[list[str], list[int]]]:
-    """Locks `count` of the GPUs; waits while too few are free.
+    """Locks `count` of the GPUs. Waits while too few are free.
 
-    Yields the names and the file descriptors of the locks. A lock holds until each process that inherited the
-    descriptor has ended, however it ends.
+    Yields the names of the GPUs and the file descriptors of their locks. The kernel releases a lock when all processes
+    that inherited its descriptor have ended, also after kill -9.
     """
     LOCKS.mkdir(parents=True, exist_ok=True)
-    waiting = False
+    is_first_try = True
     while True:
         with ExitStack() as stack:
             reserved: list[tuple[str, IO[str]]] = []
             for gpu in gpus:
                 lock = stack.enter_context((LOCKS / f"{gpu}.lock").open("a+"))
-                if len(reserved) < count and _try_lock(lock):
+                if len(reserved) < count and try_lock(lock):
                     reserved.append((gpu, lock))
             if len(reserved) == count:
                 yield [gpu for gpu, _ in reserved], [lock.fileno() for _, lock in reserved]
                 return
-        if not waiting:
+        if is_first_try:
             print(
-                f"waits for {count} free GPU{'s' if count > 1 else ''}: other runs hold the locks in {LOCKS}",
+                f"waiting for {count} free GPU{'s' if count > 1 else ''}: other runs hold the locks in {LOCKS}",
                 flush=True,
             )
-            waiting = True
+            is_first_try = False
         time.sleep(0.5)
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -1,45 +1,51 @@
-"""Exclusive locks."""
+"""Locks between processes."""
 
+import fcntl
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from pdf2lora.errors import InputError
+
+POLL_S = 0.1
 
 
 @contextmanager
 def exclusive_lock(folder: Path, *, timeout_s: float = 0) -> Iterator[None]:
-    """Keeps a second process out of a scratch folder; the kernel frees it when the first ends, however it ends.
+    """Holds the lock of a folder. The kernel releases it when the process ends, also after kill -9.
 
-    timeout_s: how long to wait for the first to end.
+    Args:
+        folder: an existing folder; the lock is its file `lock`, which contains the owner's process id.
+        timeout_s: how long to wait for another owner to end.
 
     Raises:
-        InputError: another process holds the folder.
+        InputError: another process still holds the lock after timeout_s.
     """
-    import fcntl
-
-    until = time.monotonic() + timeout_s
-    told = False
+    deadline = time.monotonic() + timeout_s
+    is_first_try = True
     with (folder / "lock").open("a+") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                lock.seek(0)
-                owner = lock.read().strip() or "?"
-            if time.monotonic() >= until:
-                raise InputError(
-                    f"{folder}: process {owner} is already at work on these very settings and data; "
-                    "wait for it or end it"
-                )
-            if not told:
-                print(f"{folder.name}: waits for process {owner}, which is at work on the same, to end", flush=True)
-                told = True
-            time.sleep(0.1)
+        while not try_lock(lock):
+            lock.seek(0)
+            owner = lock.read().strip() or "?"
+            if time.monotonic() >= deadline:
+                raise InputError(f"{folder} is locked by process {owner}. Wait until it ends, or end it.")
+            if is_first_try:
+                print(f"{folder.name}: waiting for process {owner}, which does the same work", flush=True)
+                is_first_try = False
+            time.sleep(POLL_S)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Locks an open file without waiting. False if another process has the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,7 +1,7 @@
-"""A folder that says of itself what its files must hold: manifest.json, written last, has the SHA-256 of every one.
+"""manifest.json: the SHA-256 of every file of a folder. It is written last, so a folder without one is incomplete.
 
-What the manifest does not confirm was not written to its end, or a disk or a hand has changed it since. DVC compares
-size and time before it reads bytes, so it does not see a bit that flips on the disk.
+It detects files that a disk or a person changed later. DVC compares size and time before it hashes, so it does not see
+a flipped bit.
 """
 
 import json
@@ -16,42 +16,45 @@ from pdf2lora.runtime.files import file_sha256, write_json
 MANIFEST = "manifest.json"
 
 
-def write_manifest(folder: Path, **more: object) -> None:
-    """more: further entries of the JSON object."""
+def write_manifest(folder: Path, **metadata: object) -> None:
+    """Writes manifest.json. metadata: further entries of the JSON object."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     names = [str(path.relative_to(folder)) for path in files]
-    write_json(folder / MANIFEST, more | {"files": _hashes(folder, names)})
+    write_json(folder / MANIFEST, metadata | {"files": _hash_files(folder, names)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
 
 
-def fault(folder: Path) -> str | None:
-    """What is wrong with a folder, in words; None = it holds what was written."""
+def find_damage(folder: Path) -> str | None:
+    """Describes the first damage in a folder; None if every file has the SHA-256 of the manifest."""
     if not (folder / MANIFEST).exists():
-        return "it was not written to its end"
+        return f"it is incomplete (no {MANIFEST})"
     try:
-        written: dict[str, str] = read_manifest(folder)["files"]
-        for name, sha256 in _hashes(folder, written).items():
-            if sha256 != written[name]:
-                return f"its {name} is not what was written"
+        expected: dict[str, str] = read_manifest(folder)["files"]
+        for name, sha256 in _hash_files(folder, expected).items():
+            if sha256 != expected[name]:
+                return f"{name} is corrupt (SHA-256 mismatch)"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"it cannot be read ({type(error).__name__}: {error})"
     return None
 
 
-def _hashes(folder: Path, names: Collection[str]) -> dict[str, str]:
-    """SHA-256 of each file, several at a time: hashlib lets other threads run, and one core reads 1 to 2 GB/s."""
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(lambda name: file_sha256(folder / name), names), strict=True))
-
-
 def require_intact(folder: Path, *, made_by: str) -> None:
-    """made_by: the stage that wrote the folder.
+    """Checks a stage's output folder against its manifest.
+
+    Args:
+        made_by: the stage that writes the folder.
 
     Raises:
-        InputError: a file is not what the stage wrote.
+        InputError: a file is missing or corrupt.
     """
-    if wrong := fault(folder):
-        raise InputError(f"{folder}: cannot be used, {wrong}; make it again with: dvc repro --force {made_by}")
+    if damage := find_damage(folder):
+        raise InputError(f"{folder} cannot be used: {damage}. Make it again with: dvc repro --force {made_by}")
+
+
+def _hash_files(folder: Path, names: Collection[str]) -> dict[str, str]:
+    """name -> SHA-256. In threads, because hashlib releases the GIL and one core hashes only 1 to 2 GB/s."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(lambda name: file_sha256(folder / name), names), strict=True))

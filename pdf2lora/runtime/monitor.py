@@ -1,9 +1,8 @@
-"""What the machine did while a stage ran: seconds, memory, and a GPU's utilization, power and energy.
+"""Measurements of one machine: seconds, process memory, GPU memory, utilization and power.
 
-No two runs share these numbers, so metrics/machine.json and the curves beside it are no stage's output.
+Two runs never measure the same numbers. Therefore metrics/machine.json and metrics/machine/ are no outputs of a stage.
 
-torch is imported by the functions that need it: find_batch has asked its child before it calls one, and so imports
-while the child does.
+torch is imported inside functions: find_batch measures in a child process and imports torch while the child works.
 """
 
 import functools
@@ -31,105 +30,88 @@ SAMPLE_S = 1.0
 log = logging.getLogger(__name__)
 
 
-class Meter:
-    """Seconds since it was made, and the joules of the GPU where that counts them."""
+class ResourceMonitor:
+    """Samples memory and GPU sensors every SAMPLE_S seconds in a thread, from `start` to `stop`."""
 
     def __init__(self) -> None:
-        self.gpu = this_gpu()
+        self.gpu = this_gpu()  # in this thread, because it imports torch
         self.started = time.monotonic()
-        self.joules_before = self.gpu.joules()
+        self.samples: list[dict[str, float]] = []
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     @property
     def seconds(self) -> float:
+        """Since the monitor was created."""
         return time.monotonic() - self.started
 
-    @property
-    def joules(self) -> float | None:
-        now = self.gpu.joules()
-        return None if now is None or self.joules_before is None else now - self.joules_before
+    def start(self) -> None:
+        self._thread.start()
 
-    def rates(self, num_tokens: int) -> dict[str, int]:
-        """Of so many tokens since it was made: tokens_per_s, and joules_per_million_tokens where energy is known."""
-        rates = {"tokens_per_s": round(num_tokens / self.seconds)}
-        if num_tokens and (joules := self.joules) is not None:
-            rates["joules_per_million_tokens"] = round(joules / num_tokens * 1e6)
-        return rates
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def peaks(self) -> dict[str, float]:
+        """The maximum of each sampled quantity, as peak_<name>."""
+        return {
+            f"peak_{name}": max(sample[name] for sample in self.samples if name in sample)
+            for name in self._columns()
+            if name != "seconds"
+        }
+
+    def to_tsv(self) -> str:
+        """One row per sample; a column per quantity; an empty cell if a sensor did not answer."""
+        columns = self._columns()
+        rows = [columns, *([str(sample.get(name, "")) for name in columns] for sample in self.samples)]
+        return "\n".join("\t".join(row) for row in rows) + "\n"
+
+    def _run(self) -> None:
+        process = psutil.Process()
+        while True:
+            self.samples.append({"seconds": round(self.seconds, 1), **_process_memory(process), **self.gpu.read()})
+            if self._stopped.wait(SAMPLE_S):
+                return
+
+    def _columns(self) -> list[str]:
+        return list(dict.fromkeys(chain.from_iterable(self.samples)))
 
 
 @contextmanager
 def machine_metrics(stage: str) -> Iterator[dict[str, Any]]:
-    """Samples memory, and a GPU's utilization and power, while the block runs; the block may add numbers of its own.
+    """Monitors the block. Yields a dict to which the block can add its own numbers.
 
-    Writes the stage's entry of metrics/machine.json and metrics/machine/<stage>.tsv.
+    Writes the stage's entry of metrics/machine.json and metrics/machine/<stage>.tsv, unless the block raises.
     """
-    samples: list[dict[str, float]] = []
-    own: dict[str, Any] = {}
-    finished = threading.Event()
-    meter = Meter()
-
-    def sample() -> None:
-        process = psutil.Process()
-        while True:
-            samples.append({"seconds": round(meter.seconds, 1), **_memory(process), **meter.gpu.read()})
-            if finished.wait(SAMPLE_S):
-                return
-
-    sampler = threading.Thread(target=sample, daemon=True)
-    sampler.start()
+    metrics: dict[str, Any] = {}
+    monitor = ResourceMonitor()
+    monitor.start()
     try:
-        yield own
+        yield metrics
     finally:
-        finished.set()
-        sampler.join()
-    columns = list(dict.fromkeys(chain.from_iterable(samples)))
-    entry = {"seconds": round(meter.seconds, 1), **own}
-    if (joules := meter.joules) is not None:
-        entry["joules"] = round(joules)
-    entry |= {
-        f"peak_{name}": max(sample[name] for sample in samples if name in sample)
-        for name in columns
-        if name != "seconds"
-    }
-    _write_machine(stage, entry)
-    rows = ["\t".join(columns), *("\t".join(str(sample.get(name, "")) for name in columns) for sample in samples)]
+        monitor.stop()
+    _write_entry(stage, {"seconds": round(monitor.seconds, 1), **metrics, **monitor.peaks()})
     CURVES.mkdir(parents=True, exist_ok=True)
-    (CURVES / f"{stage}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (CURVES / f"{stage}.tsv").write_text(monitor.to_tsv(), encoding="utf-8")
 
 
 def device_name() -> str:
-    """What computes here: the GPU's name, or cpu."""
+    """The name of the GPU, or "cpu"."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def _write_machine(stage: str, entry: dict[str, Any]) -> None:
-    import torch
-
-    machine = json.loads(MACHINE.read_text(encoding="utf-8")) if MACHINE.exists() else {}
-    machine["machine"] = {
-        "processor": platform.machine(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "allocator": os.environ.get("PYTORCH_ALLOC_CONF"),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")},
-    }
-    write_json(MACHINE, machine | {stage: entry})
-
-
-def _memory(process: psutil.Process) -> dict[str, float]:
-    """Resident memory of this process and its children (the probes of find_batch)."""
-    resident = 0
-    for member in (process, *process.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):  # ended since it was listed
-            resident += member.memory_info().rss
-    return {"process_memory_gib": round(resident / 2**30, 2)}
+@functools.cache
+def this_gpu() -> "Gpu":
+    """The GPU of this process. Cached, so that a missing sensor library is logged once."""
+    return Gpu()
 
 
 class Gpu:
-    """NVML, asked directly: dvclive's monitor logs nothing at all where there is no NVIDIA driver.
+    """Reads GPU sensors with NVML. A sensor that does not answer is left out; it never stops a training.
 
-    What cannot be measured is left out of the samples and costs nobody their training.
+    dvclive's monitor is not used: it prints a traceback on a machine without an NVIDIA driver.
     """
 
     def __init__(self) -> None:
@@ -142,38 +124,48 @@ class Gpu:
             import pynvml
 
             pynvml.nvmlInit()
-            uuid = torch.cuda.get_device_properties(
-                torch.cuda.current_device()
-            ).uuid  # its index may be another to NVML
+            # The UUID, because NVML may number the GPUs in another order than CUDA.
+            uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
             self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
             self.nvml = pynvml
         except Exception as error:
             log.warning("GPU utilization and power are not measured: %s (nvidia-ml-py: requirements-gpu.txt)", error)
 
-    def joules(self) -> float | None:
-        """Energy since the driver was loaded."""
-        if self.handle is None:
-            return None
-        with suppress(self.nvml.NVMLError):
-            return float(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1000
-        return None
-
     def read(self) -> dict[str, float]:
+        """Current values of all sensors that answer; empty without a GPU."""
         if self.handle is None:
             return {}
-        readings: dict[str, Callable[[], float]] = {
+        sensors: dict[str, Callable[[], float]] = {
             "gpu_memory_gib": lambda: round(self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used / 2**30, 2),
             "gpu_utilization_percent": lambda: self.nvml.nvmlDeviceGetUtilizationRates(self.handle).gpu,
             "gpu_power_w": lambda: round(self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1000),
         }
         values = {}
-        for name, reading in readings.items():
-            with suppress(self.nvml.NVMLError):  # not every GPU, and no MIG slice, answers every question
-                values[name] = reading()
+        for name, read_sensor in sensors.items():
+            with suppress(self.nvml.NVMLError):  # some GPUs, and all MIG slices, lack some sensors
+                values[name] = read_sensor()
         return values
 
 
-@functools.cache
-def this_gpu() -> Gpu:
-    """One for the process: what cannot be measured is said once."""
-    return Gpu()
+def _process_memory(process: psutil.Process) -> dict[str, float]:
+    """Resident memory of this process and its children, which include find_batch's probes."""
+    resident_bytes = 0
+    for member in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # it ended after it was listed
+            resident_bytes += member.memory_info().rss
+    return {"process_memory_gib": round(resident_bytes / 2**30, 2)}
+
+
+def _write_entry(stage: str, entry: dict[str, Any]) -> None:
+    """Replaces the stage's entry and the description of the machine."""
+    import torch
+
+    metrics = json.loads(MACHINE.read_text(encoding="utf-8")) if MACHINE.exists() else {}
+    metrics["machine"] = {
+        "processor": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF"),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")},
+    }
+    write_json(MACHINE, metrics | {stage: entry})

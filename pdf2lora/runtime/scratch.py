@@ -1,4 +1,4 @@
-"""Scratch folders under a fingerprint."""
+""".scratch/: caches and checkpoints, in one folder per fingerprint of their inputs. In neither git nor DVC's cache."""
 
 import hashlib
 import os
@@ -10,36 +10,38 @@ from pdf2lora.runtime.files import file_sha256
 
 
 def project_root() -> Path:
-    """The main checkout: DVC says where it is, also to a stage that runs in a temporary copy (`dvc exp run --temp`)."""
+    """The main checkout. DVC sets DVC_ROOT, also for a stage in a temporary copy (`dvc exp run --temp`)."""
     return Path(os.environ.get("DVC_ROOT", "."))
 
 
-def fingerprint(*ingredients: object) -> str:
-    """16 hex digits that change when a value changes, or the bytes of a Path (a file, or a folder's files)."""
+def fingerprint(*inputs: object) -> str:
+    """16 hex digits that change with any input: with the bytes of a file or folder (Path), else with the repr."""
     digest = hashlib.sha256()
-    for ingredient in ingredients:
-        if isinstance(ingredient, Path):
-            files = (
-                sorted(path for path in ingredient.rglob("*") if path.is_file() and path.suffix != ".pyc")
-                if ingredient.is_dir()
-                else [ingredient]
-            )
-            for file in files:
-                digest.update(os.fsencode(file.relative_to(ingredient)) + f" {file_sha256(file)}\n".encode())
+    for value in inputs:
+        if isinstance(value, Path):
+            for file in _files_of(value):
+                digest.update(os.fsencode(file.relative_to(value)) + f" {file_sha256(file)}\n".encode())
         else:
-            digest.update(f"{ingredient!r}\n".encode())
+            digest.update(f"{value!r}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def scratch_folder(stage: str, key: str) -> Path:
-    """`.scratch/<stage>/<key>`: what a stage may lose and make again; in neither git nor DVC's cache."""
+    """Makes `.scratch/<stage>/<key>`. The stage can make the content again at any time."""
     folder = project_root() / ".scratch" / stage / key
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def stage_code(stage: str) -> list[Path]:
-    """The files and folders of code on which a stage depends, as dvc.yaml lists them."""
+    """The code dependencies of a stage in dvc.yaml: files and folders."""
     root = Path(__file__).resolve().parents[2]
     pipeline = YAML(typ="safe", pure=True).load((root / "dvc.yaml").read_text(encoding="utf-8"))
     return [root / dep for dep in pipeline["stages"][stage]["deps"] if dep.startswith(("pdf2lora/", "stages/"))]
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The file, or all files of the folder in sorted order, without compiled Python files."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".pyc")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pdf2lora.runtime.manifest import fault, write_manifest
+from pdf2lora.runtime.manifest import find_damage, write_manifest
 
 STATE = "state.pt"
 NUM_KEPT = 2
@@ -39,10 +39,10 @@ def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
 def latest_valid(folder: Path) -> Path | None:
     """The newest intact checkpoint of the folder; None if there is none. Corrupt ones are removed with one line."""
     for checkpoint in reversed(_by_step(folder)):
-        corruption = fault(checkpoint)
-        if corruption is None:
+        damage = find_damage(checkpoint)
+        if damage is None:
             return checkpoint
-        print(f"train: {checkpoint.name} is corrupt ({corruption}) and is removed", flush=True)
+        print(f"train: {checkpoint.name} is corrupt ({damage}) and is removed", flush=True)
         shutil.rmtree(checkpoint)
     return None
 

@@ -44,6 +44,7 @@ from transformers import get_scheduler
 
 from pdf2lora.evaluation.scoring import nats_per_token
 from pdf2lora.model.forward import Forward, build_forward
+from pdf2lora.model.kernel_choice import Kernels
 from pdf2lora.params import Compute, Train
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.tokens import Sequences, Window
@@ -63,7 +64,7 @@ log = logging.getLogger("train")
 class BatchPlan:
     """How a step is divided, from metrics/batch.json."""
 
-    kernels: str
+    kernels: Kernels
     gradient_checkpointing: str
     per_device_batch: int
     effective_batch: int
@@ -108,7 +109,7 @@ class Learner:
         self.scheduler = get_scheduler(
             train.lr_scheduler_type, self.optimizer, num_warmup_steps(train.warmup_steps, num_steps), num_steps
         )
-        self.scaler = torch.amp.GradScaler(enabled=self.forward.head.dtype == torch.float16)  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(enabled=self.forward.head.dtype == torch.float16)
         obstacle = graph_obstacle(plan.kernels, plan.gradient_checkpointing)
         log.info("CUDA graph: %s", f"no, {obstacle}" if obstacle else "yes")
         self.micro_batch = MicroBatch(

@@ -1,4 +1,4 @@
-"""Temporary clones of this checkout to run the pipeline in, and what their dvc.lock says."""
+"""Temporary clones of this checkout that run the pipeline, and the hashes in their dvc.lock."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = "torture"
 NUM_PDFS = 8
-SETTINGS = {  # a training of two epochs, the second one cut short; its intervals seldom meet
+SETTINGS = {  # 1.3 epochs; the intervals of logging, validation and checkpoints rarely coincide
     "corpus": CORPUS,
     "extract.max_pages": 1,
     "find_batch.max": 2,
@@ -30,13 +30,13 @@ TIMEOUT_S = 300.0
 
 
 class Failed(Exception):
-    """A program ended with an error, or a promise is broken."""
+    """A program ended with an error, or a guarantee does not hold."""
 
 
 def make_clone(clone: Path, *, short: bool = True, settings: dict[str, Any] | None = None) -> None:
-    """Clones HEAD, changes params.yaml, commits.
+    """Clones HEAD, changes params.yaml and commits.
 
-    short: with a few of the demo's PDFs as a corpus of their own and a training of seconds, by SETTINGS.
+    short: a corpus of a few demo PDFs and a training of seconds (SETTINGS).
     """
     run(["git", "clone", "--quiet", str(ROOT), str(clone)], clone.parent)
     if short:
@@ -45,7 +45,9 @@ def make_clone(clone: Path, *, short: bool = True, settings: dict[str, Any] | No
         corpus.mkdir()
         for pdf in demo[:NUM_PDFS]:
             shutil.copy(pdf, corpus)
-        run(["dvc", "add", "--quiet", str(corpus)], clone)  # git ignores it, and an experiment's copy would not have it
+        run(
+            ["dvc", "add", "--quiet", str(corpus)], clone
+        )  # git ignores the corpus; without this an experiment's copy would not have it
     yaml = YAML()
     params = yaml.load(clone / "params.yaml")
     for key, value in ((SETTINGS if short else {}) | (settings or {})).items():
@@ -56,11 +58,11 @@ def make_clone(clone: Path, *, short: bool = True, settings: dict[str, Any] | No
         section[name] = value
     yaml.dump(params, clone / "params.yaml")
     run(["git", "add", "--all"], clone)
-    run(["git", "commit", "--quiet", "--allow-empty", "--message", "changed for a test"], clone)
+    run(["git", "commit", "--quiet", "--allow-empty", "--message", "Change settings for a test"], clone)
 
 
 def environment(num_threads: int = 1) -> dict[str, str]:
-    """So many threads, this Python's programs first, git that knows a name, nothing of a dvc that is above us."""
+    """This Python's programs first, a git identity, num_threads threads, and no variables of a parent dvc."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "GIT_"))}
     names = {f"GIT_{who}_{what}": "clone" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
@@ -79,10 +81,10 @@ def start(command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
 
 
 def run(command: list[str], folder: Path, *, num_threads: int = 1, timeout_s: float = TIMEOUT_S) -> str:
-    """Gives stdout.
+    """Returns stdout.
 
     Raises:
-        Failed: exit status other than 0.
+        Failed: the exit status is not 0.
     """
     done = subprocess.run(
         command, cwd=folder, env=environment(num_threads), capture_output=True, text=True, timeout=timeout_s
@@ -93,6 +95,6 @@ def run(command: list[str], folder: Path, *, num_threads: int = 1, timeout_s: fl
 
 
 def outs(lock: Path) -> dict[str, str]:
-    """path -> md5 of all outputs that a dvc.lock knows."""
+    """path -> md5 of all outputs in a dvc.lock."""
     stages = YAML(typ="safe", pure=True).load(lock)["stages"].values()
     return {out["path"]: out["md5"] for stage in stages for out in stage["outs"]}

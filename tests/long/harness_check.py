@@ -1,9 +1,10 @@
-"""Our perplexity against that of EleutherAI's lm-evaluation-harness, on the test documents.
+"""Compares our perplexity with that of EleutherAI's lm-evaluation-harness on the test documents.
 
-    pip install lm-eval==0.4.13        (thirty packages, so in an environment of its own; not a dependency)
+    pip install lm-eval==0.4.13        (thirty packages: use a separate environment)
 
-For the base and the adapted model, and for windows without overlap (the harness's rolling log-likelihood as it stands)
-and with that of evaluate.stride (its windows, with more context). Exit status 1 where the two differ by more than 1e-4.
+It scores the base and the adapted model with windows without overlap (the rolling log-likelihood of the harness) and
+with those of evaluate.stride (windows of the harness with more context). The exit status is 1 where the perplexities
+differ by more than 1e-4.
 """
 
 import math
@@ -20,6 +21,7 @@ from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.loading import load_adapter, load_base
 from pdf2lora.params import read_params
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.tokens import Encoder
 
 BASE, ADAPTER, TEST = Path("models/base"), Path("models/adapter"), Path("data/split/test.jsonl")
@@ -37,23 +39,24 @@ def main() -> None:
         tokenizer=AutoTokenizer.from_pretrained(BASE),
         max_length=params.compute.seq_length,
         batch_size=params.evaluate.per_device_batch,
-        add_bos_token=False,  # it stands before the first token as prefix; by default it would be scored as well
+        add_bos_token=False,  # bos is the prefix of the first token; by default the harness also scores it
     )
-    worst = 0.0
+    largest = 0.0
 
     def check(name: str, stride: int) -> None:
-        nonlocal worst
-        looks = encoder.windows(encoded, seq_length=params.compute.seq_length, stride=stride)
+        nonlocal largest
+        windows = encoder.windows(encoded, seq_length=params.compute.seq_length, stride=stride)
         ours = nats_per_document(
             build_forward(model, "reference"),
-            looks,
+            windows,
             num_documents=len(texts),
             per_device_batch=params.evaluate.per_device_batch,
+            processes=Processes.alone(model.device),
         ).sum()
         theirs = rolling_nats(harness, texts, stride)
         perplexities = math.exp(ours / num_tokens), math.exp(theirs / num_tokens)
         difference = abs(perplexities[0] / perplexities[1] - 1)
-        worst = max(worst, difference)
+        largest = max(largest, difference)
         print(
             f"{name}, stride {stride}: ours {perplexities[0]:.6f}, harness {perplexities[1]:.6f}, "
             f"relative difference {difference:.1e}"
@@ -63,7 +66,7 @@ def main() -> None:
         check("adapted", stride)
         with model.disable_adapter():
             check("base", stride)
-    sys.exit(worst > TOLERANCE)
+    sys.exit(largest > TOLERANCE)
 
 
 def rolling_nats(harness: HFLM, texts: list[str], stride: int) -> float:

@@ -1,7 +1,7 @@
-"""Trains the demo with several seeds in a clone: what differs then is noise. python -m tests.long.noise_floor --seeds 5
+"""Trains the demo with several seeds in a clone and prints the seed noise: python -m tests.long.noise_floor --seeds 5
 
-Prints a row for each seed, the mean and the standard deviation, and the paired comparison (evaluate.compare_to) of each
-two seeds: the largest difference that it finds between runs that differ in nothing but luck.
+Prints the perplexity of each seed, mean and standard deviation, and the paired comparison of each two seeds with the
+largest difference.
 """
 
 import argparse
@@ -13,14 +13,15 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from pdf2lora.evaluation.comparison import DOCUMENTS, compare
+from pdf2lora.evaluation.comparison import compare, require_pairs
+from pdf2lora.evaluation.revisions import DOCUMENTS
 from tests.long.clones import make_clone, run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--short", action="store_true", help="a few PDFs and a training of seconds")
+    parser.add_argument("--short", action="store_true", help="uses a few PDFs and trains for seconds")
     arguments = parser.parse_args()
     tables, perplexities, improvements = [], [], []
     with TemporaryDirectory(prefix="noise-") as folder:
@@ -34,13 +35,13 @@ def main() -> None:
             tables.append(pd.read_csv(clone / DOCUMENTS))
             print(f"seed {seed}: perplexity {perplexities[-1]:.3f}, {improvements[-1]:.2%} lower than base", flush=True)
     mean, deviation = statistics.mean(perplexities), statistics.stdev(perplexities)
-    print(f"perplexity {mean:.3f} +- {deviation:.3f} ({deviation / mean:.2%} of it, standard deviation over seeds)")
+    print(f"perplexity {mean:.3f} +- {deviation:.3f} ({deviation / mean:.2%}; standard deviation over seeds)")
     print(f"improvement {statistics.mean(improvements):.2%} +- {statistics.stdev(improvements):.2%}")
-    compared = [compare(one, other, num_samples=2000, seed=0) for one, other in combinations(tables, 2)]
-    largest = max(compared, key=lambda c: abs(c.improvement))
+    comparisons = [require_pairs(compare(one, other)) for one, other in combinations(tables, 2)]
+    largest = max(abs(comparison.improvement.value) for comparison in comparisons)
     print(
-        f"largest difference of two seeds {abs(largest.improvement):.2%}; the interval over documents excludes 0 in "
-        f"{sum(c.differs for c in compared)} of {len(compared)} pairs"
+        f"largest difference of two seeds {largest:.2%}; significant at 95% in "
+        f"{sum(comparison.significant for comparison in comparisons)} of {len(comparisons)} pairs"
     )
 
 

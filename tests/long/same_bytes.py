@@ -1,7 +1,8 @@
 """Runs the pipeline in two fresh clones under different conditions and compares dvc.lock.
 
-The first has one core and one thread; the second all cores, two threads, its files in another order on disk and with
-other dates, in a folder of another depth and name. --short: a few PDFs and a training of seconds, not the demo.
+The first clone has one core and one thread. The second has all cores and two threads, its files in another order on
+disk with other dates, and a folder of another depth and name. --short: a few PDFs and a training of seconds instead of
+the demo.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from tests.long.clones import Failed, make_clone, outs, run
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--stages", nargs="+", default=["report"], help="up to which stages")
+    parser.add_argument("--stages", nargs="+", default=["report"], help="last stages to run")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     with TemporaryDirectory(prefix="same-bytes-") as folder:
@@ -30,7 +31,7 @@ def main() -> None:
 
 
 def compare(folder: Path, stages: list[str], *, short: bool, seed: int) -> str:
-    """Gives the number of hashes that are the same, in words.
+    """Returns a summary with the number of equal hashes.
 
     Raises:
         Failed: a hash differs.
@@ -52,9 +53,9 @@ def compare(folder: Path, stages: list[str], *, short: bool, seed: int) -> str:
     hashes, other_hashes = outs(one / "dvc.lock"), outs(other / "dvc.lock")
     different = sorted(out for out in hashes.keys() | other_hashes.keys() if hashes.get(out) != other_hashes.get(out))
     if different:
-        raise Failed(f"other bytes in {', '.join(different)}")
+        raise Failed(f"different bytes in {', '.join(different)}")
     if (one / "dvc.lock").read_bytes() != (other / "dvc.lock").read_bytes():
-        raise Failed("all outputs are the same, but dvc.lock is not")
+        raise Failed("all outputs are the same, but dvc.lock differs")
     return (
         f"same_bytes: dvc.lock is the same, {len(hashes)} outputs; {seconds[0]:.0f} s on one core with one thread, "
         f"{seconds[1]:.0f} s on {len(os.sched_getaffinity(0))} with two"
@@ -62,18 +63,18 @@ def compare(folder: Path, stages: list[str], *, short: bool, seed: int) -> str:
 
 
 def shuffle(folder: Path, rng: random.Random) -> None:
-    """The same files, made again in another order, with dates up to ten years ago."""
-    aside = folder.with_name("aside")
-    folder.rename(aside)
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
+    """Writes the files again in another order, with dates up to ten years ago."""
+    original = folder.with_name("original")
+    folder.rename(original)
+    files = sorted(path for path in original.rglob("*") if path.is_file())
     rng.shuffle(files)
     for file in files:
-        again = folder / file.relative_to(aside)
-        again.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, again)
+        copy = folder / file.relative_to(original)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
         date = time.time() - rng.uniform(0, 10 * 365 * 86400)
-        os.utime(again, (date, date))
-    shutil.rmtree(aside)
+        os.utime(copy, (date, date))
+    shutil.rmtree(original)
 
 
 if __name__ == "__main__":

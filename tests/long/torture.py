@@ -1,14 +1,17 @@
-"""Kills the pipeline at random moments and asks whether the next `dvc repro` gives what an undisturbed run gives.
+"""Kills the pipeline at random moments and compares the hashes of the next run with those of an undisturbed run.
 
     python -m tests.long.torture --rounds 60 --seed 1        (make torture)
 
-In a temporary clone of this checkout's HEAD with a few of the demo's PDFs and a training of seconds. A round copies the
-clone as it was before one stage (the stages after it are in the cache and run again only if its outputs differ), starts
-`dvc repro`, ends one of its processes or all at a random moment, runs what `make repro` runs (commands.mend_dvc and
-`dvc repro`), and compares the hash of every output in dvc.lock. A round fails too if a process is left alive, if a
-half-written file is left beside an output, if a training does not go on from the last whole checkpoint, or if SIGTERM
-or Ctrl-C ended it without one more; half of the rounds of train wait for a checkpoint first. `exp` rounds do the same
-to `dvc exp run --temp`, `queue` rounds to `dvc queue start`.
+It works in a temporary clone of HEAD with a few of the demo's PDFs and a training of seconds. One round:
+
+1. copies the clone as it was before one stage; later stages are in the cache and run again only if its outputs differ;
+2. starts `dvc repro` and sends a signal to one process or to all at a random moment;
+3. runs commands.mend_dvc and `dvc repro`, like `make repro`;
+4. compares the hash of every output in dvc.lock.
+
+A round also fails if a process stays alive, if a half-written file stays next to an output, if a training does not
+resume from the last valid checkpoint, or if SIGTERM or Ctrl-C ended a training without a new checkpoint. Half of the
+rounds of train wait for a checkpoint first. `exp` rounds use `dvc exp run --temp`, `queue` rounds `dvc queue start`.
 """
 
 import argparse
@@ -38,30 +41,30 @@ SAVE_STEPS = int(str(SETTINGS["train.save_steps"]))
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done to which process: `stage` (its own), `worker` (a child of it), `dvc`, `all`.
+    """A signal and its target: `stage` (its process), `worker` (a child of it), `dvc` or `all`.
 
-    after_checkpoint: not before the training has written one.
+    after_checkpoint: wait until the training has written a checkpoint.
     """
 
     target: str
-    number: signal.Signals = signal.SIGKILL
+    signum: signal.Signals = signal.SIGKILL
     after_checkpoint: bool = False
 
     def __str__(self) -> str:
-        return f"{self.number.name} to {self.target}"
+        return f"{self.signum.name} to {self.target}"
 
 
 KILLS = [Fault("stage"), Fault("dvc"), Fault("all")]
-TRAIN_BLOWS = [
+TRAIN_FAULTS = [
     *KILLS,
     Fault("stage", signal.SIGTERM),
     Fault("dvc", signal.SIGTERM),
     Fault("all", signal.SIGTERM),
     Fault("all", signal.SIGINT),  # Ctrl-C
 ]
-BLOWS = {stage: KILLS for stage in STAGES} | {
+FAULTS = {stage: KILLS for stage in STAGES} | {
     "extract": [*KILLS, Fault("worker")],
-    "train": [replace(blow, after_checkpoint=waits) for blow in TRAIN_BLOWS for waits in (False, True)],
+    "train": [replace(fault, after_checkpoint=waits) for fault in TRAIN_FAULTS for waits in (False, True)],
 }
 
 
@@ -74,38 +77,38 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background, and what it starts, ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs and their children ignore it by default
     with TemporaryDirectory(prefix="torture-") as folder:
         project = Project(Path(folder), targets=STAGES[-1:])
-        plan = [(stage, blow) for stage in arguments.stages for blow in BLOWS[stage]]
+        plan = [(stage, fault) for stage in arguments.stages for fault in FAULTS[stage]]
         rounds = [("repro", *plan[number % len(plan)]) for number in range(arguments.rounds)]
-        for how, number_of_them in (("exp", arguments.exp_rounds), ("queue", arguments.queue_rounds)):
-            kills = [replace(rng.choice(KILLS), after_checkpoint=number % 2 == 0) for number in range(number_of_them)]
+        for how, num_rounds in (("exp", arguments.exp_rounds), ("queue", arguments.queue_rounds)):
+            kills = [replace(rng.choice(KILLS), after_checkpoint=number % 2 == 0) for number in range(num_rounds)]
             rounds += [(how, "train", kill) for kill in kills]
         failed = 0
-        for number, (how, stage, blow) in enumerate(rounds, start=1):
+        for number, (how, stage, fault) in enumerate(rounds, start=1):
             try:
-                said = getattr(project, how)(stage, blow, rng)
+                outcome = getattr(project, how)(stage, fault, rng)
             except Failed as failure:
                 failed += 1
-                said = f"FAILED: {failure}"
-            print(f"{number}/{len(rounds)} {how} {stage}, {blow}: {said}", flush=True)
+                outcome = f"FAILED: {failure}"
+            print(f"{number}/{len(rounds)} {how} {stage}, {fault}: {outcome}", flush=True)
     by_stage = ", ".join(f"{stage} {number}" for stage, number in Counter(stage for _, stage, _ in rounds).items())
     print(
-        f"torture: {len(rounds)} rounds ({by_stage}), {failed} failed; {project.resumed} trainings went on from a "
-        f"checkpoint, {project.too_late} blows came too late, dvc's own files were mended in {project.mended}"
+        f"torture: {len(rounds)} rounds ({by_stage}), {failed} failed; {project.resumed} trainings resumed from a "
+        f"checkpoint, {project.missed} faults missed, {project.mended} rounds repaired files of DVC"
     )
     sys.exit(failed > 0)
 
 
 class Project:
-    """The clone, a snapshot of it before each stage, and what the undisturbed run made of it."""
+    """The clone, a snapshot of it before each stage, and the hashes of the undisturbed run."""
 
     def __init__(self, folder: Path, *, targets: tuple[str, ...]):
-        """targets: the stages that `dvc repro` is asked for."""
+        """targets: the stages that `dvc repro` gets as arguments."""
         self.folder, self.targets = folder, targets
         self.seconds: dict[str, float] = {}
-        self.mended = self.resumed = self.too_late = 0
+        self.mended = self.resumed = self.missed = 0
         clone = folder / "undisturbed"
         make_clone(clone)
         for stage in STAGES[: STAGES.index(targets[-1]) + 1]:
@@ -123,78 +126,78 @@ class Project:
             snapshot_cache = folder / f"before-{stage}/.dvc/cache"
             shutil.rmtree(snapshot_cache, ignore_errors=True)
             shutil.copytree(clone / ".dvc/cache", snapshot_cache)
-            forget(stage, clone / "dvc.lock", snapshot_cache)
-        said = ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items())
-        print(f"undisturbed: {said}; {self.dvc_seconds:.1f} s of each are dvc's own", flush=True)
+            evict(stage, clone / "dvc.lock", snapshot_cache)
+        times = ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items())
+        print(f"undisturbed: {times}; each includes {self.dvc_seconds:.1f} s of DVC itself", flush=True)
 
-    def repro(self, stage: str, blow: Fault, rng: random.Random) -> str:
-        """One round; gives what happened, in words.
+    def repro(self, stage: str, fault: Fault, rng: random.Random) -> str:
+        """Runs one round. Returns a description of it.
 
         Raises:
             Failed: the pipeline did not recover.
         """
         work = self._copy_before(stage)
         command = ["dvc", "repro", *self.targets]
-        when = self._strike(start(command, work), stage, blow, rng)
-        saved, known_logs = whole_checkpoints(work), logs(work)
-        when += self._again(command, work) + self._went_on(work, saved, known_logs)
-        said = self._compare(outs(work / "dvc.lock"), when)
+        when = self._inject(start(command, work), stage, fault, rng)
+        saved, known_logs = valid_checkpoints(work), logs(work)
+        when += self._repeat(command, work) + self._require_resumed(work, saved, known_logs)
+        outcome = self._compare(outs(work / "dvc.lock"), when)
         if left := list(processes_in(work)):
-            raise Failed(f"{when}; left running: {left}")
+            raise Failed(f"{when}; still running: {left}")
         if left_files := [path for path in work.rglob(".*partial") if ".dvc" not in path.parts]:
-            raise Failed(f"{when}; left behind: {left_files}")
+            raise Failed(f"{when}; half-written files: {left_files}")
         shutil.rmtree(work)
-        return said
+        return outcome
 
-    def _again(self, command: list[str], work: Path) -> str:
-        """`dvc repro` as the user runs it again: first commands.mend_dvc, as `make repro` does."""
+    def _repeat(self, command: list[str], work: Path) -> str:
+        """Runs the command again as `make repro` does: commands.mend_dvc first."""
         mended = run([sys.executable, "-m", "commands.mend_dvc"], work)
         self.mended += bool(mended)
         run(command, work)
         return "".join(f", {line}" for line in mended.splitlines())
 
-    def _went_on(self, work: Path, saved: list[int], known_logs: set[Path]) -> str:
-        """Where the last training began, in words; nothing where no checkpoint was saved.
+    def _require_resumed(self, work: Path, saved: list[int], known_logs: set[Path]) -> str:
+        """Returns ", resumed from step N"; nothing if there was no checkpoint.
 
         Raises:
-            Failed: before the last checkpoint.
+            Failed: a training began before the last checkpoint.
         """
         if not saved:
             return ""
         step = first_step(logs(work) - known_logs, max(saved))
         self.resumed += 1
-        return f", went on from step {step}"
+        return f", resumed from step {step}"
 
-    def exp(self, stage: str, blow: Fault, rng: random.Random) -> str:
+    def exp(self, stage: str, fault: Fault, rng: random.Random) -> str:
         work = self._copy_before(stage)
-        when = self._strike(start(["dvc", "exp", "run", "--temp"], work), stage, blow, rng)
-        saved, known_logs = whole_checkpoints(work), logs(work)
-        when += self._again(["dvc", "exp", "run", "--temp", "--name", "again"], work)
-        when += self._went_on(work, saved, known_logs)
-        said = self._compare_experiment(work, when)
+        when = self._inject(start(["dvc", "exp", "run", "--temp"], work), stage, fault, rng)
+        saved, known_logs = valid_checkpoints(work), logs(work)
+        when += self._repeat(["dvc", "exp", "run", "--temp", "--name", "again"], work)
+        when += self._require_resumed(work, saved, known_logs)
+        outcome = self._compare_experiment(work, when)
         shutil.rmtree(work)
-        return said
+        return outcome
 
-    def queue(self, stage: str, blow: Fault, rng: random.Random) -> str:
+    def queue(self, stage: str, fault: Fault, rng: random.Random) -> str:
         work = self._copy_before(stage)
         run(["dvc", "exp", "run", "--queue"], work)
-        start(["dvc", "queue", "start"], work).wait(TIMEOUT_S)  # the queue would hold our pipes
-        when = self._strike(None, stage, blow, rng, work)
-        saved, known_logs = whole_checkpoints(work), logs(work)
-        when += self._again(["dvc", "exp", "run", "--queue", "--name", "again"], work)
+        start(["dvc", "queue", "start"], work).wait(TIMEOUT_S)  # run() would wait for pipes that the queue inherits
+        when = self._inject(None, stage, fault, rng, work)
+        saved, known_logs = valid_checkpoints(work), logs(work)
+        when += self._repeat(["dvc", "exp", "run", "--queue", "--name", "again"], work)
         start(["dvc", "queue", "start"], work).wait(TIMEOUT_S)
         until = time.monotonic() + TIMEOUT_S
         while "again" not in run(["dvc", "exp", "list", "--name-only"], work):
             if time.monotonic() > until:
                 raise Failed(f"{when}; the queue did not end: {run(['dvc', 'queue', 'status'], work)}")
             time.sleep(1)
-        when += self._went_on(work, saved, known_logs)
-        said = self._compare_experiment(work, when)
+        when += self._require_resumed(work, saved, known_logs)
+        outcome = self._compare_experiment(work, when)
         run(["dvc", "queue", "stop", "--kill"], work)
         for process in processes_in(work):
             process.kill()
         shutil.rmtree(work)
-        return said
+        return outcome
 
     def _copy_before(self, stage: str) -> Path:
         work = self.folder / "work"
@@ -202,67 +205,67 @@ class Project:
         shutil.copytree(self.folder / f"before-{stage}", work, symlinks=True)
         return work
 
-    def _strike(
+    def _inject(
         self,
         dvc: "subprocess.Popen[bytes] | None",
         stage: str,
-        blow: Fault,
+        fault: Fault,
         rng: random.Random,
         work: Path | None = None,
     ) -> str:
-        """Sends the signal at a random moment; gives the moment in words."""
+        """Sends the signal at a random moment. Returns a description of the moment."""
         work = work or Path(self.folder / "work")
-        awaited, delay, has_come = self._moment(dvc, stage, blow, rng, work)
+        event, delay, has_happened = self._moment(dvc, stage, fault, rng, work)
         until = time.monotonic() + TIMEOUT_S
-        while not has_come():
+        while not has_happened():
             if time.monotonic() > until or (dvc is not None and dvc.poll() is not None):
-                raise Failed(f"no {awaited}")
+                raise Failed(f"no {event}")
             time.sleep(0.01)
         time.sleep(delay)
-        stage_now = stage_processes(work, stage)
-        match blow.target:
+        running = stage_processes(work, stage)
+        match fault.target:
             case "all":
-                victims = list(processes_in(work))
+                processes = list(processes_in(work))
             case "stage":
-                victims = stage_now[:1]
+                processes = running[:1]
             case "worker":
-                victims = stage_now[0].children() if stage_now else []
+                processes = running[0].children() if running else []
             case _:
-                victims = above(stage_now) if dvc is None else [psutil.Process(dvc.pid)] * (dvc.poll() is None)
-        newest = max(whole_checkpoints(work), default=0)
-        for victim in victims:
+                processes = dvc_above(running) if dvc is None else [psutil.Process(dvc.pid)] * (dvc.poll() is None)
+        newest = max(valid_checkpoints(work), default=0)
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
-                victim.send_signal(blow.number)
+                process.send_signal(fault.signum)
         if dvc:
             dvc.wait(TIMEOUT_S)
-        if stage_now and blow.after_checkpoint and blow.number != signal.SIGKILL:
-            psutil.wait_procs(stage_now, TIMEOUT_S)
-            require_newer(newest, whole_checkpoints(work), self.last_step)
-        self.too_late += not victims
-        return f"{delay:.1f} s after {awaited}" + ("" if victims else " (it had ended)")
+        if running and fault.after_checkpoint and fault.signum != signal.SIGKILL:
+            psutil.wait_procs(running, TIMEOUT_S)
+            require_newer(newest, valid_checkpoints(work), self.last_step)
+        self.missed += not processes
+        return f"{delay:.1f} s after {event}" + ("" if processes else " (it had ended)")
 
     def _moment(
-        self, dvc: "subprocess.Popen[bytes] | None", stage: str, blow: Fault, rng: random.Random, work: Path
+        self, dvc: "subprocess.Popen[bytes] | None", stage: str, fault: Fault, rng: random.Random, work: Path
     ) -> tuple[str, float, Callable[[], bool]]:
-        """What to wait for, in words, how many seconds more, and whether it has come.
+        """Returns an event, the delay after it in seconds, and a function that tells if it has happened.
 
-        A moment lies between the start of the target and its end, or within a second of a checkpoint, any but that of
-        the last step.
+        The moment is between the start and the end of the target, or within a second after a checkpoint other than that
+        of the last step.
         """
-        if blow.after_checkpoint:
+        if fault.after_checkpoint:
             step = rng.randrange(SAVE_STEPS, self.last_step, SAVE_STEPS)
-            return f"checkpoint-{step}", rng.uniform(0, 1), lambda: max(whole_checkpoints(work), default=0) >= step
-        if dvc is not None and blow.target in ("dvc", "all"):
+            return f"checkpoint-{step}", rng.uniform(0, 1), lambda: max(valid_checkpoints(work), default=0) >= step
+        if dvc is not None and fault.target in ("dvc", "all"):
             return "start of dvc", rng.uniform(0, self.seconds[stage]), lambda: True
         longest = max(0.0, self.seconds[stage] - self.dvc_seconds)
-        delay = rng.uniform(0, longest) * (0.5 if blow.target == "worker" else 1)
+        delay = rng.uniform(0, longest) * (0.5 if fault.target == "worker" else 1)
         return f"start of {stage}", delay, lambda: bool(stage_processes(work, stage))
 
-    def _compare(self, made: dict[str, str], when: str) -> str:
-        different = [out for out in self.expected if made.get(out) != self.expected[out]]
-        if different or made.keys() != self.expected.keys():
-            raise Failed(f"{when}; other hashes: {', '.join(different)}")
-        return f"{when}, {len(made)} hashes the same"
+    def _compare(self, hashes: dict[str, str], when: str) -> str:
+        different = [out for out in self.expected if hashes.get(out) != self.expected[out]]
+        if different or hashes.keys() != self.expected.keys():
+            raise Failed(f"{when}; different hashes: {', '.join(different)}")
+        return f"{when}, {len(hashes)} hashes equal"
 
     def _compare_experiment(self, work: Path, when: str) -> str:
         lock = work / "experiment.lock"
@@ -274,8 +277,8 @@ class Project:
         return self._compare(outs(lock), when)
 
 
-def forget(stage: str, lock: Path, cache: Path) -> None:
-    """Takes one stage out of a cache: it runs again, and the stages after it do only if its outputs differ."""
+def evict(stage: str, lock: Path, cache: Path) -> None:
+    """Removes one stage from a cache. It runs again; later stages run only if its outputs differ."""
     for run_file in list((cache / "runs").glob("*/*/*")):
         if f"stages.{stage}\n" in run_file.read_text(encoding="utf-8"):
             shutil.rmtree(run_file.parent)
@@ -288,7 +291,7 @@ def forget(stage: str, lock: Path, cache: Path) -> None:
 
 
 def processes_in(work: Path) -> Iterator[psutil.Process]:
-    """Processes at work in a folder, oldest first: those whose current folder it is or lies in it."""
+    """Live processes whose working directory is in the folder."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if Path(process.cwd()).is_relative_to(work) and process.status() != psutil.STATUS_ZOMBIE:
@@ -296,7 +299,7 @@ def processes_in(work: Path) -> Iterator[psutil.Process]:
 
 
 def stage_processes(work: Path, stage: str) -> list[psutil.Process]:
-    """The stage, and what it has forked."""
+    """The processes of a stage, oldest first: its own and its forked children."""
     found = []
     for process in processes_in(work):
         with suppress(psutil.Error):
@@ -306,9 +309,9 @@ def stage_processes(work: Path, stage: str) -> list[psutil.Process]:
     return sorted(found, key=lambda process: (process.create_time(), process.pid))
 
 
-def above(stage_now: list[psutil.Process]) -> list[psutil.Process]:
-    """The dvc of a stage in a queue, which nobody here started."""
-    parents = stage_now[0].parents() if stage_now else []
+def dvc_above(running: list[psutil.Process]) -> list[psutil.Process]:
+    """The dvc process of a stage that a queue started."""
+    parents = running[0].parents() if running else []
     return [next(parent for parent in parents if any("dvc" in word for word in parent.cmdline()))] if parents else []
 
 
@@ -316,11 +319,11 @@ def logs(work: Path) -> set[Path]:
     return set((work / "logs").glob("*.log"))
 
 
-def whole_checkpoints(work: Path) -> list[int]:
-    """Steps of the checkpoints that a training can go on from: with a manifest, and not of the last step."""
+def valid_checkpoints(work: Path) -> list[int]:
+    """Steps of the checkpoints that a training can resume from: with a manifest, and not of the last step."""
     steps = []
     for manifest in work.glob(".scratch/train/*/checkpoint-*/manifest.json"):
-        with suppress(FileNotFoundError):  # only the newest two are kept
+        with suppress(FileNotFoundError):  # train keeps only the newest two
             state = json.loads(manifest.with_name("trainer_state.json").read_text())
             if state["global_step"] < state["max_steps"]:
                 steps.append(state["global_step"])
@@ -328,18 +331,18 @@ def whole_checkpoints(work: Path) -> list[int]:
 
 
 def require_newer(newest: int, saved: list[int], last_step: int) -> None:
-    """Raises Failed where a signal on which train saves a checkpoint ended it with none newer than before."""
-    is_last = newest + SAVE_STEPS >= last_step  # that of the last step does not count
+    """Raises Failed if there is no checkpoint after step `newest`."""
+    is_last = newest + SAVE_STEPS >= last_step  # a checkpoint of the last step does not count
     if not is_last and max(saved, default=0) <= newest:
         raise Failed(f"no checkpoint after checkpoint-{newest}")
 
 
 def first_step(new_logs: set[Path], last_saved: int) -> int:
-    """Where the last of the trainings began; raises Failed where one of them began before the last checkpoint."""
-    said = "".join(log.read_text() for log in sorted(new_logs))
-    steps = [int(step) for step in re.findall(r"starts from \S*checkpoint-(\d+)", said)]
+    """The first step of the last training. Raises Failed if a training began before the last checkpoint."""
+    text = "".join(log.read_text() for log in sorted(new_logs))
+    steps = [int(step) for step in re.findall(r"starts from \S*checkpoint-(\d+)", text)]
     if not steps or min(steps) < last_saved:
-        raise Failed(f"checkpoint-{last_saved} was there, training began at {steps or 'the base model'}")
+        raise Failed(f"checkpoint-{last_saved} existed, training began at {steps or 'the base model'}")
     return steps[-1]
 
 

@@ -1,75 +1,60 @@
-"""A Llama decoder layer as one autograd function, written out forward and backward.
+"""A decoder layer (pdf2lora/model/architectures.py) as one autograd function with a hand-written backward pass.
 
-Autograd would add up gradients of what several projections read, keep what is cheap to make again, and recompute under
-checkpointing what nothing needs. Written out, residual adds happen inside RMSNorm, gradients of a layer's input are
-one product, gradients overwrite what they no longer need, and `Keep` says what stays in memory between the passes:
+Autograd would add the gradients of several readers of one tensor, keep activations that are cheap to recompute, and
+recompute too much under checkpointing. Here
+- RMSNorm adds the residual, in both passes,
+- one product gives the gradient of the input of several projections,
+- gradients overwrite activations that are no longer needed,
+- `GradientCheckpointing` decides on the activations that stay in memory between the passes:
 
-    Keep      bytes a token and layer (3B)       recomputed in the backward pass
-    ALL       68 K                               nothing
-    NO_MLP    36 K                               RMSNorm, gate and up projections
-    INPUT      6 K                               all but the down projection
-    OFFLOAD    0 (6 K in the host's memory)      the same
+    value     bytes per token and layer (3B)   recomputed in the backward pass
+    NONE      68 K                             nothing
+    MLP       36 K                             RMSNorm, gate and up projections
+    FULL       6 K                             all but the down projection
+    OFFLOAD    0 (6 K in host memory)          the same
 
-A layer takes and gives its residual stream as two summands, so that the sum is made by the next RMSNorm.
+A layer reads and returns its residual stream as two summands, so that the next RMSNorm computes the sum.
 """
 
-from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pdf2lora.model.gradient_checkpointing import GradientCheckpointing
 from pdf2lora.model.kernels import attention
+from pdf2lora.model.kernels.context import ForwardContext
 from pdf2lora.model.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, swiglu, swiglu_backward_
 from pdf2lora.model.kernels.lora import LowRank
-from pdf2lora.model.kernels.offload import Offload
 from pdf2lora.model.kernels.projections import Projections
-from pdf2lora.model.kernels.rotary import Angles, rotary_backward, rotate_
+from pdf2lora.model.kernels.rotary import Angles, HeadNorm, normalize_and_rotate, rotary_backward, rotate_
 from pdf2lora.model.kernels.rows import Rows, quantize
 
 
-class Keep(Enum):
-    ALL = "none"  # the values are what params.yaml calls gradient checkpointing
-    NO_MLP = "mlp"
-    INPUT = "full"
-    OFFLOAD = "offload"
-
-
-class Pass(NamedTuple):
-    """What all layers share in one forward pass and its backward pass."""
-
-    keep: Keep
-    heads: attention.Heads
-    angles: Angles
-    seed: int | None  # of dropout; None: evaluation
-    fp8: bool
-    offload: Offload
-
-
 class Activations:
-    """What backward needs of one layer; a name is absent until its value is made, and once it is forgotten."""
+    """Activations of one layer for its backward pass. An attribute exists from its computation until drop()."""
 
     total: Tensor  # residual + update, (tokens, hidden)
-    rstd: Tensor
-    x: Tensor | None  # what the LoRA of q, k, v reads
-    qkv: Tensor  # rotated, (tokens, heads.width)
+    rstd: Tensor  # 1 / RMS of total, (tokens,), float32
+    x: Tensor | None  # input of q, k and v; None without LoRA
+    qkv: Tensor  # product of q, k and v, (tokens, heads.width); rotated in place if there is no head norm
     qkv_low_rank: LowRank | None
     attended: attention.Attended
     o_low_rank: LowRank | None
     total_mlp: Tensor  # the residual stream after attention
     rstd_mlp: Tensor
-    x_mlp: Tensor | None  # what the LoRA of gate and up reads
+    x_mlp: Tensor | None  # input of gate and up; None without LoRA
     gate_up: Tensor  # (tokens, 2 * intermediate)
     gate_up_low_rank: LowRank | None
     down_low_rank: LowRank | None
 
-    def forget(self, *names: str) -> None:
+    def drop(self, *names: str) -> None:
         for name in names:
             delattr(self, name)
 
 
 class DecoderLayer:
-    """One layer of a PeftModel's Llama; refers to its weights and matrices, and owns none."""
+    """One layer of a PeftModel's decoder. Refers to the PeftModel's weights and LoRA matrices."""
 
     def __init__(self, number: int, layer: Any, dtype: torch.dtype):
         block, mlp = layer.self_attn, layer.mlp
@@ -80,148 +65,180 @@ class DecoderLayer:
         self.gate_up = Projections([mlp.gate_proj, mlp.up_proj], dtype)
         self.down = Projections([mlp.down_proj], dtype)
         self.projections = [self.qkv, self.o, self.gate_up, self.down]
+        self.uses_rotary = bool(getattr(block, "use_rope", True))
+        self.head_norm: HeadNorm | None = None
+        if hasattr(block, "q_norm"):
+            weight = torch.stack([block.q_norm.weight, block.k_norm.weight]).detach()
+            self.head_norm = HeadNorm(weight, block.q_norm.variance_epsilon)
 
-    def __call__(self, residual: Tensor, update: Tensor | None, shared: Pass) -> tuple[Tensor, Tensor]:
-        """(tokens, hidden), twice -> the same."""
+    def __call__(self, residual: Tensor, update: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Two tensors (tokens, hidden), whose sum is the layer's input -> two whose sum is its output."""
         parameters = [parameter for projections in self.projections for parameter in projections.parameters]
-        result: tuple[Tensor, Tensor] = _Layer.apply(residual, update, self, shared, *parameters)
+        result: tuple[Tensor, Tensor] = _Layer.apply(residual, update, self, context, *parameters)
         return result
 
-    def seed(self, projections: Projections, shared: Pass) -> int | None:
-        """Another one for each of at most three projections of four groups."""
-        part = self.projections.index(projections)
-        return None if shared.seed is None else shared.seed + 12 * self.number + 3 * part
-
-    def attend(self, residual: Tensor, update: Tensor | None, shared: Pass, made: Activations) -> Tensor:
-        """RMSNorm to o; gives what o adds to made.total."""
-        made.total, x, made.rstd = _normed_for(self.qkv, self.norm, residual, update, shared)
-        made.x = x.values if self.qkv.has_lora else None
-        made.qkv, made.qkv_low_rank = self.qkv.forward(x, self.seed(self.qkv, shared))
-        rotate_(made.qkv, shared.angles, shared.heads)
-        made.attended = attention.forward(made.qkv, shared.heads)
-        attended = shared.heads.rows(made.attended.output)
-        rows = quantize(attended) if shared.fp8 else Rows(attended)
-        result, made.o_low_rank = self.o.forward(rows, self.seed(self.o, shared))
+    def attend(
+        self, residual: Tensor, update: Tensor | None, context: ForwardContext, activations: Activations
+    ) -> Tensor:
+        """RMSNorm to o. Returns the summand that attention adds to activations.total."""
+        total, x, rstd = _norm_for(self.qkv, self.norm, residual, update, context)
+        activations.total, activations.rstd = total, rstd
+        activations.x = x.values if self.qkv.has_lora else None
+        activations.qkv, activations.qkv_low_rank = self.qkv.forward(x, context)
+        if self.head_norm is None and self.uses_rotary:
+            rotate_(activations.qkv, context.angles, context.heads)
+        activations.attended = attention.forward(self.parts(context, activations), context.heads)
+        attended = context.heads.rows(activations.attended.output)
+        rows = quantize(attended) if context.fp8 else Rows(attended)
+        result, activations.o_low_rank = self.o.forward(rows, context)
         return result
 
-    def gate(self, residual: Tensor, update: Tensor | None, shared: Pass, made: Activations) -> None:
+    def parts(self, context: ForwardContext, activations: Activations) -> attention.Parts:
+        """Rotated queries and keys, and values. With a head norm it computes them anew in each call."""
+        query, key, value = context.heads.split(activations.qkv)
+        if self.head_norm is None:
+            return query, key, value
+        rows = normalize_and_rotate(activations.qkv, self.angles(context), context.heads, self.head_norm)
+        query, key = context.heads.split_queries_and_keys(rows)
+        return query, key, value
+
+    def angles(self, context: ForwardContext) -> Angles | None:
+        return context.angles if self.uses_rotary else None
+
+    def gate(self, residual: Tensor, update: Tensor | None, context: ForwardContext, activations: Activations) -> None:
         """RMSNorm to gate and up."""
-        made.total_mlp, x, made.rstd_mlp = _normed_for(self.gate_up, self.norm_mlp, residual, update, shared)
-        made.x_mlp = x.values if self.gate_up.has_lora else None
-        made.gate_up, made.gate_up_low_rank = self.gate_up.forward(x, self.seed(self.gate_up, shared))
+        total, x, rstd = _norm_for(self.gate_up, self.norm_mlp, residual, update, context)
+        activations.total_mlp, activations.rstd_mlp = total, rstd
+        activations.x_mlp = x.values if self.gate_up.has_lora else None
+        activations.gate_up, activations.gate_up_low_rank = self.gate_up.forward(x, context)
 
-    def activate(self, shared: Pass, made: Activations) -> Rows:
-        """SwiGLU: what down reads."""
-        return swiglu(made.gate_up, values=self.down.needs_values(shared.fp8), fp8=shared.fp8)
+    def activate(self, context: ForwardContext, activations: Activations) -> Rows:
+        """SwiGLU: the input of down."""
+        return swiglu(activations.gate_up, values=self.down.needs_values(context.fp8), fp8=context.fp8)
 
-    def forget_attention(self, shared: Pass, made: Activations) -> None:
-        """After attention in the forward pass: what `recompute` can make again."""
-        if shared.keep in (Keep.INPUT, Keep.OFFLOAD):
-            made.forget("x", "rstd", "qkv", "qkv_low_rank", "attended", "o_low_rank")
+    def drop_attention(self, context: ForwardContext, activations: Activations) -> None:
+        """Drops, after attention in the forward pass, the activations that `recompute` restores."""
+        if context.recomputes_attention:
+            activations.drop("x", "rstd", "qkv", "qkv_low_rank", "attended", "o_low_rank")
 
-    def forget_mlp(self, shared: Pass, made: Activations) -> None:
+    def drop_mlp(self, context: ForwardContext, activations: Activations) -> None:
         """The same, after the MLP."""
-        if shared.keep is not Keep.ALL:
-            made.forget("x_mlp", "gate_up", "gate_up_low_rank")
-        if shared.keep in (Keep.INPUT, Keep.OFFLOAD):
-            made.forget("total_mlp", "rstd_mlp", "down_low_rank")
-        if shared.keep is Keep.OFFLOAD:
-            shared.offload.put(self.number, made.total)
-            made.forget("total")
+        if context.recomputes_mlp:
+            activations.drop("x_mlp", "gate_up", "gate_up_low_rank")
+        if context.recomputes_attention:
+            activations.drop("total_mlp", "rstd_mlp", "down_low_rank")
+        if context.gradient_checkpointing is GradientCheckpointing.OFFLOAD:
+            context.offload.put(self.number, activations.total)
+            activations.drop("total")
 
-    def recompute(self, shared: Pass, made: Activations) -> None:
-        """Makes, before the backward pass, what was forgotten, with the same dropout."""
-        if shared.keep is Keep.ALL:
-            return
-        if shared.keep is Keep.NO_MLP:
-            self.gate(made.total_mlp, None, shared, made)
-            return
-        if shared.keep is Keep.OFFLOAD:
-            made.total = shared.offload.take(self.number)
-        update = self.attend(made.total, None, shared, made)
-        self.gate(made.total, update, shared, made)
+    def recompute(self, context: ForwardContext, activations: Activations) -> None:
+        """Restores the dropped activations before the backward pass, with the same dropout."""
+        match context.gradient_checkpointing:
+            case GradientCheckpointing.NONE:
+                return
+            case GradientCheckpointing.MLP:
+                self.gate(activations.total_mlp, None, context, activations)
+                return
+            case GradientCheckpointing.OFFLOAD:
+                activations.total = context.offload.take(self.number)
+        update = self.attend(activations.total, None, context, activations)
+        self.gate(activations.total, update, context, activations)
 
 
-def _normed_for(
-    reader: Projections, norm: Any, residual: Tensor, update: Tensor | None, shared: Pass
+def _norm_for(
+    reader: Projections, norm: Any, residual: Tensor, update: Tensor | None, context: ForwardContext
 ) -> tuple[Tensor, Rows, Tensor]:
-    """add_rmsnorm, its rows as the projections that read them want them."""
-    values = reader.needs_values(shared.fp8)
-    return add_rmsnorm(residual, update, norm.weight, norm.variance_epsilon, values=values, fp8=shared.fp8)
+    """add_rmsnorm, with its rows in the formats that `reader` needs."""
+    values = reader.needs_values(context.fp8)
+    return add_rmsnorm(residual, update, norm.weight, norm.variance_epsilon, values=values, fp8=context.fp8)
 
 
 class _Layer(torch.autograd.Function):
-    """(residual, update) -> (residual, update), whose sums are the layer's input and output."""
+    """(residual, update) -> (residual, update). The sums are the layer's input and output."""
 
     @staticmethod
     def forward(
-        ctx: Any, residual: Tensor, update: Tensor | None, layer: DecoderLayer, shared: Pass, *parameters: Tensor
+        ctx: Any,
+        residual: Tensor,
+        update: Tensor | None,
+        layer: DecoderLayer,
+        context: ForwardContext,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        made = Activations()
+        activations = Activations()
         for projections in layer.projections:
             projections.refresh()
-        attended = layer.attend(residual, update, shared, made)
+        attended = layer.attend(residual, update, context, activations)
         training = any(ctx.needs_input_grad)
         if training:
-            layer.forget_attention(shared, made)
-        layer.gate(made.total, attended, shared, made)
+            layer.drop_attention(context, activations)
+        layer.gate(activations.total, attended, context, activations)
         del attended
-        down, made.down_low_rank = layer.down.forward(layer.activate(shared, made), layer.seed(layer.down, shared))
-        total_mlp = made.total_mlp
+        down, activations.down_low_rank = layer.down.forward(layer.activate(context, activations), context)
+        total_mlp = activations.total_mlp
         if training:
-            # without its history, which leads to ctx: a reference cycle would hold the memory
-            made.total, made.total_mlp = made.total.detach(), total_mlp.detach()
-            layer.forget_mlp(shared, made)
-            ctx.layer, ctx.shared, ctx.made = layer, shared, made
+            # Without detach() the tensors' history refers to ctx, and the reference cycle keeps the memory.
+            activations.total, activations.total_mlp = activations.total.detach(), total_mlp.detach()
+            layer.drop_mlp(context, activations)
+            ctx.layer, ctx.context, ctx.activations = layer, context, activations
         return total_mlp, down
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, same: Tensor) -> tuple[Tensor | None, ...]:
-        # Both summands have the gradient of their sum, which comes from the next layer twice.
-        assert grad.data_ptr() == same.data_ptr()
-        layer, shared, made = ctx.layer, ctx.shared, ctx.made
-        del ctx.made
-        layer.recompute(shared, made)
-        fp8 = shared.fp8
+    def backward(ctx: Any, grad: Tensor, same_grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Both summands have the gradient of their sum. The next layer returns it twice.
+        assert grad.data_ptr() == same_grad.data_ptr()
+        layer, context, activations = ctx.layer, ctx.context, ctx.activations
+        del ctx.activations
+        layer.recompute(context, activations)
+        fp8 = context.fp8
 
-        activated = layer.activate(shared, made).values if layer.down.has_lora else None
-        if shared.keep in (Keep.INPUT, Keep.OFFLOAD):
-            made.down_low_rank = layer.down.low_rank(activated, layer.seed(layer.down, shared))
+        activated = layer.activate(context, activations).values if layer.down.has_lora else None
+        if context.recomputes_attention:
+            activations.down_low_rank = layer.down.low_rank(activated, context)
         rows = quantize(grad) if fp8 else Rows(grad)
-        d_activated, of_down = layer.down.backward(rows, activated, made.down_low_rank)
+        d_activated, d_down = layer.down.backward(rows, activated, activations.down_low_rank)
         del rows, activated
-        d_gate_up = swiglu_backward_(d_activated, made.gate_up, values=layer.gate_up.needs_values(fp8), fp8=fp8)
+        values = layer.gate_up.needs_values(fp8)
+        d_gate_up = swiglu_backward_(d_activated, activations.gate_up, values=values, fp8=fp8)
         del d_activated
-        made.forget("gate_up")
-        d_x_mlp, of_gate_up = layer.gate_up.backward(d_gate_up, made.x_mlp, made.gate_up_low_rank)
+        activations.drop("gate_up")
+        d_x_mlp, d_gate_up_lora = layer.gate_up.backward(d_gate_up, activations.x_mlp, activations.gate_up_low_rank)
         del d_gate_up
-        d_total = rmsnorm_backward_(d_x_mlp, made.total_mlp, made.rstd_mlp, layer.norm_mlp.weight, grad, fp8=fp8)
-        made.forget("x_mlp", "total_mlp")
+        d_total = rmsnorm_backward_(
+            d_x_mlp, activations.total_mlp, activations.rstd_mlp, layer.norm_mlp.weight, grad, fp8=fp8
+        )
+        activations.drop("x_mlp", "total_mlp")
 
-        attended = shared.heads.rows(made.attended.output)
-        d_attended, of_o = layer.o.backward(d_total, attended, made.o_low_rank)
-        d_heads = attention.backward(d_attended, made.qkv, made.attended, shared.heads)
-        del attended, d_attended
-        made.forget("qkv", "attended")
-        d_qkv, d_low_rank = rotary_backward(d_heads, shared.angles, shared.heads, layer.qkv.up)
+        attended = context.heads.rows(activations.attended.output)
+        d_attended, d_o = layer.o.backward(d_total, attended, activations.o_low_rank)
+        parts = layer.parts(context, activations)
+        d_heads = attention.backward(d_attended, parts, activations.attended, context.heads)
+        del attended, d_attended, parts
+        activations.drop("attended")
+        d_qkv, d_low_rank = rotary_backward(
+            d_heads, layer.angles(context), context.heads, layer.qkv.up, activations.qkv, layer.head_norm
+        )
+        activations.drop("qkv")
         del d_heads
         input_needs_grad = ctx.needs_input_grad[0]
-        d_x, of_qkv = layer.qkv.backward(
+        d_x, d_qkv_lora = layer.qkv.backward(
             quantize(d_qkv) if fp8 else Rows(d_qkv),
-            made.x,
-            made.qkv_low_rank,
+            activations.x,
+            activations.qkv_low_rank,
             grad_x=input_needs_grad,
             grad_low_rank=d_low_rank,
         )
         d_input = None
         if input_needs_grad:
-            d_input = rmsnorm_backward_(d_x, made.total, made.rstd, layer.norm.weight, d_total.values).values
+            d_input = rmsnorm_backward_(
+                d_x, activations.total, activations.rstd, layer.norm.weight, d_total.values
+            ).values
         d_update = d_input if ctx.needs_input_grad[1] else None
-        return d_input, d_update, None, None, *of_qkv, *of_o, *of_gate_up, *of_down
+        return d_input, d_update, None, None, *d_qkv_lora, *d_o, *d_gate_up_lora, *d_down
 
 
 class FinalNorm(torch.autograd.Function):
-    """RMSNorm of residual + update: (tokens, hidden), twice -> (tokens, hidden)."""
+    """RMSNorm of residual + update, both (tokens, hidden)."""
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, update: Tensor, norm: Any) -> Tensor:

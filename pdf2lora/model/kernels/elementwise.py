@@ -1,7 +1,7 @@
-"""What happens to each row between two products: residual add, RMSNorm, SwiGLU.
+"""Row-wise operations between two matrix products: residual add, RMSNorm, SwiGLU.
 
-All of it is bound by memory: the docstrings count the bytes of a feature, at two bytes for a bfloat16. Arithmetic is in
-float32 and rounded once at the end, where transformers rounds after each step.
+Memory bandwidth limits all of them. The docstrings count the bytes per feature, with two bytes for a bfloat16. The
+arithmetic is in float32 and rounds once at the end; transformers rounds after each step.
 """
 
 import torch
@@ -39,10 +39,10 @@ def _add_rmsnorm(
 def add_rmsnorm(
     residual: Tensor, update: Tensor | None, weight: Tensor, eps: float, *, values: bool = True, fp8: bool = False
 ) -> tuple[Tensor, Rows, Tensor]:
-    """(residual + update, its RMSNorm times weight, 1 / RMS); without an update the first is `residual` itself.
+    """(residual + update, its RMSNorm times weight, 1 / RMS). Without an update the first is `residual` itself.
 
-    residual, update: (tokens, features); weight: (features,). Reads 4 bytes a feature and writes 4 (Zhang and Sennrich
-    2019, Root Mean Square Layer Normalization).
+    residual, update: (tokens, features); weight: (features,); 1 / RMS: (tokens,), float32. Reads 4 bytes per feature
+    and writes 4 (Zhang and Sennrich 2019, Root Mean Square Layer Normalization).
     """
     tokens, features = residual.shape
     total = residual if update is None else torch.empty_like(residual)
@@ -58,8 +58,8 @@ def add_rmsnorm(
 
 @triton.jit
 def _rmsnorm_backward(
-    grad, x, rstd, weight, beside, fp8, scale, num_features,
-    BESIDE: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+    grad, x, rstd, weight, residual_grad, fp8, scale, num_features,
+    ADD_RESIDUAL: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -70,26 +70,27 @@ def _rmsnorm_backward(
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     g *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     dx = inverse * (g - direction * (tl.sum(g * direction, 0) / num_features))
-    if BESIDE:
-        dx += tl.load(beside + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD_RESIDUAL:
+        dx += tl.load(residual_grad + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(grad + at, dx.to(grad.dtype.element_ty), mask=inside)
     if FP8:
         store_fp8(dx, fp8, scale, row, columns, num_features, inside)
 
 
 def rmsnorm_backward_(
-    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, beside: Tensor | None, *, fp8: bool = False
+    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual_grad: Tensor | None, *, fp8: bool = False
 ) -> Rows:
-    """Gradient of x from that of its RMSNorm, plus `beside`, what reached x by the residual path; in place of `grad`.
+    """Gradient of x from the gradient of its RMSNorm, plus the gradient of the residual path. Overwrites `grad`.
 
-    grad, x, beside: (tokens, features). Reads 6 bytes a feature and writes 2. The weight is frozen: no gradient of it.
+    grad, x, residual_grad: (tokens, features). Reads 6 bytes per feature and writes 2. The weight is frozen and gets no
+    gradient.
     """
     tokens, features = x.shape
     quantized = Rows.empty(x, features, values=False, fp8=fp8)
     block, warps = block_and_warps(features)
     _rmsnorm_backward[(tokens,)](
-        grad, x, rstd, weight, beside, quantized.fp8, quantized.scale, features,
-        BESIDE=beside is not None, FP8=fp8, BLOCK=block, num_warps=warps,
+        grad, x, rstd, weight, residual_grad, quantized.fp8, quantized.scale, features,
+        ADD_RESIDUAL=residual_grad is not None, FP8=fp8, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return quantized._replace(values=grad)
 
@@ -109,9 +110,9 @@ def _swiglu(gate_up, values, fp8, scale, width, VALUES: tl.constexpr, FP8: tl.co
 
 
 def swiglu(gate_up: Tensor, *, values: bool = True, fp8: bool = False) -> Rows:
-    """silu(gate) * up, (tokens, width), from (tokens, 2 * width): gate, then up (Shazeer 2020, GLU Variants).
+    """silu(gate) * up (Shazeer 2020, GLU Variants): (tokens, 2 * width), gate before up -> (tokens, width).
 
-    Reads 4 bytes a feature of the result and writes 2.
+    Reads 4 bytes per feature of the result and writes 2.
     """
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     product = Rows.empty(gate_up, width, values=values, fp8=fp8)
@@ -147,9 +148,9 @@ def _swiglu_backward(grad, gate_up, fp8, scale, width, VALUES: tl.constexpr, FP8
 
 
 def swiglu_backward_(grad: Tensor, gate_up: Tensor, *, values: bool = True, fp8: bool = False) -> Rows:
-    """Gradient of (gate, up) from that of silu(gate) * up; the values are written in place of `gate_up`.
+    """Gradient of (gate, up) from the gradient of silu(gate) * up. Overwrites `gate_up` with the values.
 
-    grad: (tokens, width); gate_up: (tokens, 2 * width). Reads 6 bytes a feature of grad and writes 4.
+    grad: (tokens, width); gate_up: (tokens, 2 * width). Reads 6 bytes per feature of grad and writes 4.
     """
     tokens, width = grad.shape
     both = Rows.empty(gate_up, 2 * width, values=False, fp8=fp8)

@@ -1,13 +1,11 @@
-"""LoRA beside a frozen product: y += scaling * (dropout(x) A^T) B^T, for the projections that read one x.
+"""LoRA beside a frozen product: y += scaling * (dropout(x) A^T) B^T, for one to three projections that read one x.
 
-PEFT writes dropout(x) to memory for each projection, forward and backward, and converts x to float32. Here x is read
-once, dropped in registers and multiplied at once: 2 bytes a feature in the forward pass, 6 in the backward pass, and a
-bit for each projection, which says whether dropout kept the feature: to draw it again was nearly half of the backward
-pass's instructions. Eight neighbouring features share one call of Philox4x32-7 (Salmon et al. 2011, Parallel Random
-Numbers: seven rounds pass BigCrush), each taking 16 of its bits, and one byte of the mask.
+PEFT writes dropout(x) to memory for each projection, in both passes, and converts x to float32. These kernels read x
+once, apply dropout in registers and multiply at once: 2 bytes per feature in the forward pass and 6 in the backward
+pass. The forward pass also stores the mask, one bit per feature and projection: drawing it a second time took nearly
+half of the backward pass's instructions.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,50 +13,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DRAWS = tl.constexpr(8)  # of 16 bits, from one call of Philox; and the bits of a byte of the mask
-RESOLUTION = 1 << 16
-LARGEST_RANK = 256  # of which a tile is in registers and in 99 KiB of shared memory, what consumer GPUs have
-TOKENS_OF_A_SPLIT = 2048  # whose share of A's gradient one program sums, in order: the result does not vary
+from pdf2lora.model.dropout import DropoutRate
+from pdf2lora.model.kernels.dropout import FEATURES_PER_CALL, draw, unpack
+
+MAX_LORA_RANK = 256  # a tile must fit into registers and into 99 KiB of shared memory, the limit of consumer GPUs
+TOKENS_OF_A_SPLIT = 2048  # one program sums their share of A's gradient in a fixed order: the result does not vary
 
 
-@triton.jit
-def _draw(seed, token, block, num_features, threshold, BLOCK: tl.constexpr):
-    """What dropout keeps of BLOCK features, as bytes of the mask; a function of seed, token and feature alone."""
-    group = block * (BLOCK // DRAWS) + tl.arange(0, BLOCK // DRAWS)
-    counter = token[:, None] * tl.cdiv(num_features, DRAWS) + group[None, :]
-    a, b, c, d = tl.randint4x(seed, counter, 7)
-    return (
-        _two_bits(a, threshold)
-        | (_two_bits(b, threshold) << 2)
-        | (_two_bits(c, threshold) << 4)
-        | (_two_bits(d, threshold) << 6)
-    )
+class DropoutCounter(NamedTuple):
+    """Selects the random bits of the projections that read one x: see pdf2lora.model.dropout.
 
+    state: (2,), int64, [seed, first_row]; layer_index: of the first projection, the others follow it.
+    """
 
-@triton.jit
-def _two_bits(drawn, threshold):
-    return ((drawn & 0xFFFF) >= threshold).to(tl.int32) | ((((drawn >> 16) & 0xFFFF) >= threshold).to(tl.int32) << 1)
-
-
-@triton.jit
-def _kept(packed, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Bytes of the mask -> which of BLOCK_TOKENS x BLOCK elements are kept."""
-    bits = (packed[:, :, None] >> tl.arange(0, DRAWS)[None, None, :]) & 1
-    return tl.reshape(bits, (BLOCK_TOKENS, BLOCK)) != 0
+    state: Tensor
+    layer_index: int
+    seq_length: int
+    rate: DropoutRate
 
 
 @triton.jit
 def _bytes(mask, projection, token, block, tokens, num_features, BLOCK: tl.constexpr):
-    """Where the bytes of BLOCK_TOKENS x BLOCK elements are in a mask, and which of them exist."""
-    group = block * (BLOCK // DRAWS) + tl.arange(0, BLOCK // DRAWS)
+    """Addresses of the bytes of BLOCK_TOKENS x BLOCK elements in a packed mask, and which of them exist."""
+    group = block * (BLOCK // FEATURES_PER_CALL) + tl.arange(0, BLOCK // FEATURES_PER_CALL)
     row = (projection * tokens + token).to(tl.int64)[:, None]
-    inside = (token < tokens)[:, None] & (group * DRAWS < num_features)[None, :]
-    return mask + row * tl.cdiv(num_features, DRAWS) + group[None, :], inside
+    inside = (token < tokens)[:, None] & (group * FEATURES_PER_CALL < num_features)[None, :]
+    return mask + row * tl.cdiv(num_features, FEATURES_PER_CALL) + group[None, :], inside
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["layer_index"])
 def _down(
-    x, a, low_rank, mask, seed, tokens, num_features, threshold, scale,
+    x, a, low_rank, mask, state, layer_index, tokens, seq_length, num_features, threshold, scale,
     R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     projection, projections = tl.program_id(0), tl.num_programs(0)
@@ -70,10 +55,10 @@ def _down(
         inside = (token < tokens)[:, None] & (feature < num_features)[None, :]
         values = tl.load(x + token.to(tl.int64)[:, None] * num_features + feature[None, :], mask=inside, other=0.0)
         if DROPOUT:
-            packed = _draw(seed + projection, token, block, num_features, threshold, BLOCK)
+            packed = draw(state, layer_index + projection, token, seq_length, block, threshold, BLOCK)
             byte, exist = _bytes(mask, projection, token, block, tokens, num_features, BLOCK)
             tl.store(byte, packed.to(tl.uint8), mask=exist)
-            values = tl.where(_kept(packed, BLOCK_TOKENS, BLOCK), values, 0.0)
+            values = tl.where(unpack(packed, BLOCK_TOKENS, BLOCK), values, 0.0)
         matrix = tl.load(
             a + (projection * R + rank)[None, :] * num_features + feature[:, None],
             mask=(feature < num_features)[:, None],
@@ -117,7 +102,7 @@ def _backward(
             dropped = values
             if DROPOUT:
                 byte, exist = _bytes(mask, projection, token, block, tokens, num_features, BLOCK)
-                kept = _kept(tl.load(byte, mask=exist, other=0).to(tl.int32), BLOCK_TOKENS, BLOCK)
+                kept = unpack(tl.load(byte, mask=exist, other=0).to(tl.int32), BLOCK_TOKENS, BLOCK)
                 dropped = tl.where(kept, values, 0.0)
             if projection == 0:
                 first = tl.dot(tl.trans(low_rank), dropped, first, input_precision="ieee")
@@ -145,14 +130,14 @@ def _backward(
 
 
 def _down_tile(rank: int) -> dict[str, int]:
-    """For small ranks measured on one H100 at 32,768 tokens and 3,072 features; for large ones what fits."""
+    """Small ranks: the fastest tile on one H100 (32,768 tokens, 3,072 features). Large ranks: a tile that fits."""
     if rank > 64:
         return {"BLOCK_TOKENS": 16, "BLOCK": 64, "num_warps": 4}
     return {"BLOCK_TOKENS": 16, "BLOCK": 128, "num_warps": 2}
 
 
 def _backward_tile(rank: int, projections: int) -> dict[str, int]:
-    """Likewise. Few warps are fastest, since they need not wait for each other; but a rank must fit into registers."""
+    """The same. Few warps are fastest, because they do not wait for each other, but a rank must fit into registers."""
     if rank > 64:
         return {"BLOCK_TOKENS": 16, "BLOCK": 32, "STAGES": 1, "num_warps": 8}
     if rank > 16:
@@ -162,47 +147,34 @@ def _backward_tile(rank: int, projections: int) -> dict[str, int]:
     return {"BLOCK_TOKENS": 16, "BLOCK": 32, "STAGES": 3, "num_warps": 1}
 
 
-@dataclass(frozen=True)
-class Dropout:
-    """Dropout of a LoRA's input; p is met to 1 / 65536, and the scale is that of the p which is met."""
-
-    p: float
-
-    @property
-    def threshold(self) -> int:
-        return round(self.p * RESOLUTION)
-
-    @property
-    def scale(self) -> float:
-        return 1 / (1 - self.threshold / RESOLUTION)
-
-
 class LowRank(NamedTuple):
-    """dropout(x) A^T of all projections that read x, and what dropout kept of x.
+    """dropout(x) A^T of all projections that read x, and the packed dropout masks.
 
-    values: (tokens, projections * rank); mask: (projections, tokens, features / 8), uint8, feature 8 i + j in bit j of
-    byte i; None where there was no dropout.
+    values: (tokens, projections * rank).
+    mask: (projections, tokens, features / 8), uint8, feature 8 i + j in bit j of byte i. None: no dropout.
     """
 
     values: Tensor
     mask: Tensor | None
 
 
-def down(x: Tensor, a: Tensor, rank: int, dropout: Dropout, seed: int) -> LowRank:
-    """dropout(x) A^T for all projections; projection i draws from seed + i.
+def down(x: Tensor, a: Tensor, rank: int, dropout: DropoutCounter | None) -> LowRank:
+    """dropout(x) A^T for all projections.
 
-    x: (tokens, features); a: (projections * rank, features); rank: a power of two, 16 to LARGEST_RANK.
+    x: (tokens, features); a: (projections * rank, features); rank: a power of two, 16 to MAX_LORA_RANK.
     """
     tokens, features = x.shape
     projections = a.shape[0] // rank
     low_rank = torch.empty(tokens, a.shape[0], dtype=x.dtype, device=x.device)
+    rate = DropoutRate(0.0) if dropout is None else dropout.rate
     mask = None
-    if dropout.threshold > 0:
-        num_bytes = triton.cdiv(features, DRAWS.value)
+    if rate.threshold > 0:
+        num_bytes = triton.cdiv(features, FEATURES_PER_CALL.value)
         mask = torch.empty(projections, tokens, num_bytes, dtype=torch.uint8, device=x.device)
     tile = _down_tile(rank)
     _down[(projections, triton.cdiv(tokens, tile["BLOCK_TOKENS"]))](
-        x, a, low_rank, mask, seed, tokens, features, dropout.threshold, dropout.scale,
+        x, a, low_rank, mask, dropout and dropout.state, dropout.layer_index if dropout else 0, tokens,
+        dropout.seq_length if dropout else 1, features, rate.threshold, rate.scale,
         R=rank, DROPOUT=mask is not None, **tile,
     )  # fmt: skip
     return LowRank(low_rank, mask)
@@ -211,10 +183,10 @@ def down(x: Tensor, a: Tensor, rank: int, dropout: Dropout, seed: int) -> LowRan
 def backward_(
     x: Tensor, grad_x: Tensor | None, a: Tensor, grad_low_rank: Tensor, rank: int, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """A's gradient, (projections * rank, features), float32; adds x's to `grad_x` in place, where there is one.
+    """The gradient of A, (projections * rank, features), float32. Adds the gradient of x to `grad_x` in place.
 
-    x, grad_x: (tokens, features); grad_low_rank: (tokens, projections * rank); mask, scale: of dropout, None and 1.0
-    without one.
+    x, grad_x: (tokens, features); grad_low_rank: (tokens, projections * rank). mask, scale: None and 1.0 without
+    dropout.
     """
     tokens, features = x.shape
     projections = a.shape[0] // rank

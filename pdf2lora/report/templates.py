@@ -1,0 +1,45 @@
+"""The templates of pages and model card, with the filters that format numbers, sizes and settings."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+
+def environment() -> Environment:
+    """The templates of this folder. HTML is escaped; an unknown name is an error."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"percent": percent, "number": number, "size": size, "setting": setting}
+    return templates
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{share:.{digits}%}"
+
+
+def number(value: float | int | None, digits: int = 2) -> str:
+    """With thousands separators; `digits` after the decimal point of a float, a dash for None and nan."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+
+
+def setting(value: Any) -> str:
+    """A value as in params.yaml: true for True, 30 for 30.0, a list without brackets."""
+    if isinstance(value, list):
+        return ", ".join(map(setting, value))
+    return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
+
+
+def size(num_bytes: int) -> str:
+    for unit, unit_bytes in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= unit_bytes:
+            return f"{num_bytes / unit_bytes:.1f} {unit}"
+    return f"{num_bytes} bytes"

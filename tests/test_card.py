@@ -1,0 +1,36 @@
+"""The model card of the adapter."""
+
+import pytest
+from conftest import REPOSITORY
+from example_run import write_run
+from ruamel.yaml import YAML
+
+from pdf2lora.params import read_params
+from pdf2lora.report.card import render_card
+from pdf2lora.report.results import read_results
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return write_run(tmp_path)
+
+
+def card_of(project):
+    return render_card(read_results(project / "models/source/demo", []), read_params(REPOSITORY / "params.yaml"))
+
+
+def test_has_perplexities_settings_and_licence(project):
+    card = card_of(project)
+
+    assert YAML(typ="safe").load(card.split("---\n")[1])["library_name"] == "peft"
+    assert "| base in 4 bits with the adapter | 15.00 | 14.90 to 15.10 |" in card
+    assert "25.0%" in card
+    assert "| lora.target_modules | q_proj, k_proj, v_proj, o_proj |" in card
+    assert "LICENSE.txt" in card
+
+
+def test_names_a_missing_licence(project):
+    (project / "models/source/demo/LICENSE.txt").unlink()
+
+    assert "`models/source/demo` has no licence file" in card_of(project)

@@ -1,0 +1,106 @@
+"""export on a tiny model: the merged model, the released adapter, the errors."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import prose
+from example_run import write_run
+from tiny_adapter import write_tiny_models
+from tiny_llama import quiet, write_texts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from commands import export
+from pdf2lora.runtime.manifest import MANIFEST, find_damage, read_manifest
+
+pytestmark = quiet
+SETTINGS = {"compute.seq_length": 32, "evaluate.stride": 16}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, write_params, models):
+    """The files of a project after `dvc repro` that export reads."""
+    monkeypatch.chdir(tmp_path)
+    write_params(SETTINGS)
+    write_run(tmp_path)
+    write_texts(tmp_path / "data/split/test.jsonl", [prose(1, 30), prose(2, 12)])
+    for name in ("base", "adapter"):
+        shutil.copytree(models / name, tmp_path / "models" / name)
+    metrics = json.loads((tmp_path / "metrics/convert.json").read_text())
+    (tmp_path / "metrics/convert.json").write_text(json.dumps(metrics | {"dtype": "float32"}))
+    return tmp_path
+
+
+@pytest.fixture
+def current(monkeypatch):
+    monkeypatch.setattr(export, "require_current_adapter", lambda: None)
+
+
+def test_writes_a_model_that_transformers_loads_and_an_adapter_with_its_card(project, current, capsys):
+    export.main()
+
+    AutoModelForCausalLM.from_pretrained("models/merged")
+    assert AutoTokenizer.from_pretrained("models/merged")("sea").input_ids
+    measured = json.loads((project / "models/merged/perplexity.json").read_text())
+    assert measured["merged"]["low_95"] <= measured["merged"]["perplexity"] <= measured["merged"]["high_95"]
+    assert f"| this model | {measured['merged']['perplexity']:.2f} |" in (
+        project / "models/merged/README.md"
+    ).read_text(encoding="utf-8")
+    assert f"test perplexity {measured['merged']['perplexity']:.2f} (merged), 15.00" in capsys.readouterr().out
+    released = project / "models/adapter_release"
+    card = (released / "README.md").read_text(encoding="utf-8")
+    assert "# demo, adapted to demo\n" in card
+    assert "library_name: peft" in card
+    assert "More Information Needed" not in card
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (released / name).read_bytes() == (project / "models/adapter" / name).read_bytes()
+    assert len({file.stat().st_mode for file in released.iterdir()}) == 1
+
+
+def test_the_merged_model_has_a_manifest(project, current):
+    export.main()
+
+    merged = project / "models/merged"
+    assert find_damage(merged) is None
+    assert set(read_manifest(merged)["files"]) == {file.name for file in merged.iterdir()} - {MANIFEST}
+
+
+def test_the_licence_is_copied(project, current):
+    export.main()
+
+    assert (project / "models/merged/LICENSE.txt").read_text() == "terms"
+    assert (project / "models/adapter_release/LICENSE.txt").read_text() == "terms"
+
+
+def test_does_not_change_the_adapter_of_the_pipeline(project, current):
+    before = {file.name: file.read_bytes() for file in (project / "models/adapter").iterdir()}
+
+    export.main()
+
+    assert {file.name: file.read_bytes() for file in (project / "models/adapter").iterdir()} == before
+
+
+def test_needs_an_adapter(project):
+    shutil.rmtree("models/adapter")
+
+    with pytest.raises(SystemExit, match="models/adapter has no adapter"):
+        export.main()
+
+
+def test_needs_an_adapter_of_the_current_settings(project):
+    (project / "dvc.yaml").write_text("stages:\n  evaluate:\n    cmd: 'true'\n    deps: [params.yaml]\n")
+    for arguments in (["init", "--no-scm", "-q"], ["repro", "-q"]):
+        subprocess.run([sys.executable, "-m", "dvc", *arguments], check=True)
+    export.require_current_adapter()
+
+    (project / "params.yaml").write_text("changed")
+
+    with pytest.raises(export.InputError, match=r"does not belong to the current params\.yaml"):
+        export.require_current_adapter()

@@ -1,0 +1,53 @@
+"""The files of a run, as the report reads them."""
+
+import math
+
+import pytest
+from conftest import REPOSITORY
+from ruamel.yaml import YAML
+
+from pdf2lora.report.results import find_licences, read_artifacts, read_columns
+
+
+def test_artifacts_have_the_order_of_the_paths():
+    artifacts = read_artifacts(REPOSITORY / "dvc.lock", ["models/base", "no/such", "data/pdfs/demo"])
+
+    assert [artifact.path for artifact in artifacts] == ["models/base", "data/pdfs/demo"]
+    assert artifacts[1].md5.endswith(".dir")
+    assert artifacts[1].num_files == 43
+
+
+def test_the_entry_of_report_is_not_read(tmp_path):
+    """While report runs, its entry in the lock is that of the previous run."""
+    previous = {"path": "models/adapter", "md5": "previous.dir", "size": 1, "nfiles": 3}
+    stages = {
+        "train": {"outs": [previous | {"md5": "now.dir", "nfiles": 2}]},
+        "evaluate": {"deps": [previous | {"md5": "now.dir", "nfiles": 2}]},
+        "report": {"deps": [previous], "outs": []},
+    }
+    YAML(typ="safe").dump({"stages": stages}, tmp_path / "dvc.lock")
+
+    (artifact,) = read_artifacts(tmp_path / "dvc.lock", ["models/adapter"])
+
+    assert (artifact.md5, artifact.num_files) == ("now.dir", 2)
+
+
+def test_without_a_lock_there_are_no_artifacts(tmp_path):
+    assert read_artifacts(tmp_path / "dvc.lock", ["models/base"]) == []
+
+
+def test_an_empty_field_of_a_curve_is_nan(tmp_path):
+    (tmp_path / "train.tsv").write_text("seconds\tgpu_power_w\n0.0\t\n1.0\t200\n")
+
+    columns = read_columns(tmp_path / "train.tsv")
+
+    assert math.isnan(columns["gpu_power_w"][0])
+    assert columns["gpu_power_w"][1] == 200
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "Licence.txt", "USE_POLICY.md", "NOTICE"])
+def test_licences_are_found_by_name(tmp_path, name):
+    (tmp_path / name).touch()
+    (tmp_path / "params.json").touch()
+
+    assert find_licences(tmp_path) == [name]
