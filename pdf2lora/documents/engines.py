@@ -11,6 +11,8 @@ from typing import Any
 
 from pdf2lora.documents.columns import Box, column_order, union
 
+PROSE_LETTERS = 8  # a line of a text column has at least 8 letters,
+PROSE_SHARE = 0.8  # in 80% of the lines
 MAX_LINE_STEP = 1.4  # of the median distance between two lines of a page; a longer one is a gap
 
 
@@ -83,8 +85,11 @@ def _text_in_reading_order(text_page: Any) -> tuple[str, bool]:
     order = column_order(boxes)
     if order is None:
         return _text_with_gaps(text_page), False
-    lines = [union([boxes[piece] for piece in pieces]) for pieces in order]
-    return "\n".join(text_page.get_text_bounded(*line) for line in lines), True
+    lines = [text_page.get_text_bounded(*union([boxes[piece] for piece in pieces])) for pieces in order]
+    num_prose_lines = sum(sum(map(str.isalpha, line)) >= PROSE_LETTERS for line in lines)
+    if num_prose_lines < PROSE_SHARE * len(lines):  # a table of contents also has full lines, of dots
+        return _text_with_gaps(text_page), False
+    return "\n".join(lines), True
 
 
 def _text_with_gaps(text_page: Any) -> str:
