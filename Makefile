@@ -8,7 +8,6 @@
 # make plots                   DVC's plots on one page that works offline
 # make generate PROMPT="..."   text after a prompt, by the base model and by the adapted model
 # make export                  models/merged (a plain model) and models/adapter_release (adapter and model card)
-# make screenshots             docs/images, from the report and the plots (needs Chromium)
 #
 # Long tests:
 # make same-bytes  runs the demo in two clones under different conditions and compares every hash
@@ -28,8 +27,11 @@ NOT_LOCKED := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cub
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# generate reads the prompt from its environment: neither make nor a shell expands it
+override PROMPT := $(value PROMPT)
+export PROMPT
 
-.PHONY: repro test lint doctor compare plots generate export screenshots same-bytes fuzz torture lock setup setup-dev clean
+.PHONY: repro test lint doctor compare plots generate export same-bytes fuzz torture lock setup setup-dev clean
 
 repro: setup
 	@python -m commands.mend_dvc
@@ -53,13 +55,11 @@ plots: setup
 	@python -m commands.plots
 
 generate: setup
-	@python -m commands.generate '$(subst ','\'',$(PROMPT))'
+	@python -m commands.generate
 
 export: setup
 	@python -m commands.export
 
-screenshots: plots
-	@python -m commands.screenshots
 
 same-bytes: setup
 	python -m tests.long.same_bytes

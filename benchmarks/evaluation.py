@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+from pdf2lora.training.trainer import build_model
 
 from pdf2lora.evaluation.scoring import nats_per_document
+from pdf2lora.model.device import device
 from pdf2lora.model.forward import build_forward
 from pdf2lora.params import read_params
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.tokens import Window
-from pdf2lora.training.trainer import build_model
 
 BASE = Path("models/base")
 
@@ -26,16 +28,17 @@ def main() -> None:
     params = read_params()
     vocabulary = json.loads((BASE / "config.json").read_text())["vocab_size"]
     rows = np.random.default_rng(0).integers(0, vocabulary, size=(int(num_windows), params.compute.seq_length))
-    looks = [Window(0, row, np.roll(row, -1)) for row in rows]
+    alone = Processes.alone(device())
+    windows = [Window(0, row, np.roll(row, -1)) for row in rows]
     started = time.perf_counter()
     model = build_model(BASE, params.quantization, params.lora, params.compute, seed=params.train.seed)
     print(f"load: {time.perf_counter() - started:.1f} s")
     for name in kernels or ["fused"]:
         forward = build_forward(model, name)
         started = time.perf_counter()
-        nats_per_document(forward, looks, num_documents=1, per_device_batch=int(batch))
+        nats_per_document(forward, windows, num_documents=1, per_device_batch=int(batch), processes=alone)
         with model.disable_adapter():
-            nats_per_document(forward, looks, num_documents=1, per_device_batch=int(batch))
+            nats_per_document(forward, windows, num_documents=1, per_device_batch=int(batch), processes=alone)
         print(f"{name}: {num_windows} windows, adapted and base: {time.perf_counter() - started:.1f} s", flush=True)
 
 

@@ -1,8 +1,8 @@
-"""Where the time of a training step goes: milliseconds of each GPU kernel, and of waiting.
+"""Profiles a training step: milliseconds of each GPU kernel and of idle time.
 
     python -m benchmarks.profile <system> <gradient_checkpointing>:<batch>
 
-Systems as in benchmarks.step. All matrix products are one line; LoRA's thin ones are among them.
+benchmarks.step lists the systems. One line sums all matrix products, including LoRA's small ones.
 """
 
 import re
@@ -39,7 +39,7 @@ class Profiler(TrainerCallback):
             self.profile.stop()
 
     def milliseconds(self) -> tuple[float, Counter[str]]:
-        """Of one step: in all, and by kernel."""
+        """Milliseconds of one step: in total, and by kernel."""
         kernels: Counter[str] = Counter()
         for event in self.profile.events():  # type: ignore[no-untyped-call]
             name = "matrix products" if MATRIX_PRODUCT.search(event.name) else event.name[:70]
@@ -49,12 +49,13 @@ class Profiler(TrainerCallback):
 
 def main() -> None:
     params = read_params()
-    for checkpointing, batch, trainer, _ in trainers(params):
+    for gradient_checkpointing, batch, trainer, _ in trainers(params):
         profiler = Profiler()
         trainer.add_callback(profiler)
         trainer.train()
-        step, kernels = profiler.milliseconds()
-        print(f"{checkpointing}:{batch}: {step:.1f} ms a step, {step - kernels.total():.1f} ms of it without a kernel")
+        step_ms, kernels = profiler.milliseconds()
+        idle_ms = step_ms - kernels.total()
+        print(f"{gradient_checkpointing}:{batch}: {step_ms:.1f} ms per step, {idle_ms:.1f} ms of it idle")
         for name, milliseconds in kernels.most_common(LINES):
             print(f"{milliseconds:9.2f} ms  {name}")
 

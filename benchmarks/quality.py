@@ -18,11 +18,13 @@ from pdf2lora.training.trainer import build_model, build_trainer
 
 from benchmarks.table import machine
 from pdf2lora.documents.records import read_documents
-from pdf2lora.evaluation.metrics import summary
+from pdf2lora.evaluation.intervals import perplexity
+from pdf2lora.evaluation.metrics import token_counts
 from pdf2lora.evaluation.scoring import nats_per_document
-from pdf2lora.evaluation.windows import document_windows
+from pdf2lora.evaluation.windows import text_windows
 from pdf2lora.model.forward import build_forward
 from pdf2lora.params import Params, read_params
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.tokens import Encoder
 
 BASE, SPLITS = Path("models/base"), Path("data/split")
@@ -30,10 +32,13 @@ KERNELS = ("reference", "fused", "fp8")
 
 
 def test_perplexity(model: Any, params: Params, encoder: Encoder) -> float:
-    sizes, looks = document_windows(read_documents(SPLITS / "test.jsonl"), encoder, params)
+    texts = [document.text for document in read_documents(SPLITS / "test.jsonl")]
+    sizes, looks = text_windows(texts, encoder, params)
     forward = build_forward(model, "reference")
-    nats = nats_per_document(forward, looks, num_documents=len(sizes), per_device_batch=32)
-    return summary(nats, sizes)["perplexity"]
+    nats = nats_per_document(
+        forward, looks, num_documents=len(sizes), per_device_batch=32, processes=Processes.alone(forward.head.device)
+    )
+    return perplexity(nats, token_counts(sizes)).value
 
 
 def trained_perplexity(params: Params, kernels: str, seed: int, encoder: Encoder) -> float:

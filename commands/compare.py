@@ -1,10 +1,13 @@
 """compare: the experiments of this commit -> a table with their settings and their improvement over the commit
 
 One row for each experiment of `dvc exp show`. `improvement` is 1 - perplexity / perplexity of the commit, of the
-adapted models on the test documents that both scored, with its 95% interval (evaluation/comparison.py).
+adapted models on the test documents that both scored, with its 95% interval (evaluation/comparison.py). Experiments
+that differ in train.seed only measure the seed noise: a smaller improvement is marked.
 """
 
+import math
 import shutil
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,7 +18,7 @@ import pandas as pd
 
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.evaluation.comparison import Comparison, compare, parse_table
-from pdf2lora.evaluation.revisions import DOCUMENTS, read_at
+from pdf2lora.evaluation.revisions import DOCUMENTS, is_evaluated, read_at
 from pdf2lora.params import Params, read_params
 
 NO_TERMINAL = (10_000, 24)  # columns and lines: a table that goes to a file is not cut
@@ -30,24 +33,27 @@ def main() -> None:
     commit, *experiments = dvc.api.exp_show()[1:]  # the first row is the workspace
     if not experiments:
         raise InputError("This commit has no experiments. Run one, for example: dvc exp run -S lora.r=16")
-    baseline = read_table(commit)
+    tables = {row["rev"]: read_table(row) for row in (commit, *experiments)}
+    baseline = tables[commit["rev"]]
     settings = [name for name in setting_names(params) if name in commit]
+    noise = seed_noise([row for row in (commit, *experiments) if tables[row["rev"]] is not None], settings)
 
     rows = [("experiment", "perplexity", "improvement", "95% interval", "", "changed settings")]
-    rows.append((f"commit {commit['rev']}", format_perplexity(commit), "", "", "", ""))
+    rows.append((f"commit {commit['rev']}", format_perplexity(commit, baseline), "", "", "", ""))
     for row in experiments:
-        changes = [
-            f"{name}={format_setting(row[name])}" for name in settings if name in row and row[name] != commit[name]
-        ]
+        current = tables[row["rev"]]
+        changed = [name for name in settings if name in row and row[name] != commit[name]]
         rows.append(
             (
                 row["Experiment"] or row["rev"],
-                format_perplexity(row),
-                *improvement_cells(read_table(row), baseline, params),
-                ", ".join(changes) or "-",
+                format_perplexity(row, current),
+                *improvement_cells(current, baseline, noise),
+                ", ".join(f"{name}={format_setting(row[name])}" for name in changed) or "-",
             )
         )
     print(format_table(rows, shutil.get_terminal_size(NO_TERMINAL).columns))
+    if noise is not None:
+        print(f"seed noise: {noise:.1%} is the largest difference between runs that differ in train.seed only")
 
 
 def setting_names(params: Params) -> list[str]:
@@ -60,36 +66,62 @@ def setting_names(params: Params) -> list[str]:
 
 
 def read_table(row: Row) -> pd.DataFrame | None:
-    """metrics/eval_documents.csv of a finished experiment. The file of an unfinished one is that of the commit."""
-    text = read_at(row["rev"], DOCUMENTS, Path()) if row["State"] in FINISHED else None
+    """metrics/eval_documents.csv; None where the experiment is not evaluated."""
+    if row["State"] not in FINISHED or not is_evaluated(row["rev"], Path()):
+        return None
+    text = read_at(row["rev"], DOCUMENTS, Path())
     return None if text is None else parse_table(text)
 
 
+def seed_noise(rows: Sequence[Row], settings: Sequence[str]) -> float | None:
+    """The largest relative difference of the perplexities of runs that differ in train.seed only; None without such."""
+    runs = defaultdict(list)
+    for row in rows:
+        others = tuple(
+            str(row.get(name)) for name in settings if name != "train.seed" and name != "evaluate.compare_to"
+        )
+        runs[others].append((row.get("train.seed"), row["adapted.perplexity"]))
+    differences = [
+        max(perplexities) / min(perplexities) - 1
+        for group in runs.values()
+        if len({seed for seed, _ in group}) > 1
+        for perplexities in [[perplexity for _, perplexity in group]]
+    ]
+    return max(differences, default=None)
+
+
 def improvement_cells(
-    current: pd.DataFrame | None, baseline: pd.DataFrame | None, params: Params
+    current: pd.DataFrame | None, baseline: pd.DataFrame | None, noise: float | None = None
 ) -> tuple[str, str, str]:
     """Improvement, its interval, verdict."""
     if current is None or baseline is None:
         return "", "", ""
-    settings = params.evaluate
-    comparison = compare(current, baseline, num_samples=settings.bootstrap_samples, seed=settings.seed)
+    comparison = compare(current, baseline)
     if comparison is None or comparison.num_unpaired:
         return "", "", "other test documents"
-    low, high = comparison.interval
-    return f"{comparison.improvement:+.1%}", f"[{low:+.1%}, {high:+.1%}]", verdict(comparison)
+    share, interval = comparison.improvement
+    cell = f"[{interval.low:+.1%}, {interval.high:+.1%}]" if interval else "none"
+    return f"{share:+.1%}", cell, verdict(comparison, noise)
 
 
-def verdict(comparison: Comparison) -> str:
+def verdict(comparison: Comparison, noise: float | None) -> str:
+    share, interval = comparison.improvement
+    if interval is None:
+        return "too few documents"
+    if interval == (0, 0):
+        return "same"
+    if noise is not None and abs(math.log1p(-share)) <= math.log1p(noise):
+        return "within seed noise"
     if not comparison.significant:
-        return "same" if comparison.interval == (0, 0) else "not significant"
-    return "better" if comparison.improvement > 0 else "worse"
+        return "not significant"
+    return "better" if share > 0 else "worse"
 
 
-def format_perplexity(row: Row) -> str:
-    """The perplexity of a finished experiment, the state of another one."""
-    perplexity = row.get("adapted.perplexity")
-    finished = isinstance(perplexity, float) and row["State"] in FINISHED
-    return f"{perplexity:.2f}" if finished else str(row["State"] or "-")
+def format_perplexity(row: Row, table: pd.DataFrame | None) -> str:
+    """The perplexity of an evaluated experiment, the state of another one."""
+    if table is not None:
+        return f"{row['adapted.perplexity']:.2f}"
+    return "not evaluated" if row["State"] in FINISHED else str(row["State"])
 
 
 def format_setting(value: Any) -> str:

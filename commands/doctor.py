@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.errors import report_input_errors
 from pdf2lora.params import Params, read_params
 from pdf2lora.preflight import environment
 from pdf2lora.preflight.corpus import corpus, find_pdfs
@@ -16,7 +16,7 @@ from pdf2lora.preflight.environment import Gpu
 from pdf2lora.preflight.findings import Finding, has_problem
 from pdf2lora.preflight.folders import CORPORA, SOURCE_MODELS, require_folders
 from pdf2lora.preflight.forecast import Estimate, forecast, required_disk_gib
-from pdf2lora.preflight.model_shape import ModelShape, read_model_shape
+from pdf2lora.preflight.model_shape import ModelShape, model_shape
 from pdf2lora.preflight.previous_run import PreviousRun
 from pdf2lora.preflight.quantization import four_bit_weights
 from pdf2lora.preflight.source_model import source_model
@@ -32,21 +32,18 @@ def main() -> None:
     gpus = environment.find_gpus()
     pdfs = find_pdfs(CORPORA / params.corpus)
     machine = check_machine(params, gpus)
-    inputs = [corpus(CORPORA / params.corpus, pdfs), *source_model(SOURCE_MODELS / params.model)]
+    model_findings, files = source_model(params)
+    inputs = [corpus(CORPORA / params.corpus, pdfs), *model_findings]
     findings = [Finding("ok", "params", "params.yaml is valid"), *machine, *inputs]
     estimates: list[Estimate] = []
 
-    if not has_problem(inputs):
-        try:
-            shape = read_model_shape(SOURCE_MODELS / params.model, params.source_model.llama_version)
-        except InputError as error:
-            findings.append(Finding("problem", "source model", str(error)))
-        else:
-            previous = PreviousRun.read(params)
-            estimates = forecast(params, previous, shape, gpus, pdfs)
-            findings += check_capacity(params, previous, shape, gpus)
-            if not has_problem(machine):
-                findings += four_bit_weights(params, shape, has_gpu=bool(gpus))
+    if files is not None and not has_problem(inputs):
+        shape = model_shape(files, SOURCE_MODELS / params.model)
+        previous = PreviousRun.read(params)
+        estimates = forecast(params, previous, shape, gpus, pdfs)
+        findings += check_capacity(params, previous, shape, gpus)
+        if not has_problem(machine):
+            findings += four_bit_weights(params, shape, has_gpu=bool(gpus))
 
     print_report(findings, estimates)
     if has_problem(findings):

@@ -14,14 +14,16 @@ from tqdm import tqdm
 
 from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
-from pdf2lora.evaluation.metrics import model_metrics
+from pdf2lora.evaluation.metrics import Metrics, model_metrics
 from pdf2lora.evaluation.scoring import nats_per_document
-from pdf2lora.evaluation.windows import document_windows
+from pdf2lora.evaluation.unquantized import load_unquantized
+from pdf2lora.evaluation.windows import text_windows
+from pdf2lora.model.device import device
 from pdf2lora.model.forward import build_forward
-from pdf2lora.model.loading import load_base
-from pdf2lora.params import Params, Quantization, read_params
+from pdf2lora.params import Params, read_params
 from pdf2lora.report.card import render_card
 from pdf2lora.report.results import read_results
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.manifest import write_manifest
 from pdf2lora.tokens import Encoder
@@ -81,21 +83,21 @@ def copy_files(files: list[Path], folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def measure(model: Path, params: Params) -> dict[str, float]:
+def measure(model: Path, params: Params) -> Metrics:
     """The test metrics of an unquantized model, computed as in evaluate."""
     encoder = Encoder.load(model)
     documents = read_documents(TEST)
-    sizes, windows = document_windows(documents, encoder, params)
-    unquantized = Quantization(**(params.quantization.model_dump() | {"bits": 16}))
+    sizes, windows = text_windows([document.text for document in documents], encoder, params)
     with tqdm(total=len(windows), desc="perplexity", unit="window", disable=None) as progress:
         nats = nats_per_document(
-            build_forward(load_base(model, unquantized, params.compute), "reference"),
+            build_forward(load_unquantized(model, params.quantization, params.compute), "reference"),
             windows,
             num_documents=len(documents),
             per_device_batch=params.evaluate.per_device_batch,
+            processes=Processes.alone(device()),
             progress=progress.update,
         )
-    return model_metrics(nats, sizes, params.evaluate)
+    return model_metrics(nats, sizes)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
-"""generate: a prompt -> the continuations of the base and of the adapted model
+"""generate: prompts -> the continuations of the base and of the adapted model
 
     make generate PROMPT="The sea level"
+    python -m commands.generate < prompt.txt            one prompt from standard input
+    python -m commands.generate --prompts prompts.txt   a batch of prompts, one per line
 
-The section `sample` of params.yaml sets the number of tokens, the temperature and the seed.
+The prompt comes from the environment variable PROMPT or from standard input; no shell or make expands it. The section
+`sample` of params.yaml sets the number of tokens, the temperature and the seed.
 """
 
+import argparse
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.params import read_params
+from pdf2lora.runtime.inputs import require_inputs
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
@@ -18,37 +24,50 @@ ADAPTER = Path("models/adapter")
 
 @report_input_errors
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=Path, help="a file with one prompt per line")
+    prompts = read_prompts(parser.parse_args().prompts)
     params = read_params()
-    settings = params.sample
-    prompt = " ".join(sys.argv[1:])
-    if not prompt.strip():
-        raise InputError('PROMPT is empty. Give the beginning of a text: make generate PROMPT="The sea level"')
-    for folder in (BASE, ADAPTER):
-        if not folder.is_dir():
-            raise InputError(f"{folder} does not exist. Run dvc repro first.")
+    require_inputs(BASE, ADAPTER)
     # torch is imported after the checks that do not need it: the import takes seconds
     from pdf2lora.evaluation.generation import generate
     from pdf2lora.model.loading import load_adapter, load_base
     from pdf2lora.tokens import Encoder
 
     encoder = Encoder.load(BASE)
-    tokens = encoder.encode([prompt])[0]
-    encoder.require_context(len(tokens) + settings.max_new_tokens, key="sample.max_new_tokens")
+    tokens = encoder.encode(prompts)
+    encoder.require_context(max(map(len, tokens)) + params.sample.max_new_tokens, key="sample.max_new_tokens")
     model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)
 
     for name in ("base", "adapted"):
-        print(f"--- {name} ---\n{prompt}", end="", flush=True)
         with model.disable_adapter() if name == "base" else nullcontext():
-            generate(
-                model,
-                tokens,
-                encoder,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                seed=settings.seed,
-                on_text=lambda piece: print(piece, end="", flush=True),
-            )
-        print("\n")
+            if len(prompts) == 1:
+                print(f"--- {name} ---\n{prompts[0]}", end="", flush=True)
+                generate(model, tokens, encoder, params.sample, lambda piece: print(piece, end="", flush=True))
+                print("\n")
+            else:
+                for prompt, text in zip(prompts, generate(model, tokens, encoder, params.sample), strict=True):
+                    print(f"--- {name} ---\n{prompt}{text}\n")
+
+
+def read_prompts(file: Path | None) -> list[str]:
+    """The lines of the file, or one prompt from PROMPT or standard input.
+
+    Raises:
+        InputError: there is no prompt, or no such file.
+    """
+    if file is not None:
+        if not file.is_file():
+            raise InputError(f"--prompts: {file} does not exist. Give a text file with one prompt per line.")
+        prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        prompt = os.environ.get("PROMPT", "")
+        if not prompt and not sys.stdin.isatty():
+            prompt = sys.stdin.read().removesuffix("\n")
+        prompts = [prompt] if prompt.strip() else []
+    if not prompts:
+        raise InputError('The prompt is empty. Give the beginning of a text: make generate PROMPT="The sea level"')
+    return prompts
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -20,10 +20,20 @@ from pdf2lora.errors import InputError
 PARAMS_FILE = Path("params.yaml")
 UNION_MEMBER = re.compile(r"constrained-\w+|(literal|list)\[.*\]")  # pydantic adds it to the path of an error
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # a folder name that `dvc exp run -S` can parse
+
+def _unquoted(value: object) -> object:
+    """YAML reads 2024 and 3.2 without quotes as numbers."""
+    return str(value) if type(value) in (int, float) else value
+
+
+Name = Annotated[
+    str, BeforeValidator(_unquoted), Field(pattern=r"^[A-Za-z0-9_-]+$")
+]  # a folder, and a word that `dvc exp run -S` can parse
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
+ALL_LINEAR = "all-linear"
 Seed = Annotated[int, Field(ge=0)]
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "aim", "clearml", "swanlab"]
 
@@ -37,7 +47,7 @@ class Section(BaseModel):
 class SourceModel(Section):
     """Facts about one base model that its files do not contain."""
 
-    llama_version: Literal["1", "2", "3", "3.1", "3.2"]
+    llama_version: Annotated[Literal["1", "2", "3", "3.1", "3.2"], BeforeValidator(_unquoted)]
     """Selects RoPE scaling, context length and special tokens. Meta's params.json does not distinguish 3.1 from 3.2."""
 
 
@@ -56,6 +66,12 @@ class Extract(Section):
     """Removes page headers, page numbers, hyphenation, ligatures and control characters."""
     min_characters: Positive
     """Documents with less text, in characters, are left out."""
+    ocr: Literal["auto", "rapidocr", "none"]
+    """Reads the pages without readable text. auto: by RapidOCR if it is installed. rapidocr: it must be installed."""
+    ocr_timeout_s: Annotated[float, Field(gt=0)]
+    """Processor time for the OCR of one page, in seconds. A page that needs more ends the OCR of its document."""
+    ocr_memory_gib: Annotated[float, Field(ge=2)]
+    """Address space of one OCR worker, in GiB. A page at 200 dpi needs about 2 GiB."""
 
 
 class Split(Section):
@@ -98,10 +114,9 @@ class Lora(Section):
     """The adapter's output is multiplied by lora_alpha / r."""
     lora_dropout: Fraction
     """Dropout probability on the adapter's input, in training only."""
-    target_modules: Annotated[
-        list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]], Field(min_length=1)
-    ]
-    """Linear layers that get LoRA matrices. All seven learn more and train slower."""
+    target_modules: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1)]
+    """Linear layers that get LoRA matrices, by their names in the model, or all-linear: every one except the head. More
+    layers learn more and train slower."""
     use_dora: bool
     """Learns magnitude and direction separately (DoRA, Liu et al. 2024). Slower; often better at low rank."""
     use_rslora: bool
@@ -120,8 +135,9 @@ class Compute(Section):
     """Implementation of the training step. reference: transformers and PEFT. fused: this project's Triton kernels, same
     mathematics. fp8: fused, with 8-bit products of the frozen weights, an approximation in training only. auto: fused
     on a supported GPU, else reference."""
-    compute_dtype: Literal["auto", "bfloat16", "float32"]
-    """Type of activations and products. auto: bfloat16 on a GPU that supports it, else float32."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    """Type of activations and products. auto: bfloat16 on a GPU that supports it,
+    float16 on an older GPU, float32 on a CPU."""
     attention: Literal["auto", "flash_attention_2", "sdpa"]
     """Attention of the reference implementation. auto: flash_attention_2 if it is installed, else PyTorch's sdpa."""
     deterministic: bool
@@ -186,34 +202,32 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """Test perplexity."""
+    """Test perplexity, its intervals and comparison."""
 
     stride: Positive
-    """Tokens that each window adds. Each token has at least seq_length - stride tokens of context. A smaller stride
-    gives more context and takes longer."""
+    """Tokens that each window adds to the previous one. A token has at least seq_length - stride tokens of context,
+    where its document has them. A smaller stride gives more context and takes more time."""
     per_device_batch: Positive
-    """Windows per forward pass. Changes speed and memory; the perplexity does not depend on it."""
-    bootstrap_samples: Annotated[int, Field(ge=100)]
-    """Bootstrap samples of the 95% intervals."""
-    seed: Seed
-    """Seed of the bootstrap."""
+    """Windows in one forward pass. It changes time and memory, not the result."""
+    unquantized_base: bool
+    """Also scores the base without quantization, which shows the cost of 4 or 8 bits. It takes half as long again."""
     compare_to: Annotated[str, Field(min_length=1)]
-    """Git revision or experiment whose adapter is the baseline of a paired comparison. none: no comparison."""
+    """A git revision or DVC experiment whose adapter is the baseline of a paired comparison, or none."""
 
 
 class Sample(Section):
-    """Example texts for the report."""
+    """Text that base and adapted model generate, for the report and for make generate."""
 
     num_documents: Positive
-    """Test documents that both models continue."""
+    """Test documents whose openings both models continue."""
     prompt_tokens: Positive
-    """Tokens from the start of a document that both models get."""
+    """Tokens of each opening."""
     max_new_tokens: Positive
-    """Tokens that each model writes."""
+    """Tokens that a model generates at most."""
     temperature: Annotated[float, Field(ge=0)]
-    """Sampling temperature. 0: always the most likely token."""
-    seed: Seed
-    """Seed of the sampling."""
+    """0 takes the most probable token each time. A higher temperature draws less probable tokens more often."""
+    seed: Annotated[int, Field(ge=0)]
+    """Seed of the draws."""
 
 
 class Params(Section):
@@ -237,16 +251,14 @@ class Params(Section):
     sample: Sample
 
     @property
-    def source_model(self) -> SourceModel:
-        return self.models[self.model]
+    def llama_version(self) -> str | None:
+        """Of the source model. Meta's layout needs it, Hugging Face's does not."""
+        return self.models[self.model].llama_version if self.model in self.models else None
 
     @model_validator(mode="after")
     def _require_consistent_keys(self) -> Self:
         """Rules about two keys. The ValueError has one line for each broken rule."""
         errors = []
-        if self.model not in self.models:
-            known = ", ".join(self.models)
-            errors.append(f"model is {self.model!r}; models has only {known}. Add an entry with its llama_version.")
         if self.split.test_fraction + self.split.validation_fraction >= 1:
             errors.append(
                 f"split.test_fraction is {self.split.test_fraction} and split.validation_fraction is "

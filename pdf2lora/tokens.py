@@ -21,10 +21,11 @@ Tokens = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Encoder:
-    """A base model's tokenizer. It adds no special tokens; bos and eos are ids for the callers to add."""
+    """The tokenizer of a base model, without its special tokens, and the ids of those around a document."""
 
     tokenizer: Tokenizer
-    bos: int
+    bos: int | None
+    """None: the authors of the model put no token before a document."""
     eos: int
     context_length: int
 
@@ -42,6 +43,11 @@ class Encoder:
             context_length=config["max_position_embeddings"],
         )
 
+    @property
+    def start(self) -> int:
+        """The token before the first one of a document. In training a document follows the end of another one."""
+        return self.eos if self.bos is None else self.bos
+
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encoded]
@@ -55,7 +61,7 @@ class Encoder:
         return [
             window
             for number, tokens in enumerate(encoded)
-            for window in windows(number, tokens, bos=self.bos, seq_length=seq_length, stride=stride)
+            for window in windows(number, tokens, bos=self.start, seq_length=seq_length, stride=stride)
         ]
 
     def require_context(self, num_tokens: int, key: str = "compute.seq_length") -> None:
@@ -84,13 +90,16 @@ class Sequences:
         return int((self.targets[rows] != IGNORED).sum())
 
 
-def pack(documents: Sequence[Tokens], *, bos: int, eos: int, seq_length: int) -> Sequences:
+def pack(documents: Sequence[Tokens], *, bos: int | None, eos: int, seq_length: int) -> Sequences:
     """Cuts bos, document, eos, bos, document, eos, ... into sequences; each token but the first is a target once.
 
     The last sequence is padded with eos, without targets. As in the pretraining of Llama, a sequence can hold the end
     of one document and the start of the next.
+
+    bos: None if the model has none; then only eos separates the documents.
     """
-    stream = np.concatenate([np.concatenate([[bos], document, [eos]]) for document in documents])
+    start = [] if bos is None else [bos]
+    stream = np.concatenate([np.concatenate([start, document, [eos]]).astype(np.int64) for document in documents])
     num_sequences = -(-(len(stream) - 1) // seq_length)
     inputs = np.full(num_sequences * seq_length, eos, dtype=np.int64)
     targets = np.full(num_sequences * seq_length, IGNORED, dtype=np.int64)

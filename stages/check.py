@@ -1,17 +1,20 @@
 """check: params.yaml -> data/checked
 
-Runs before the other stages whenever params.yaml has changed. It reports invalid settings and missing folders within
-a second, before a later stage imports torch, and before DVC deletes the old outputs of a stage. The output never
-changes, so this stage re-runs no other one.
+Runs before the other stages whenever params.yaml has changed. It reports invalid settings, missing folders and an
+unusable source model within a second or two, before a later stage imports torch, and before DVC deletes old outputs.
+The output never changes, so this stage re-runs no other one.
 """
 
 from pathlib import Path
 
 from pdf2lora.errors import report_input_errors
+from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
 from pdf2lora.params import read_params
 from pdf2lora.preflight.folders import require_folders
+from pdf2lora.preflight.source_model import inspect_for
 from pdf2lora.runtime.files import atomic_write
 from pdf2lora.runtime.processes import single_instance
+from pdf2lora.runtime.scratch import project_root
 
 CHECKED = Path("data/checked")
 
@@ -21,6 +24,10 @@ CHECKED = Path("data/checked")
 def main() -> None:
     params = read_params()
     require_folders(params)
+    inspect_for(params)
+
+    if params.evaluate.compare_to != "none":
+        read_documents_at(resolve_commit(params.evaluate.compare_to, project_root()), project_root())
 
     with atomic_write(CHECKED) as partial:
         partial.write_text("params.yaml is valid, and the folders that it names are there\n")

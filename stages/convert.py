@@ -37,7 +37,7 @@ def main() -> None:
         summary = convert(
             source,
             folder,
-            llama_version=params.source_model.llama_version,
+            llama_version=params.llama_version,
             max_shard_gib=params.convert.max_shard_gib,
             progress=progress,
         )

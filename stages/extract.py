@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from pdf2lora.documents.corpus import extract_corpus, find_pdfs, summarize
+from pdf2lora.documents import ocr
+from pdf2lora.documents.corpus import extract_corpus, find_linked_folders, find_pdfs, summarize
 from pdf2lora.documents.records import write_documents
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.params import read_params
@@ -27,10 +28,13 @@ def main() -> None:
     folder = CORPORA / params.corpus
     files = find_pdfs(folder)
     print(f"extract: {len(files)} PDFs in {folder}", flush=True)  # first, because the extraction can take long
+    for link in find_linked_folders(folder):
+        print(f"extract: the linked folder {link} is not read, because DVC does not track its files. Copy them.")
 
     settings = params.extract.model_dump()
     engine_versions = [version(name) for name in ("PyPDF2", "pypdfium2")]
-    cache = scratch_folder("extract", fingerprint(settings, *stage_code("extract"), *engine_versions))
+    ocr_version = require_ocr(params.extract.ocr)
+    cache = scratch_folder("extract", fingerprint(settings, *stage_code("extract"), *engine_versions, ocr_version))
     documents = extract_corpus(folder, files, cache, settings)
     metrics = summarize(documents)
     left_out = describe(metrics["left_out"])
@@ -38,12 +42,34 @@ def main() -> None:
         f"extract: {metrics['kept']} of {metrics['documents']} PDFs kept, {metrics['pages_read']} pages, "
         f"{metrics['characters']:,} characters; left out: {left_out}"
     )
+    if metrics["pages_unread"]:
+        print(
+            f"extract: {metrics['pages_unread']} pages after the first {params.extract.max_pages} of a document "
+            "are not read (extract.max_pages)"
+        )
     if not metrics["kept"]:
         raise InputError(f"{folder}: none of the {len(files)} PDFs is usable ({left_out}). Add PDFs with a text layer.")
 
     with atomic_write(DOCUMENTS) as partial:
         write_documents(partial, documents)
     write_json(METRICS, metrics)
+
+
+def require_ocr(setting: str) -> str | None:
+    """Returns the versions of the OCR packages; None if OCR is off.
+
+    Raises:
+        InputError: the setting needs a package that is not installed.
+    """
+    versions = None if setting == "none" else ocr.installed_version()
+    if setting == "rapidocr" and versions is None:
+        raise InputError(
+            "extract.ocr is rapidocr; rapidocr or onnxruntime is not installed. "
+            "Run pip install -r requirements-ocr.txt, or set it to none."
+        )
+    if setting == "auto" and versions is None:
+        print("extract: OCR is off, scanned pages have no text (pip install -r requirements-ocr.txt turns it on)")
+    return versions
 
 
 def describe(left_out: Mapping[str, int]) -> str:

@@ -1,8 +1,8 @@
-"""Compiles the GPU's kernels for one compute capability, on any machine: python compile_kernels.py <capability> [...]
+"""Compiles the kernels for compute capabilities on any machine: python compile_kernels.py <capability> [...]
 
-Prints a line for each kernel: its name, the rank of its LoRA or 0, bytes of shared memory, bytes of registers spilled.
-The kernels are called by the project's own functions, on tensors of the CPU, and are compiled where they would be
-launched. Not in pytest's process, where Triton interprets.
+Prints one line per kernel: name, LoRA rank or 0, bytes of shared memory, bytes of spilled registers. The project's own
+functions call the kernels on CPU tensors; this script compiles each kernel instead of launching it. It needs its own
+process, because Triton interprets kernels in pytest's process.
 """
 
 import re
@@ -34,7 +34,7 @@ def compile_for(capability: int) -> None:
     target = GPUTarget("cuda", capability, 32)
     triton.runtime.driver.set_active(
         SimpleNamespace(
-            get_current_device=lambda: capability,  # a cache for each
+            get_current_device=lambda: capability,  # one kernel cache per capability
             get_current_stream=lambda device: 0,
             get_current_target=lambda: target,
         )

@@ -5,6 +5,7 @@ conftest.py turns the interpreter on if there is no CUDA driver. With one, use `
 
 import os
 
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
@@ -36,18 +37,18 @@ def cpu_kernels(monkeypatch):
     monkeypatch.setattr(attention, "backward", attention_backward)
 
 
-def attention_forward(qkv, heads):
+def attention_forward(parts, heads):
     """PyTorch's attention. The context is its autograd graph."""
     with torch.enable_grad():
-        parts = tuple(part.detach().requires_grad_() for part in heads.split(qkv))
-        output = functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
-    return attention.Attended(output.detach(), False, (output, parts))
+        leaves = tuple(part.detach().requires_grad_() for part in parts)
+        output = functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+    return attention.Attended(output.detach(), False, (output, leaves))
 
 
-def attention_backward(grad, qkv, attended, heads):
-    output, parts = attended.context
+def attention_backward(grad, parts, attended, heads):
+    output, leaves = attended.context
     by_head = grad.view(-1, heads.seq_length, heads.num_queries, heads.head_dim).transpose(1, 2)
-    return torch.autograd.grad(output, parts, by_head)
+    return torch.autograd.grad(output, leaves, by_head)
 
 
 def random(*shape, seed=0):
@@ -61,3 +62,15 @@ def relative_error(found, expected):
 def scaled_product(left, right):
     """_scaled_mm without the rounding to bfloat16. The CPU's kernel does not support rowwise scales."""
     return (left.fp8.float() * left.scale) @ (right.fp8.float() * right.scale).t()
+
+
+def linear4bit(out_features, in_features, *, quant_type="nf4", double=True, bias=False, seed=0):
+    linear = bnb.nn.Linear4bit(
+        in_features, out_features, bias=bias, quant_type=quant_type, compress_statistics=double,
+        compute_dtype=torch.float32,
+    )  # fmt: skip
+    linear.weight = bnb.nn.Params4bit(
+        random(out_features, in_features, seed=seed), quant_type=quant_type, compress_statistics=double,
+        requires_grad=False, module=linear,
+    )  # fmt: skip
+    return linear.to("cpu")

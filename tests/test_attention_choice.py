@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 from tiny_llama import COMPUTE, changed
+from transformers import Gemma2ForCausalLM, LlamaForCausalLM
 
 from pdf2lora.errors import InputError
 from pdf2lora.model import attention_choice
@@ -15,7 +16,7 @@ def pretend_gpu(monkeypatch):
 
     def pretend(capability=(9, 0), *, installed=True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: capability >= (8, 0))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(attention_choice.importlib.util, "find_spec", lambda name: object() if installed else None)
 
@@ -26,11 +27,10 @@ def test_flash_attention_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     with pytest.raises(InputError) as caught:
-        choose_attention(changed(COMPUTE, attention="flash_attention_2"))
+        choose_attention(changed(COMPUTE, attention="flash_attention_2"), LlamaForCausalLM)
 
     assert str(caught.value) == (
-        "compute.attention is 'flash_attention_2', which cannot run here: there is no CUDA GPU. Use 'auto' or 'sdpa', "
-        "or see requirements-gpu.txt."
+        "compute.attention is 'flash_attention_2', which cannot run here: there is no CUDA GPU. Use 'auto', or 'sdpa'."
     )
 
 
@@ -39,7 +39,7 @@ def test_flash_attention_without_a_gpu_is_refused(monkeypatch):
     [
         (False, (9, 0), "auto", "the package flash-attn is not installed"),
         (True, (9, 0), "float32", "it computes in half precision only"),
-        (True, (7, 5), "bfloat16", "it needs a GPU of compute capability 8.0 or more"),
+        (True, (7, 5), "float16", "it needs a GPU of compute capability 8.0 or more"),
     ],
 )
 def test_flash_attention_is_refused_with_the_reason(pretend_gpu, installed, capability, dtype, obstacle):
@@ -47,8 +47,8 @@ def test_flash_attention_is_refused_with_the_reason(pretend_gpu, installed, capa
     compute = changed(COMPUTE, attention="flash_attention_2", compute_dtype=dtype)
 
     with pytest.raises(InputError, match=f"cannot run here: {obstacle}"):
-        choose_attention(compute)
-    assert choose_attention(changed(compute, attention="auto")) == "sdpa"
+        choose_attention(compute, LlamaForCausalLM)
+    assert choose_attention(changed(compute, attention="auto"), LlamaForCausalLM) == "sdpa"
 
 
 def test_flash_attention_runs_if_nothing_prevents_it(pretend_gpu, caplog):
@@ -56,7 +56,10 @@ def test_flash_attention_runs_if_nothing_prevents_it(pretend_gpu, caplog):
     pretend_gpu()
     compute = changed(COMPUTE, compute_dtype="bfloat16")
 
-    choices = [choose_attention(changed(compute, attention=name)) for name in ("auto", "flash_attention_2", "sdpa")]
+    choices = [
+        choose_attention(changed(compute, attention=name), LlamaForCausalLM)
+        for name in ("auto", "flash_attention_2", "sdpa")
+    ]
 
     assert choices == ["flash_attention_2", "flash_attention_2", "sdpa"]
     assert caplog.messages[0] == "attention: flash_attention_2 (compute.attention: auto)"
@@ -66,6 +69,14 @@ def test_auto_logs_the_choice_and_the_reason(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
-    assert choose_attention(changed(COMPUTE, attention="auto")) == "sdpa"
+    assert choose_attention(changed(COMPUTE, attention="auto"), LlamaForCausalLM) == "sdpa"
 
-    assert caplog.messages == ["attention: sdpa (compute.attention: auto) (there is no CUDA GPU)"]
+    assert caplog.messages == ["attention: sdpa (compute.attention: auto) (flash_attention_2: there is no CUDA GPU)"]
+
+
+def test_model_without_sdpa_computes_eagerly(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    assert choose_attention(changed(COMPUTE, attention="auto"), Gemma2ForCausalLM) == "eager"
+    with pytest.raises(InputError, match=r"Gemma2ForCausalLM does not support it\. Use 'auto'\.$"):
+        choose_attention(changed(COMPUTE, attention="sdpa"), Gemma2ForCausalLM)

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 from commands import compare
-from pdf2lora.params import read_params
 
 COMMIT = {
     "rev": "a1b2c3d",
@@ -35,11 +34,6 @@ def table(*factors: float, num_documents: int = 30) -> pd.DataFrame:
     )
 
 
-@pytest.fixture
-def params(write_params):
-    return read_params(write_params({"evaluate.bootstrap_samples": 500}))
-
-
 @pytest.mark.parametrize(
     ("current", "improvement", "verdict"),
     [
@@ -49,24 +43,44 @@ def params(write_params):
         (table(1.0), "+0.0%", "same"),
     ],
 )
-def test_improvement_and_verdict(params, current, improvement, verdict):
-    cells = compare.improvement_cells(current, table(1.0), params)
+def test_improvement_and_verdict(current, improvement, verdict):
+    cells = compare.improvement_cells(current, table(1.0))
 
     assert (cells[0], cells[2]) == (improvement, verdict)
     low, high = (float(number) for number in re.findall(r"[+-][\d.]+", cells[1]))
     assert low <= float(improvement.rstrip("%")) <= high
 
 
-def test_other_test_documents_are_not_compared(params):
-    assert compare.improvement_cells(table(0.9, num_documents=31), table(1.0), params) == (
+def test_other_test_documents_are_not_compared():
+    assert compare.improvement_cells(table(0.9, num_documents=31), table(1.0)) == (
         "",
         "",
         "other test documents",
     )
 
 
-def test_an_experiment_without_results_is_not_compared(params):
-    assert compare.improvement_cells(None, table(1.0), params) == ("", "", "")
+def test_an_experiment_without_results_is_not_compared():
+    assert compare.improvement_cells(None, table(1.0)) == ("", "", "")
+
+
+def test_one_document_gives_no_verdict():
+    cells = compare.improvement_cells(table(0.9, num_documents=1), table(1.0, num_documents=1))
+
+    assert cells == ("+10.0%", "none", "too few documents")
+
+
+def test_an_improvement_below_the_seed_noise_is_marked():
+    assert compare.improvement_cells(table(0.99), table(1.0), noise=0.02)[2] == "within seed noise"
+    assert compare.improvement_cells(table(0.9), table(1.0), noise=0.02)[2] == "better"
+
+
+def test_seed_noise_is_the_largest_difference_between_seeds():
+    def run(perplexity, seed, rank=8):
+        return {"adapted.perplexity": perplexity, "train.seed": seed, "lora.r": rank}
+
+    settings = ["lora.r", "train.seed"]
+    assert compare.seed_noise([run(100.0, 0), run(102.0, 1), run(90.0, 0, rank=16)], settings) == pytest.approx(0.02)
+    assert compare.seed_noise([run(100.0, 0), run(90.0, 0, rank=16)], settings) is None
 
 
 class TestTable:
@@ -137,3 +151,11 @@ def test_the_table_comes_from_the_commit_of_a_finished_experiment(tmp_path, monk
     assert compare.read_table({"rev": "HEAD", "State": None})["adapted_perplexity"].tolist() == [2.5]
     assert compare.read_table({"rev": "HEAD", "State": "Running"}) is None
     assert compare.read_table({"rev": "no-such-rev", "State": "Success"}) is None
+
+
+def test_an_experiment_that_stopped_before_evaluate_is_not_evaluated(monkeypatch):
+    row = EXPERIMENT | {"State": "Success"}
+    monkeypatch.setattr(compare, "is_evaluated", lambda commit, project: False)
+
+    assert compare.read_table(row) is None
+    assert compare.format_perplexity(row, None) == "not evaluated"

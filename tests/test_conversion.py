@@ -8,6 +8,7 @@ import pytest
 from tiny_meta import convert_default, write_tiny_meta
 
 from pdf2lora.errors import InputError
+from pdf2lora.weights.conversion import convert
 
 
 @pytest.fixture
@@ -22,18 +23,12 @@ def test_an_unknown_version_is_refused(tmp_path: Path, target: Path) -> None:
         convert_default(tmp_path / "tiny", target, "4")
 
 
-def test_meta_s_files_in_the_hub_s_subfolder_must_be_moved(tmp_path: Path, target: Path) -> None:
-    (tmp_path / "original").mkdir()
-    (tmp_path / "original/params.json").touch()
+def test_meta_s_layout_needs_a_version(tmp_path: Path, target: Path) -> None:
+    write_tiny_meta(tmp_path / "tiny", "3")
+    target.mkdir()
 
-    words = f"{tmp_path}: Meta's files are in {tmp_path}/original, .* mv {tmp_path}/original/\\* {tmp_path}$"
-    with pytest.raises(InputError, match=words):
-        convert_default(tmp_path, target)
-
-
-def test_a_folder_without_source_model_is_refused(tmp_path: Path, target: Path) -> None:
-    with pytest.raises(InputError, match=r"no source model is there.*params.json.*config.json"):
-        convert_default(tmp_path, target)
+    with pytest.raises(InputError, match=r"models.tiny.llama_version: missing, .* tiny: {llama_version: '3.2'}"):
+        convert(tmp_path / "tiny", target, llama_version=None, max_shard_gib=2)
 
 
 def test_transformers_is_not_imported() -> None:

@@ -8,17 +8,20 @@ import pytest
 from conftest import prose, write_pdf
 
 from pdf2lora.documents import corpus
-from pdf2lora.documents.corpus import extract_corpus, find_pdfs, summarize
+from pdf2lora.documents.corpus import extract_corpus, find_linked_folders, find_pdfs, summarize
 from pdf2lora.documents.records import Extraction
 from pdf2lora.errors import InputError
 
 SETTINGS: dict[str, Any] = {
-    "engines": ["pypdf2", "pdfium"],
+    "engines": ["pdfium", "pypdf2"],
     "max_pages": 30,
     "timeout_s": 20.0,
     "memory_gib": 0.5,
     "clean": True,
     "min_characters": 100,
+    "ocr": "none",
+    "ocr_timeout_s": 60.0,
+    "ocr_memory_gib": 4.0,
 }
 
 
@@ -56,10 +59,22 @@ def test_a_folder_without_pdfs_is_refused(tmp_path: Path) -> None:
         find_pdfs(tmp_path)
 
 
+def test_a_linked_folder_is_found_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.pdf").touch()
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/linked").symlink_to(tmp_path / "elsewhere")
+    assert find_linked_folders(tmp_path / "corpus") == [tmp_path / "corpus/linked"]
+    with pytest.raises(InputError, match="Linked folders are not read"):
+        find_pdfs(tmp_path / "corpus")
+    (tmp_path / "corpus/b.pdf").symlink_to(tmp_path / "elsewhere/a.pdf")
+    assert find_pdfs(tmp_path / "corpus") == [tmp_path / "corpus/b.pdf"]
+
+
 def test_a_pdf_becomes_a_document(tmp_path: Path) -> None:
     file = write_pdf(tmp_path / "reports/sea.pdf", [prose(1)])
     [document] = extract_corpus(tmp_path, [file], tmp_path, SETTINGS)
-    assert (document.id, document.engine, document.reason) == ("reports/sea.pdf", "pypdf2", None)
+    assert (document.id, document.engine, document.reason) == ("reports/sea.pdf", "pdfium", None)
     assert document.text.split() == prose(1).split()
     assert document.characters == len(document.text)
 
@@ -102,6 +117,10 @@ def test_a_summary_counts_reasons_engines_and_partial_documents(tmp_path: Path, 
         "engine": {"pypdf2": 2},
         "partial": 2,
         "pages_read": 2,
+        "pages_unread": 0,
+        "pages_ocr": 0,
+        "pages_reordered": 0,
         "characters_raw": 6,
         "characters": 6,
+        "removed": {},
     }

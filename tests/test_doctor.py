@@ -151,9 +151,9 @@ class TestDoctor:
     @pytest.mark.parametrize(
         ("file", "words"),
         [
-            ("params.json", "has neither params.json nor config.json. Download all files."),
-            ("tokenizer.model", "has no tokenizer.model. Download all files."),
-            ("consolidated.00.pth", "has no *.pth. Download all files."),
+            ("params.json", "/params.json: the file is missing."),
+            ("tokenizer.model", "/tokenizer.model: the file is missing."),
+            ("consolidated.00.pth", "/consolidated.00.pth: the file is missing."),
         ],
     )
     def test_a_missing_file_of_the_source_model_is_a_problem(self, project, capsys, file, words):
@@ -161,7 +161,7 @@ class TestDoctor:
 
         output = printed(capsys, status=1)
 
-        assert f"problem  source model  models/source/demo {words}" in output
+        assert f"problem  source model  models/source/demo{words}" in output
         assert "forecast" not in output
 
     def test_meta_s_files_in_the_hub_s_subfolder_must_be_moved(self, project, capsys):
@@ -171,7 +171,7 @@ class TestDoctor:
         (project / "original").rename(folder / "original")
 
         output = printed(capsys, status=1)
-        assert "problem  source model  models/source/demo has Meta's files in original." in output
+        assert "problem  source model  models/source/demo: Meta's files are in models/source/demo/original" in output
         assert "mv models/source/demo/original/* models/source/demo\n" in output
 
     def test_a_corpus_without_pdfs_is_a_problem(self, project, capsys):

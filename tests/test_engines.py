@@ -1,7 +1,13 @@
 from pathlib import Path
 
+import matplotlib
 import pytest
-from conftest import prose
+from conftest import prose, write_pdf
+from PyPDF2 import PdfReader, PdfWriter
+from PyPDF2.generic import ArrayObject, DictionaryObject, NameObject, TextStringObject
+from reportlab.pdfbase import pdfmetrics
+from reportlab.pdfbase.ttfonts import TTFont
+from reportlab.pdfgen.canvas import Canvas
 
 from pdf2lora.documents.engines import ENGINES, Encrypted
 
@@ -10,9 +16,9 @@ BOTH = pytest.mark.parametrize("engine", ["pypdf2", "pdfium"])
 
 @BOTH
 def test_an_engine_reads_single_pages(pdfs: dict[str, Path], engine: str) -> None:
-    num_pages, read_page = ENGINES[engine](pdfs["plain"])
-    assert num_pages == 3
-    assert [read_page(number).split() for number in (2, 0)] == [prose(3).split(), prose(1).split()]
+    document = ENGINES[engine](pdfs["plain"])
+    assert document.num_pages == 3
+    assert [document.read_page(number).text.split() for number in (2, 0)] == [prose(3).split(), prose(1).split()]
 
 
 @BOTH
@@ -23,8 +29,8 @@ def test_a_document_with_a_password_is_encrypted(pdfs: dict[str, Path], engine: 
 
 @BOTH
 def test_a_blank_password_opens_a_document(pdfs: dict[str, Path], engine: str) -> None:
-    _, read_page = ENGINES[engine](pdfs["blank_password"])
-    assert read_page(0).split() == prose(9).split()
+    document = ENGINES[engine](pdfs["blank_password"])
+    assert document.read_page(0).text.split() == prose(9).split()
 
 
 @BOTH
@@ -33,3 +39,65 @@ def test_a_damaged_file_raises_another_error(pdfs: dict[str, Path], engine: str,
     with pytest.raises(Exception) as caught:  # noqa: PT011  (PyPDF2 raises more than a dozen types)
         ENGINES[engine](pdfs[name])
     assert not isinstance(caught.value, Encrypted)
+
+
+def test_pdfium_reads_the_values_of_form_fields(tmp_path: Path) -> None:
+    canvas = Canvas(str(tmp_path / "form.pdf"))
+    canvas.drawString(72, 720, "Name of the station:")
+    canvas.acroForm.textfield(name="station", value="Upper valley", x=72, y=680, width=200, height=20)
+    canvas.acroForm.textfield(name="remark", value="", x=72, y=640, width=200, height=20)
+    canvas.acroForm.checkbox(name="seen", checked=True, x=72, y=600)
+    canvas.save()
+    page = ENGINES["pdfium"](tmp_path / "form.pdf").read_page(0)
+    assert page.text.split("\n") == ["Name of the station:", "Upper valley"]
+
+
+def copy_of(source: Path) -> PdfWriter:
+    writer = PdfWriter()
+    writer.append_pages_from_reader(PdfReader(source))
+    return writer
+
+
+def test_the_page_of_an_xfa_form_is_a_placeholder(tmp_path: Path) -> None:
+    source = write_pdf(tmp_path / "source.pdf", ["Please wait"])
+    form = DictionaryObject({NameObject("/XFA"): TextStringObject("<xdp/>"), NameObject("/Fields"): ArrayObject()})
+    writer = copy_of(source)
+    writer._root_object[NameObject("/AcroForm")] = form
+    writer.write(tmp_path / "xfa.pdf")
+    assert ENGINES["pdfium"](tmp_path / "xfa.pdf").is_placeholder
+    assert not ENGINES["pdfium"](source).is_placeholder
+
+
+def test_attachments_are_counted(tmp_path: Path) -> None:
+    source = write_pdf(tmp_path / "source.pdf", ["Cover"])
+    writer = copy_of(source)
+    writer.add_attachment("report.pdf", source.read_bytes())
+    writer.write(tmp_path / "portfolio.pdf")
+    assert ENGINES["pdfium"](tmp_path / "portfolio.pdf").num_attachments == 1
+    assert ENGINES["pdfium"](source).num_attachments == 0
+
+
+def test_pdfium_reads_columns_drawn_row_by_row_in_reading_order(tmp_path: Path) -> None:
+    canvas = Canvas(str(tmp_path / "columns.pdf"))
+    canvas.drawString(72, 800, "A title that is over both columns of this page and reaches from left to right")
+    left, right = (prose(seed, 160).replace("\n", " ").split() for seed in (1, 2))
+    columns = [[" ".join(words[start : start + 8]) for start in range(0, 160, 8)] for words in (left, right)]
+    canvas.setFont("Helvetica", 9)
+    for row, lines in enumerate(zip(*columns, strict=True)):
+        for x, line in zip((72, 320), lines, strict=True):
+            canvas.drawString(x, 760 - 12 * row, line)
+    canvas.save()
+    page = ENGINES["pdfium"](tmp_path / "columns.pdf").read_page(0)
+    assert page.is_reordered
+    assert page.text.split()[-320:] == left + right
+
+
+def test_pdfium_puts_right_to_left_lines_in_reading_order(tmp_path: Path) -> None:
+    pdfmetrics.registerFont(TTFont("DejaVu", Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"))
+    canvas = Canvas(str(tmp_path / "hebrew.pdf"))
+    canvas.setFont("DejaVu", 11)
+    words = ["הזרימה", "בנהר", "בשנת", "2019", "לפי", "מודל", "HBV", "של", "האגן"]
+    shown = [word if word.isascii() else word[::-1] for word in reversed(words)]  # as on the page, from left to right
+    canvas.drawString(72, 720, " ".join(shown))
+    canvas.save()
+    assert ENGINES["pdfium"](tmp_path / "hebrew.pdf").read_page(0).text.split() == words

@@ -13,16 +13,19 @@ from conftest import prose
 from tiny_adapter import write_tiny_models
 from tiny_llama import quiet, write_texts
 
+from pdf2lora.evaluation import job
 from pdf2lora.model.forward import build_forward
 from stages import evaluate
 
 pytestmark = quiet
+GENERAL = [prose(seed, 20) for seed in (20, 21, 22)]
 TEXTS = ["short", prose(11, 30), prose(12, 15)]
 SETTINGS = {
     "compute.seq_length": 32,
+    "sample.prompt_tokens": 8,
+    "sample.max_new_tokens": 8,
     "evaluate.stride": 12,
     "evaluate.per_device_batch": 4,
-    "evaluate.bootstrap_samples": 200,
 }
 
 
@@ -39,6 +42,9 @@ def project(tmp_path, monkeypatch, write_params, models):
     monkeypatch.delenv("DVC_ROOT")
     shutil.copytree(models, tmp_path / "models")
     write_texts(tmp_path / "data/split/test.jsonl", TEXTS)
+    (tmp_path / "data/general").mkdir()
+    for number, text in enumerate(GENERAL):
+        (tmp_path / f"data/general/{number}.txt").write_text(text)
 
     def run(**changes):
         write_params(SETTINGS | {f"evaluate.{name}": value for name, value in changes.items()})
@@ -58,29 +64,33 @@ def read_rows():
 
 
 def all_numbers(metrics):
-    numbers = [value for part in metrics.values() for value in (part.values() if isinstance(part, dict) else [part])]
+    numbers = [value for name in ("base_unquantized", "base", "adapted") for value in metrics[name].values()]
     return numbers + [float(value) for row in read_rows() for key, value in row.items() if key != "id"]
 
 
 def test_writes_both_perplexities_and_a_row_for_each_document(project, capsys):
     metrics = project.run()
 
-    base, adapted, improvement = (metrics[name] for name in ("base", "adapted", "improvement"))
+    names = ("base_unquantized", "base", "adapted", "improvement")
+    unquantized, base, adapted, improvement = (metrics[name] for name in names)
     assert metrics["documents"] == len(TEXTS)
     assert metrics["tokens"] == sum(len(text) for text in TEXTS)
-    for numbers in (base, adapted):
+    for numbers in (unquantized, base, adapted):
         assert numbers["low_95"] <= numbers["perplexity"] <= numbers["high_95"]
         assert numbers["bits_per_byte"] == pytest.approx(
-            math.log2(numbers["perplexity"]), abs=1e-5
+            math.log2(numbers["perplexity"]), abs=1e-4
         )  # one token per byte
-    assert improvement["share"] == pytest.approx(1 - adapted["perplexity"] / base["perplexity"], abs=2e-6)
+    assert improvement["share"] == pytest.approx(1 - adapted["perplexity"] / base["perplexity"], abs=2e-5)
+    cost = base["perplexity"] / unquantized["perplexity"] - 1
+    assert metrics["quantization_cost"]["share"] == pytest.approx(cost, abs=1e-4)
+    assert metrics["general"]["documents"] == len(GENERAL)
 
     rows = read_rows()
     assert [row["id"] for row in rows] == ["test-0.pdf", "test-1.pdf", "test-2.pdf"]
     assert [int(row["words"]) for row in rows] == [len(text.split()) for text in TEXTS]
     for name in ("base", "adapted"):
         nats = sum(int(row["tokens"]) * math.log(float(row[f"{name}_perplexity"])) for row in rows)
-        assert math.exp(nats / metrics["tokens"]) == pytest.approx(metrics[name]["perplexity"], rel=1e-6)
+        assert math.exp(nats / metrics["tokens"]) == pytest.approx(metrics[name]["perplexity"], rel=1e-5)
     assert f"{base['perplexity']:.2f} (base) -> {adapted['perplexity']:.2f} (adapted)" in capsys.readouterr().out
     assert json.loads(Path("metrics/machine.json").read_text()).keys() == {"machine", "evaluate"}
 
@@ -88,7 +98,7 @@ def test_writes_both_perplexities_and_a_row_for_each_document(project, capsys):
 def test_batch_size_does_not_change_the_numbers(project):
     first, second = (all_numbers(project.run(per_device_batch=batch)) for batch in (1, 4))
 
-    assert first == pytest.approx(second, rel=1e-6, abs=2e-6)
+    assert first == pytest.approx(second, rel=1e-5, abs=2e-5)
 
 
 @pytest.mark.parametrize(("chosen", "built"), [("reference", "reference"), ("fused", "fused"), ("fp8", "fused")])
@@ -99,10 +109,10 @@ def test_scores_are_not_computed_in_fp8(project, monkeypatch, chosen, built):
         kernels_of_forward.append(kernels)
         return build_forward(model, "reference")
 
-    monkeypatch.setattr(evaluate, "choose_kernels", lambda *settings: chosen)
-    monkeypatch.setattr(evaluate, "build_forward", build)
+    monkeypatch.setattr(job, "choose_kernels", lambda *settings: chosen)
+    monkeypatch.setattr(job, "build_forward", build)
 
-    project.run()
+    project.run(unquantized_base=False)
 
     assert kernels_of_forward == [built]
 
@@ -118,13 +128,31 @@ def test_compares_with_an_earlier_commit(project, capsys):
 
     comparison = metrics["comparison"]
     assert (comparison["baseline"], comparison["documents"], comparison["unpaired_documents"]) == ("HEAD", 3, 0)
-    assert comparison["current_perplexity"] == pytest.approx(metrics["adapted"]["perplexity"], rel=1e-6)
+    assert comparison["current_perplexity"] == pytest.approx(metrics["adapted"]["perplexity"], rel=1e-5)
     assert (comparison["improvement"]["share"], comparison["significant"]) == (0, False)
     assert "evaluate: baseline adapter HEAD (" in capsys.readouterr().out
 
 
 def test_an_unknown_baseline_is_refused_before_scoring(project):
-    with pytest.raises(SystemExit, match=r"evaluate\.compare_to: 'nowhere' is not a git revision"):
+    with pytest.raises(SystemExit, match="'nowhere' is not a git revision"):
         project.run(compare_to="nowhere")
 
     assert not Path("metrics/eval.json").exists()
+
+
+def test_writes_samples(project):
+    project.run()
+
+    samples = json.loads(Path("data/samples.json").read_text(encoding="utf-8"))
+    assert [sample["document"] for sample in samples] == ["test-0.pdf", "test-1.pdf", "test-2.pdf"]
+
+
+def test_the_unquantized_base_is_scored_only_where_the_setting_asks_for_it(project):
+    assert "base_unquantized" not in project.run(unquantized_base=False)
+
+
+def test_without_the_stages_before_it_one_line_names_what_is_missing(project):
+    Path("data/split/test.jsonl").unlink()
+
+    with pytest.raises(SystemExit, match=r"error: data/split/test\.jsonl does not exist"):
+        project.run()

@@ -16,7 +16,7 @@ from commands import export
 from pdf2lora.runtime.manifest import MANIFEST, find_damage, read_manifest
 
 pytestmark = quiet
-SETTINGS = {"compute.seq_length": 32, "evaluate.stride": 16, "evaluate.bootstrap_samples": 100}
+SETTINGS = {"compute.seq_length": 32, "evaluate.stride": 16}
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,15 @@ from pdf2lora.documents.records import Extraction
 from tests.long.fuzz import fuzz_pdfs
 
 SETTINGS: dict[str, Any] = {
-    "engines": ["pypdf2", "pdfium"],
+    "engines": ["pdfium", "pypdf2"],
     "max_pages": 30,
     "timeout_s": 20.0,
     "memory_gib": 0.5,
     "clean": True,
     "min_characters": 100,
+    "ocr": "none",
+    "ocr_timeout_s": 60.0,
+    "ocr_memory_gib": 4.0,
     "num_workers": 1,
 }
 SHORT_TIMEOUT_S = 1.5  # for an engine that hangs
@@ -46,8 +49,9 @@ def test_an_engine_reads_all_pages(pdfs: dict[str, Path], engine: str) -> None:
     assert extraction.characters_raw >= len(extraction.text)
 
 
-def test_a_complete_first_engine_is_enough(extractions: dict[str, Extraction]) -> None:
-    assert extractions["plain"].attempts == {"pypdf2": "complete"}
+def test_all_engines_read_and_the_first_of_equal_texts_is_kept(extractions: dict[str, Extraction]) -> None:
+    assert extractions["plain"].attempts == {"pdfium": "complete", "pypdf2": "complete"}
+    assert extractions["plain"].engine == "pdfium"
 
 
 def test_at_most_max_pages_are_read(pdfs: dict[str, Path]) -> None:
@@ -89,7 +93,7 @@ def test_a_short_text_is_left_out(extractions: dict[str, Extraction], pdfs: dict
 
 def test_a_blank_password_opens_the_document(extractions: dict[str, Extraction]) -> None:
     extraction = extractions["blank_password"]
-    assert (extraction.reason, extraction.engine) == (None, "pypdf2")
+    assert (extraction.reason, extraction.engine) == (None, "pdfium")
     assert flat(extraction.text) == flat(prose(9))
 
 
@@ -100,7 +104,7 @@ def test_a_damaged_page_does_not_stop_the_next_page(pdfs: dict[str, Path]) -> No
     assert flat(extraction.text) == flat(f"{prose(6)} {prose(7)}")
 
 
-def test_the_next_engine_reads_a_page_that_is_damaged_for_the_first(extractions: dict[str, Extraction]) -> None:
+def test_a_complete_engine_is_preferred_to_a_damaged_one(extractions: dict[str, Extraction]) -> None:
     extraction = extractions["one_bad_page"]
     assert extraction.engine == "pdfium"
     assert extraction.attempts == {"pypdf2": "damaged", "pdfium": "complete"}

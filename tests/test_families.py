@@ -1,11 +1,22 @@
-"""The table of families against transformers."""
+"""The table of families against transformers: entries, converted models, merged models."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import tiny_config
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from tiny_families import tiny_config, write_tiny_family
+from tiny_llama import EOS, quiet
+from tiny_meta import convert_default
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pdf2lora.weights.families import FAMILIES, Family
+from pdf2lora.weights.merge import merge, read_adapter
+
+Converted = Callable[[str], tuple[Path, Path]]
+MODEL_TYPES = {family.architecture: family.model_type for family in FAMILIES.values()} | {"GPT2LMHeadModel": "gpt2"}
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
@@ -36,3 +47,64 @@ def test_tied_by_default(family: Family) -> None:
     config = AutoConfig.for_model(family.model_type, num_hidden_layers=1, head_dim=64)
 
     assert config.tie_word_embeddings == family.tied_by_default
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """The source and the converted model of an architecture, made once."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def convert(architecture: str) -> tuple[Path, Path]:
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp(architecture)
+            source = write_tiny_family(
+                folder / "source", architecture, MODEL_TYPES[architecture], max_shard_size="200KB"
+            )
+            convert_default(source, folder / "base")
+            made[architecture] = source, folder / "base"
+        return made[architecture]
+
+    return convert
+
+
+@pytest.mark.parametrize("architecture", MODEL_TYPES)
+def test_the_converted_model_equals_transformers(converted: Converted, architecture: str) -> None:
+    source, base = converted(architecture)
+
+    assert len(list(base.glob("*.safetensors"))) > 1
+    assert type(load(base)).__name__ == architecture
+    assert torch.equal(logits(load(base)), logits(load(source)))
+    config = json.loads((base / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (None, EOS)  # the tokenizer writes no BOS
+
+
+@quiet
+@pytest.mark.parametrize("architecture", MODEL_TYPES)
+def test_the_merged_model_equals_base_and_adapter(converted: Converted, tmp_path: Path, architecture: str) -> None:
+    _, base = converted(architecture)
+    layers = FAMILIES[architecture].linear_layers if architecture in FAMILIES else ("c_attn", "c_proj", "c_fc")
+    torch.manual_seed(0)
+    adapted = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=list(layers)))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+
+    num_merged = merge(base, tmp_path / "adapter", tmp_path / "merged")
+
+    assert num_merged == len(read_adapter(tmp_path / "adapter"))
+    merged = logits(load(tmp_path / "merged"))
+    assert torch.allclose(merged, logits(adapted), atol=1e-4)
+    assert not torch.allclose(merged, logits(load(base)), atol=1e-2)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """Of 48 tokens: more than the sliding windows."""
+    tokens = torch.arange(48)[None] * 5
+    with torch.no_grad():
+        return torch.as_tensor(model.eval()(tokens).logits)

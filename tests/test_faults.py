@@ -31,7 +31,6 @@ SETTINGS = {
     **{f"lora.{key}": value for key, value in LORA.model_dump().items()},
     **{f"quantization.{key}": value for key, value in QUANTIZATION.model_dump().items()},
     "evaluate.stride": 16,
-    "evaluate.bootstrap_samples": 100,
     "corpus": "reports",
     "extract.min_characters": 50,
 }

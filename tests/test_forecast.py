@@ -1,16 +1,15 @@
 """Estimates of steps, time and memory."""
 
 import pytest
+from test_model_shape import LLAMA_3B
 
 from pdf2lora.params import read_params
 from pdf2lora.preflight.environment import Gpu
 from pdf2lora.preflight.forecast import format_duration, memory_estimate, num_optimizer_steps, time_estimate
-from pdf2lora.preflight.model_shape import ModelShape
 from pdf2lora.preflight.previous_run import PreviousRun
 
 T4 = Gpu("Tesla T4", "570.10", 15.0, 7.5)
 H100 = Gpu("NVIDIA H100 80GB HBM3", "570.10", 79.6, 9.0)
-LLAMA_3B = ModelShape(28, 3072, 3072, 1024, 8192, 128256, 3_212_749_824, 6_425_499_648)
 
 
 @pytest.fixture

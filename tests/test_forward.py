@@ -2,9 +2,9 @@ import pytest
 import torch
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed, quiet, write_tiny_llama
 
-from pdf2lora.model.forward import Reference, build_forward
+from pdf2lora.model.forward import ReferenceForward, build_forward
 from pdf2lora.model.gradient_checkpointing import GradientCheckpointing
-from pdf2lora.model.kernels.llama import FusedLlama
+from pdf2lora.model.kernels.fused import FusedForward
 from pdf2lora.model.loading import add_lora, load_base
 
 pytestmark = quiet
@@ -30,13 +30,13 @@ def test_reference_is_the_model_without_its_head(model):
     forward = build_forward(model.eval(), "reference")
     ids = IDS.to(model.device)
 
-    assert isinstance(forward, Reference)
+    assert isinstance(forward, ReferenceForward)
     with torch.no_grad():
         hidden = forward(ids)
         assert hidden.shape == (2, 24, 64)
-        assert torch.equal(hidden @ forward.head.t(), model(input_ids=ids).logits)
+        assert torch.equal(forward.head.logits(hidden), model(input_ids=ids).logits)
     assert forward.model is model
-    assert forward.head is model.get_base_model().lm_head.weight
+    assert forward.head.weight is model.get_base_model().lm_head.weight
 
 
 def test_reference_of_a_base_without_an_adapter(base):
@@ -45,7 +45,7 @@ def test_reference_of_a_base_without_an_adapter(base):
     ids = IDS.to(causal_lm.device)
 
     with torch.no_grad():
-        assert torch.equal(forward(ids) @ forward.head.t(), causal_lm(input_ids=ids).logits)
+        assert torch.equal(forward.head.logits(forward(ids)), causal_lm(input_ids=ids).logits)
 
 
 def test_reference_of_a_bfloat16_base_computes_in_bfloat16(base):
@@ -73,9 +73,9 @@ def test_last_forward_decides_on_gradient_checkpointing(model):
 def test_fused_forward_has_the_settings(model, kernels, fp8, value):
     forward = build_forward(model, kernels, value)
 
-    assert isinstance(forward, FusedLlama)
+    assert isinstance(forward, FusedForward)
     assert (forward.gradient_checkpointing, forward.fp8) == (value, fp8)
-    assert forward.head is model.get_base_model().lm_head.weight
+    assert forward.head.weight is model.get_base_model().lm_head.weight
 
 
 @pytest.mark.parametrize(("kernels", "value"), [("fused", "half"), ("reference", "mlp")])

@@ -1,15 +1,20 @@
 """generate on a tiny model."""
 
+import io
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
+from conftest import REPOSITORY
 from tiny_adapter import write_tiny_models
 from tiny_llama import quiet
 
 from commands import generate
 
 pytestmark = quiet
+PROMPTS = ["It cost $5 in $HOME", "a $(shell id) b", "one\ntwo", 'it\'s "q" (x) `id` \\ $$']
 
 
 @pytest.fixture(scope="module")
@@ -18,35 +23,75 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch, write_params, models):
+def run(tmp_path, monkeypatch, write_params, models, capsys):
+    """Runs generate: run("--prompts", "file", PROMPT="...", stdin="...")."""
     monkeypatch.chdir(tmp_path)
     write_params({"sample.max_new_tokens": 8})
     shutil.copytree(models, tmp_path / "models")
-    return tmp_path
+
+    def start(*arguments, stdin="", **environment):
+        monkeypatch.setattr(sys, "argv", ["generate", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        generate.main()
+        return capsys.readouterr().out
+
+    return start
 
 
-def test_both_models_continue_the_prompt(project, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["generate", "The", "sea"])
+def test_both_models_continue_the_prompt(run):
+    base, adapted = run(PROMPT="The sea").split("--- adapted ---\n")
 
-    generate.main()
-
-    printed = capsys.readouterr().out
-    base, adapted = printed.split("--- adapted ---\n")
     assert base.startswith("--- base ---\nThe sea")
     assert adapted.startswith("The sea")
     assert base.removeprefix("--- base ---\n") != adapted
 
 
-def test_needs_a_prompt(project, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["generate", ""])
-
-    with pytest.raises(SystemExit, match="PROMPT is empty"):
-        generate.main()
+def test_reads_one_prompt_from_standard_input(run):
+    assert run(stdin="one\ntwo\n").startswith("--- base ---\none\ntwo")
 
 
-def test_needs_models(project, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["generate", "The sea"])
+def test_reads_prompts_from_a_file(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("The sea\n\nRivers $x\n")
+
+    printed = run("--prompts", "prompts.txt")
+
+    assert printed.count("--- base ---") == printed.count("--- adapted ---") == 2
+    assert "--- base ---\nRivers $x" in printed
+
+
+def test_an_empty_prompt_is_refused(run):
+    with pytest.raises(SystemExit, match="The prompt is empty"):
+        run()
+
+
+def test_missing_models_are_named(run):
     shutil.rmtree("models/base")
 
     with pytest.raises(SystemExit, match="models/base does not exist"):
-        generate.main()
+        run(PROMPT="The sea")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("from_environment", [True, False])
+def test_make_does_not_expand_the_prompt(tmp_path, prompt, from_environment):
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    printed = "@printenv PROMPT"
+    (tmp_path / "Makefile").write_text(makefile.replace("@python -m commands.generate", printed))
+    arguments = [] if from_environment else [f"PROMPT={prompt}"]
+    environment = os.environ | ({"PROMPT": prompt} if from_environment else {})
+    for name in ("requirements.txt", "requirements.lock"):
+        (tmp_path / name).touch()
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/.installed").touch()
+
+    process = subprocess.run(
+        ["make", "--old-file=.venv/.installed", "generate", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+    assert process.stdout == f"{prompt}\n", process.stderr

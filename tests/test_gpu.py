@@ -423,7 +423,7 @@ def test_lora_kernels_drop_the_same_features_in_both_passes():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("vocabulary", "chunk"), [(260, 2**28), (32_000, 17 * 32_000), (128_256, 64 * 128_256)])
 def test_loss_of_chunks_is_that_of_whole_logits(monkeypatch, dtype, vocabulary, chunk):
-    monkeypatch.setattr(loss, "LOGITS_OF_A_CHUNK", chunk)
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", chunk)
     torch.manual_seed(0)
     hidden = torch.randn(150, 64, device="cuda").to(dtype).requires_grad_()
     head = (torch.randn(vocabulary, 64, device="cuda") * 0.2).to(dtype)

@@ -142,9 +142,9 @@ def test_an_index_cannot_name_a_file_elsewhere(hugging_face: Path, name: str) ->
     ("changes", "words"),
     [
         ({"hidden_size": 2**40}, "hidden_size is 1099511627776, must be a whole number from 1 to 1048576"),
-        ({"hidden_size": 2**20}, "model.embed_tokens.weight must have shape (260, 1048576)"),
-        ({"intermediate_size": 2**20}, "mlp.gate_proj.weight must have shape (1048576, 64)"),
-        ({"num_attention_heads": 2**19}, "self_attn.q_proj.weight must have shape"),
+        ({"hidden_size": 2**20}, "lm_head.weight must have shape (260, 1048576)"),
+        ({"intermediate_size": 2**20}, "mlp.down_proj.weight must have shape (64, 1048576)"),
+        ({"num_attention_heads": 2**19}, "not a multiple of the number of attention heads (524288)"),
         (
             {"num_key_value_heads": 4},
             "self_attn.k_proj.weight must have shape (64, 64), but it has (32",

@@ -1,18 +1,11 @@
-"""Intervals of perplexity and improvement: point estimates, pairing, seed."""
+"""Estimates of perplexity and improvement with their intervals."""
 
 import math
 
 import numpy as np
 import pytest
 
-from pdf2lora.evaluation.intervals import (
-    improvement,
-    improvement_interval,
-    perplexity,
-    perplexity_interval,
-)
-
-SETTINGS = {"num_samples": 1000, "seed": 0}
+from pdf2lora.evaluation.intervals import improvement, interval_note, perplexity
 
 
 def random_documents(num_documents=40, seed=0):
@@ -24,50 +17,85 @@ def random_documents(num_documents=40, seed=0):
 
 
 def test_each_token_has_the_same_weight():
-    assert perplexity(np.array([50.0, 50.0]), np.array([1, 99])) == pytest.approx(math.e)
+    assert perplexity(np.array([50.0, 50.0]), np.array([1, 99])).value == pytest.approx(math.e)
 
 
 def test_improvement_compares_perplexities():
     base, adapted, tokens = random_documents()
 
-    expected = 1 - perplexity(adapted, tokens) / perplexity(base, tokens)
+    expected = 1 - perplexity(adapted, tokens).value / perplexity(base, tokens).value
 
-    assert improvement(base, adapted, tokens) == pytest.approx(expected)
-    assert improvement(adapted, base, tokens) < 0
+    assert improvement(base, adapted, tokens).value == pytest.approx(expected)
+    assert improvement(adapted, base, tokens).value < 0
 
 
 def test_intervals_contain_the_point_estimates():
     base, adapted, tokens = random_documents()
 
-    for nats in (base, adapted):
-        low, high = perplexity_interval(nats, tokens, **SETTINGS)
-        assert low < perplexity(nats, tokens) < high
-    low, high = improvement_interval(base, adapted, tokens, **SETTINGS)
-    assert 0.1 < low < improvement(base, adapted, tokens) < high
+    for value, (low, high) in (perplexity(base, tokens), improvement(base, adapted, tokens)):
+        assert low < value < high
+    assert improvement(base, adapted, tokens).interval.low > 0.1
 
 
-def test_documents_are_resampled():
-    """Of two documents with one token, a resample has one document twice or both."""
-    tokens = np.array([1, 1])
+def test_interval_of_documents_with_equal_lengths_is_that_of_students_t():
+    nats = np.array([10.0, 12.0, 15.0, 11.0])
+    tokens = np.full(4, 10)
 
-    base, adapted = np.array([0.0, 2.0]), np.array([0.0, 1.0])
+    low, high = perplexity(nats, tokens).interval
 
-    assert perplexity_interval(base, tokens, **SETTINGS) == pytest.approx((1, math.exp(2)))
-    assert improvement_interval(base, adapted, tokens, **SETTINGS) == pytest.approx((0, 1 - math.exp(-1)))
+    values = nats / 10
+    half_width = 3.1824463 * values.std(ddof=1) / 2  # the quantile for 3 degrees of freedom
+    assert (math.log(low), math.log(high)) == pytest.approx((values.mean() - half_width, values.mean() + half_width))
 
 
-def test_the_seed_decides_the_resamples():
-    first, repeated, other = (
-        improvement_interval(*random_documents(), num_samples=200, seed=seed) for seed in (1, 1, 2)
-    )
+def test_a_long_document_makes_the_interval_wider():
+    """The other documents hardly count, so the effective number of documents is small."""
+    base, adapted, tokens = random_documents(num_documents=10)
+    scale = np.where(np.arange(10) == 0, 30, 1)
 
-    assert first == repeated
-    assert first != other
+    equal = improvement(base, adapted, tokens).interval
+    dominated = improvement(base * scale, adapted * scale, tokens * scale).interval
+
+    assert dominated.high - dominated.low > 2 * (equal.high - equal.low)
 
 
 def test_pairing_removes_the_differences_between_documents():
     base, _, tokens = random_documents()
-    better_by_a_tenth = base + tokens * math.log(0.9)
 
-    assert improvement_interval(base, base, tokens, **SETTINGS) == (0, 0)
-    assert improvement_interval(base, better_by_a_tenth, tokens, **SETTINGS) == pytest.approx((0.1, 0.1), abs=1e-12)
+    assert improvement(base, base, tokens).interval == (0, 0)
+    assert improvement(base, base + tokens * math.log(0.9), tokens).interval == pytest.approx((0.1, 0.1))
+
+
+def test_an_empty_document_changes_nothing():
+    base, adapted, tokens = random_documents()
+    with_empty = (np.append(values, 0) for values in (base, adapted, tokens))
+
+    assert improvement(*with_empty) == improvement(base, adapted, tokens)
+
+
+@pytest.mark.parametrize("num_documents", [1, 2])
+def test_few_documents_have_no_interval(num_documents):
+    base, adapted, tokens = random_documents(num_documents)
+
+    assert perplexity(base, tokens).interval is None
+    assert improvement(base, adapted, tokens).interval is None
+
+
+@pytest.mark.parametrize(
+    ("num_documents", "note"), [(1, "no interval: 1 document,"), (2, "no interval"), (3, "wide"), (7, "wide"), (8, "")]
+)
+def test_few_documents_have_a_note(num_documents, note):
+    assert (interval_note(num_documents) or "").startswith(note)
+    assert bool(interval_note(num_documents)) == bool(note)
+
+
+@pytest.mark.parametrize("num_documents", [3, 8, 30])
+def test_the_interval_contains_the_true_value_in_95_percent_of_corpora(num_documents):
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(1000):
+        tokens = np.exp(rng.normal(8, 0.6, num_documents)).astype(np.int64)
+        low, high = perplexity(tokens * rng.normal(3.1, 0.33, num_documents), tokens).interval
+        hits += math.log(low) <= 3.1 <= math.log(high)
+
+    assert 930 <= hits <= 985

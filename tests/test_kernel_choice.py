@@ -3,12 +3,14 @@ import logging
 import pytest
 import torch
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed
+from transformers import GemmaConfig, LlamaConfig, MistralConfig, PhiConfig
 
 from pdf2lora.errors import InputError
 from pdf2lora.model import kernel_choice
 from pdf2lora.model.kernel_choice import choose_kernels
 
 BFLOAT16 = changed(COMPUTE, compute_dtype="bfloat16")
+LLAMA = LlamaConfig()
 
 
 @pytest.fixture
@@ -22,23 +24,23 @@ def pretend_gpu(monkeypatch):
 
     def pretend(capability=(9, 0), *, triton=True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: capability >= (8, 0))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(kernel_choice.importlib.util, "find_spec", lambda name: object() if triton else None)
 
     return pretend
 
 
-def refusal(kernels, *, quantization=QUANTIZATION, compute=BFLOAT16, lora=LORA):
+def refusal(kernels, *, quantization=QUANTIZATION, compute=BFLOAT16, lora=LORA, config=LLAMA):
     with pytest.raises(InputError) as caught:
-        choose_kernels(changed(compute, kernels=kernels), quantization, lora)
+        choose_kernels(changed(compute, kernels=kernels), quantization, lora, config)
     return str(caught.value)
 
 
 def test_auto_is_the_reference_without_a_gpu(no_gpu, caplog):
     caplog.set_level(logging.INFO)
 
-    assert choose_kernels(changed(COMPUTE, kernels="auto"), QUANTIZATION, LORA) == "reference"
+    assert choose_kernels(changed(COMPUTE, kernels="auto"), QUANTIZATION, LORA, LLAMA) == "reference"
 
     assert caplog.messages == ["kernels: reference (compute.kernels: auto) (there is no CUDA GPU)"]
 
@@ -58,7 +60,7 @@ def test_requested_kernels_run_if_nothing_prevents_them(pretend_gpu, caplog, set
     caplog.set_level(logging.INFO)
     pretend_gpu()
 
-    assert choose_kernels(changed(BFLOAT16, kernels=setting), QUANTIZATION, LORA) == choice
+    assert choose_kernels(changed(BFLOAT16, kernels=setting), QUANTIZATION, LORA, LLAMA) == choice
 
     assert caplog.messages == [f"kernels: {choice} (compute.kernels: {setting})"]
 
@@ -70,6 +72,13 @@ OBSTACLES = [
     ({}, {}, {"bits": 8}, {}, "they need a base model of 4 bits, quantization.bits is 8"),
     ({}, {}, {"bits": 16}, {}, "they need a base model of 4 bits, quantization.bits is 16"),
     ({}, {}, {}, {"use_dora": True}, "they do not compute DoRA (lora.use_dora)"),
+    (
+        {},
+        {},
+        {},
+        {"target_modules": ["q_proj", "lm_head"]},
+        "they do not compute LoRA of lm_head (lora.target_modules)",
+    ),
     ({}, {}, {}, {"r": 257}, "they support ranks up to 256, lora.r is 257"),
 ]
 
@@ -84,8 +93,8 @@ def test_each_obstacle_is_reported(pretend_gpu, caplog, gpu, compute, quantizati
     assert refusal("fused", quantization=base, compute=settings, lora=adapter) == (
         f"compute.kernels is 'fused'; these kernels cannot run here: {obstacle}. Use 'auto' or 'reference'."
     )
-    assert choose_kernels(changed(settings, kernels="auto"), base, adapter) == "reference"
-    assert choose_kernels(changed(settings, kernels="reference"), base, adapter) == "reference"
+    assert choose_kernels(changed(settings, kernels="auto"), base, adapter, LLAMA) == "reference"
+    assert choose_kernels(changed(settings, kernels="reference"), base, adapter, LLAMA) == "reference"
 
     assert caplog.messages == [
         f"kernels: reference (compute.kernels: auto) ({obstacle})",
@@ -100,17 +109,56 @@ def test_fp8_is_refused_on_an_older_gpu_that_can_run_fused(pretend_gpu):
         "compute.kernels is 'fp8'; these kernels cannot run here: the GPU has compute capability 8.0, they need 8.9. "
         "Use 'auto' or 'reference' or 'fused'."
     )
-    assert choose_kernels(changed(BFLOAT16, kernels="auto"), QUANTIZATION, LORA) == "fused"
+    assert choose_kernels(changed(BFLOAT16, kernels="auto"), QUANTIZATION, LORA, LLAMA) == "fused"
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0), (12, 0)])
 def test_fp8_runs_on_ada_and_later(pretend_gpu, capability):
     pretend_gpu(capability)
 
-    assert choose_kernels(changed(BFLOAT16, kernels="fp8"), QUANTIZATION, LORA) == "fp8"
+    assert choose_kernels(changed(BFLOAT16, kernels="fp8"), QUANTIZATION, LORA, LLAMA) == "fp8"
 
 
 def test_fused_is_not_suggested_if_it_cannot_run(pretend_gpu):
     pretend_gpu((7, 5))
 
     assert refusal("fp8").endswith(". Use 'auto' or 'reference'.")
+
+
+# base models
+
+
+@pytest.mark.parametrize(
+    ("config", "obstacle"),
+    [
+        (GemmaConfig(), "they do not compute the architecture 'gemma'"),
+        (PhiConfig(), "they do not compute the architecture 'phi'"),
+        (LlamaConfig(hidden_act="gelu"), "they do not compute a model whose config.json has hidden_act 'gelu'"),
+        (MistralConfig(sliding_window=16), "the model's sliding window has 16 tokens, compute.seq_length is 32"),
+    ],
+    ids=["gemma", "phi", "gelu", "window"],
+)
+def test_other_base_models_run_on_the_reference(pretend_gpu, caplog, config, obstacle):
+    caplog.set_level(logging.INFO)
+    pretend_gpu()
+
+    assert choose_kernels(changed(BFLOAT16, kernels="auto"), QUANTIZATION, LORA, config) == "reference"
+
+    assert caplog.messages == [f"kernels: reference (compute.kernels: auto) ({obstacle})"]
+    assert obstacle in refusal("fp8", config=config)
+
+
+def test_fp8_needs_widths_that_are_a_multiple_of_16(pretend_gpu):
+    pretend_gpu()
+    config = LlamaConfig(hidden_size=96, intermediate_size=104, num_attention_heads=4)
+
+    assert "a multiple of 16, the model has one with 104. Use 'auto' or 'reference' or 'fused'" in refusal(
+        "fp8", config=config
+    )
+
+
+def test_all_linear_layers_are_known(pretend_gpu):
+    pretend_gpu()
+    lora = changed(LORA, target_modules="all-linear")
+
+    assert choose_kernels(changed(BFLOAT16, kernels="fused"), QUANTIZATION, lora, LLAMA) == "fused"

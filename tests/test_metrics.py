@@ -1,54 +1,93 @@
-"""The numbers of metrics/eval.json by hand."""
+"""The numbers of metrics/eval.json by hand, and the lines for the terminal."""
 
 import math
 
 import numpy as np
 import pytest
-from tiny_llama import make_document
 
-from pdf2lora.evaluation.metrics import document_table, evaluation_metrics, summary, summary_line
+from pdf2lora.evaluation.metrics import (
+    Scores,
+    document_table,
+    evaluation_metrics,
+    format_improvement,
+    model_metrics,
+    rounded,
+    summary_lines,
+)
 from pdf2lora.evaluation.windows import TextSize
-from pdf2lora.params import read_params
 
 SIZES = [TextSize(tokens=2, bytes=10, words=1), TextSize(tokens=7, bytes=26, words=2)]
-BASE = np.array([math.log(2) * 6, math.log(2) * 12])  # 18 bits
-ADAPTED = BASE / 2
+BITS = np.array([6, 12])
+BASE = math.log(2) * BITS  # 2 bits per token
+SCORES = Scores(BASE, BASE / 2, BASE * 0.95)
 
 
-@pytest.fixture
-def settings(write_params):
-    return read_params(write_params({"evaluate.bootstrap_samples": 100})).evaluate
+def metrics_of(scores: Scores) -> dict:
+    return evaluation_metrics(scores, SIZES, scores, SIZES)
 
 
-def test_summary():
-    assert summary(BASE, SIZES) == pytest.approx(
-        {"perplexity": 2 ** (18 / 9), "bits_per_byte": 18 / 36, "word_perplexity": 2 ** (18 / 3)}, rel=1e-12
-    )
+def test_model_metrics():
+    metrics = model_metrics(BASE, SIZES)
+
+    assert metrics["perplexity"] == 4
+    assert metrics["bits_per_byte"] == 18 / 36
+    assert metrics["word_perplexity"] == 2**6
+    assert (metrics["low_95"], metrics["high_95"]) == (None, None)
 
 
-def test_evaluation_metrics(settings):
-    metrics = evaluation_metrics(BASE, ADAPTED, SIZES, settings)
+def test_the_three_models_are_side_by_side():
+    metrics = metrics_of(SCORES)
 
-    assert metrics["base"]["perplexity"] == 4
-    assert metrics["adapted"]["perplexity"] == 2
+    assert metrics["base_unquantized"]["perplexity"] == rounded(4**0.95)
+    assert (metrics["base"]["perplexity"], metrics["adapted"]["perplexity"]) == (4, 2)
     assert metrics["improvement"]["share"] == 0.5
+    assert metrics["improvement_over_unquantized"]["share"] == rounded(1 - 2 / 4**0.95)
+    assert metrics["quantization_cost"]["share"] == rounded(4**0.05 - 1)
     assert (metrics["documents"], metrics["tokens"]) == (2, 9)
-    for numbers, name in ((metrics["base"], "perplexity"), (metrics["improvement"], "share")):
-        assert numbers["low_95"] <= numbers[name] <= numbers["high_95"]
+    assert metrics["general"]["adapted"] == metrics["adapted"]
 
 
-def test_summary_line_has_the_metrics_of_eval_json(settings):
-    line = summary_line(evaluation_metrics(BASE, ADAPTED, SIZES, settings))
+def test_without_an_unquantized_base_two_models_are_left():
+    metrics = metrics_of(Scores(BASE, BASE / 2, None))
 
-    assert line.startswith("test perplexity 4.00 (base) -> 2.00 (adapted), 50.0% lower [")
+    assert not {"base_unquantized", "improvement_over_unquantized", "quantization_cost"} & set(metrics)
+    assert len(summary_lines(metrics, 16)) == 2
+
+
+def test_few_documents_have_a_note():
+    assert metrics_of(SCORES)["interval_note"].startswith("no interval: 2 documents")
+    assert "no interval: 2 documents" in summary_lines(metrics_of(SCORES), 4)[0]
+
+
+@pytest.mark.parametrize(("unquantized_nats", "is_costly"), [(0.95 * BASE, True), (0.99 * BASE, False)])
+def test_a_costly_quantization_is_reported(unquantized_nats, is_costly):
+    lines = summary_lines(metrics_of(Scores(BASE, BASE / 2, unquantized_nats)), 4)
+
+    assert any("costs more than 5%" in line for line in lines) == is_costly
+
+
+@pytest.mark.parametrize(
+    ("share", "low", "high", "text"),
+    [
+        (0.02, 0.01, 0.03, "2.0% lower [1.0%, 3.0%]"),
+        (-0.02, -0.03, -0.01, "2.0% higher [1.0%, 3.0%]"),
+        (0.02, None, None, "2.0% lower"),
+    ],
+)
+def test_format_improvement(share, low, high, text):
+    assert format_improvement({"share": share, "low_95": low, "high_95": high}) == text
+
+
+def test_numbers_have_six_significant_digits():
+    assert rounded(0.123456789) == 0.123457
+    assert rounded(10935.889471) == 10935.9
 
 
 def test_document_table_is_sorted_by_id():
-    documents = [make_document(name, "") for name in ("b.pdf", "a.pdf")]
-
-    table = document_table(documents, SIZES, BASE, ADAPTED)
+    table = document_table(["b.pdf", "a.pdf"], SIZES, SCORES)
 
     assert table["id"].tolist() == ["a.pdf", "b.pdf"]
     assert table["tokens"].tolist() == [7, 2]
-    assert table["base_perplexity"].tolist() == pytest.approx([2 ** (12 / 7), 8], abs=1e-6)
-    assert table["improvement"].tolist() == pytest.approx([1 - 2 ** (-6 / 7), 1 - 2**-1.5], abs=1e-6)
+    assert table["base_perplexity"].tolist() == [rounded(2 ** (12 / 7)), 8]
+    assert table["base_unquantized_perplexity"].tolist()[1] == rounded(8**0.95)
+    assert table["improvement"].tolist()[1] == rounded(1 - 2**-1.5)

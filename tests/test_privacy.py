@@ -20,7 +20,6 @@ SETTINGS = {
     "corpus": "reports",
     "extract.min_characters": 50,
     "evaluate.stride": 16,
-    "evaluate.bootstrap_samples": 100,
 }
 SECRET = "s3cr3t-0f-th3-t3st"
 SECRETS = {name: SECRET for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}

@@ -1,85 +1,10 @@
+import time
+
 import pytest
-from conftest import prose
 
-from pdf2lora.documents.quality import is_readable, select
-from pdf2lora.documents.records import COMPLETE, Attempt, Extraction, Reason
+from pdf2lora.documents.quality import is_readable, is_right_to_left, num_word_errors
 
-CODES = "\x1b\x1c\x13\x15 \x11\x14 \x1e\x12 " * 20
-READABLE = [f"{prose(1)}\n", prose(2)]
 PROSE = "The sea is warmer than it was before, and a river that I know is dry in summer. "
-
-
-def select_from(*attempts: Attempt, clean: bool = True, min_characters: int = 50) -> Extraction:
-    return select(list(attempts), clean=clean, min_characters=min_characters)
-
-
-def flat(text: str) -> str:
-    return " ".join(text.split())
-
-
-@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
-def test_a_complete_attempt_is_preferred_to_a_longer_partial_one(order: slice) -> None:
-    partial = Attempt("pypdf2", Reason.TIMED_OUT, 3, READABLE * 2)
-    complete = Attempt("pdfium", COMPLETE, 3, READABLE)
-    extraction = select_from(*[partial, complete][order])
-    assert (extraction.engine, extraction.pages_read, extraction.num_pages) == ("pdfium", 2, 3)
-
-
-@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
-def test_a_readable_partial_attempt_is_preferred_to_an_unreadable_complete_one(order: slice) -> None:
-    partial = Attempt("pypdf2", Reason.DAMAGED, 2, READABLE[:1])
-    complete = Attempt("pdfium", COMPLETE, 2, [CODES, CODES])
-    extraction = select_from(*[partial, complete][order])
-    assert (extraction.engine, extraction.reason) == ("pypdf2", None)
-    assert flat(extraction.text) == flat(READABLE[0])
-
-
-def test_the_longer_of_two_partial_attempts_is_selected() -> None:
-    shorter = Attempt("pypdf2", Reason.TIMED_OUT, 5, READABLE[:1])
-    longer = Attempt("pdfium", Reason.CRASHED, 5, READABLE)
-    assert select_from(shorter, longer).engine == "pdfium"
-    assert select_from(longer, shorter).engine == "pdfium"
-
-
-def test_the_outcomes_of_all_engines_are_recorded() -> None:
-    extraction = select_from(Attempt("pypdf2", Reason.CRASHED), Attempt("pdfium", COMPLETE, 2, READABLE))
-    assert extraction.attempts == {"pypdf2": "crashed", "pdfium": "complete"}
-    assert extraction.num_pages == 2
-
-
-@pytest.mark.parametrize(
-    ("attempts", "reason"),
-    [
-        ([Attempt("pypdf2", COMPLETE, 1, ["Sea level"])], "too_short"),
-        ([Attempt("pypdf2", COMPLETE, 1, ["", " \n"])], "no_text_layer"),
-        ([Attempt("pypdf2", COMPLETE, 1, [CODES])], "unreadable_font"),
-        ([Attempt("pypdf2", COMPLETE, 1, [CODES]), Attempt("pdfium", COMPLETE, 1, [""])], "unreadable_font"),
-        ([Attempt("pypdf2", Reason.DAMAGED), Attempt("pdfium", COMPLETE, 1, [""])], "no_text_layer"),
-        (
-            [Attempt("pypdf2", Reason.TIMED_OUT, 9, ["Sea level"]), Attempt("pdfium", COMPLETE, 9, [CODES])],
-            "unreadable_font",
-        ),
-        ([Attempt("pypdf2", Reason.TIMED_OUT, 9, ["Sea level"])], "timed_out"),
-        ([Attempt("pypdf2", Reason.DAMAGED), Attempt("pdfium", Reason.ENCRYPTED)], "encrypted"),
-        ([Attempt("pypdf2", Reason.OUT_OF_MEMORY), Attempt("pdfium", Reason.CRASHED)], "out_of_memory"),
-        ([Attempt("pypdf2", Reason.CRASHED), Attempt("pdfium", Reason.CRASHED)], "crashed"),
-    ],
-)
-def test_the_reason_for_no_text(attempts: list[Attempt], reason: str) -> None:
-    extraction = select_from(*attempts)
-    assert (extraction.reason, extraction.text) == (reason, "")
-
-
-def test_a_text_of_min_characters_is_kept() -> None:
-    complete = Attempt("pypdf2", COMPLETE, 1, ["The sea level"])
-    assert select_from(complete, min_characters=13).text == "The sea level"
-    assert select_from(complete, min_characters=14).reason == "too_short"
-
-
-def test_min_characters_counts_cleaned_text() -> None:
-    complete = Attempt("pypdf2", COMPLETE, 1, ["The sea level ..............................."])
-    assert select_from(complete, min_characters=20).reason == "too_short"
-    assert select_from(complete, min_characters=20, clean=False).reason is None
 
 
 @pytest.mark.parametrize(
@@ -130,3 +55,50 @@ def test_codes_spaced_out_and_glued_text_is_not_readable(text: str) -> None:
 def test_letters_shifted_to_other_letters_are_not_readable() -> None:
     assert is_readable("The climate is changing and we must act. " * 10)
     assert not is_readable("Wkh folpdwh lv fkdqjlqj dqg zh pxvw dfw. " * 10)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Let f be a map of a set X to a set Y and let x and y be points of X. Then f(x) = a p + b n for p > 2.",
+        "x = y z, where i, j, k and n are integers; u v = w and t > 0 for each r in R.",
+        "是 任 意 自 然 数 和 整 数",
+    ],
+    ids=["variables", "formulas", "chinese"],
+)
+def test_variables_are_words(text: str) -> None:
+    assert is_readable(text * 5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "errors"),
+    [
+        ("the car bon and the carbon", "the carbon and the carbon", (2, 0)),
+        ("the carboncycle, a carbon cycle", "the carbon cycle, a carbon cycle", (1, 0)),
+        ("ENG LISH and English", "ENGLISH and English", (2, 0)),
+        ("t h e sea and the ice", "the sea and the ice", (3, 0)),
+        ("the sea \ufffd\ufffd and \ufffd", "the sea", (2, 0)),
+        ("the sea and the ice", "the sea", (0, 0)),
+        ("a map of x to y", "a map of x to y", (0, 0)),
+        ("2 003 years, 2003", "2003 years, 2003", (1, 0)),
+        ("自 然 数", "自然数", (0, 0)),
+    ],
+    ids=["split", "glued", "other case", "letters", "unreadable", "longer", "equal", "digits", "chinese"],
+)
+def test_word_errors_are_differences_in_word_boundaries(one: str, other: str, errors: tuple[int, int]) -> None:
+    assert num_word_errors(one, other) == errors
+    assert num_word_errors(other, one) == errors[::-1]
+
+
+def test_word_errors_of_a_hostile_text_take_seconds() -> None:
+    """The comparison runs in the parent without a time limit."""
+    start_s = time.process_time()
+    num_word_errors(" ".join(map(str, range(10**6))), "a" * 10**6)
+    num_word_errors("ab" * 10**6, "ab " * 10**6)
+    assert time.process_time() - start_s < 10
+
+
+def test_right_to_left_text_can_have_latin_names() -> None:
+    assert is_right_to_left("הזרימה בנהר בשנת 2019 לפי מודל HBV של האגן")
+    assert is_right_to_left("السلام عليكم")
+    assert not is_right_to_left("The Hebrew word for water is מים and the rest is English.")

@@ -9,14 +9,21 @@ from typing import Any
 import pytest
 from conftest import prose, write_pdf
 
-from pdf2lora.documents import corpus
+from pdf2lora.documents import corpus, ocr
 from pdf2lora.documents.extraction import extract as extract_pdfs
 from pdf2lora.documents.records import SPLITS, Document, Extraction, read_documents, write_documents
+from pdf2lora.errors import InputError
 from stages import check, extract, split
 
 CORPUS = Path("data/pdfs/reports")
 DOCUMENTS = Path("data/documents.jsonl")
-QUICK = {"corpus": "reports", "extract.min_characters": 100, "extract.timeout_s": 20, "extract.memory_gib": 0.5}
+QUICK = {
+    "corpus": "reports",
+    "extract.min_characters": 100,
+    "extract.timeout_s": 20,
+    "extract.memory_gib": 0.5,
+    "extract.ocr": "none",
+}
 
 WriteParams = Callable[..., Path]
 
@@ -92,11 +99,15 @@ def test_extract_records_every_pdf(pdfs: dict[str, Path], capsys: pytest.Capture
         "documents": 7,
         "kept": 3,
         "left_out": {"duplicate": 2, "encrypted": 1, "no_text_layer": 1},
-        "engine": {"pdfium": 1, "pypdf2": 2},
+        "engine": {"pdfium": 3},
         "partial": 0,
         "pages_read": 2 + 1 + 3,
+        "pages_unread": 0,
+        "pages_ocr": 0,
+        "pages_reordered": 0,
         "characters_raw": sum(document.characters_raw for document in kept),
         "characters": sum(document.characters for document in kept),
+        "removed": {},
     }
     assert "extract: 3 of 7 PDFs kept, 6 pages" in capsys.readouterr().out
 
@@ -107,6 +118,36 @@ def test_partial_documents_are_counted(project: WriteParams, pdfs: dict[str, Pat
         shutil.copy(pdfs[name], CORPUS)
     extract.main()
     assert (metrics("extract")["kept"], metrics("extract")["partial"]) == (2, 1)
+
+
+def test_unread_pages_and_linked_folders_are_reported(
+    project: WriteParams, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project({"extract.max_pages": 2})
+    write_pdf(CORPUS / "a.pdf", [prose(number) for number in range(5)])
+    (CORPUS / "linked").symlink_to(tmp_path)
+    extract.main()
+    assert metrics("extract")["pages_unread"] == 3
+    output = capsys.readouterr().out
+    assert "3 pages after the first 2 of a document are not read (extract.max_pages)" in output
+    assert f"the linked folder {CORPUS}/linked is not read" in output
+
+
+@pytest.mark.parametrize(
+    ("setting", "is_installed"), [("none", True), ("auto", False), ("auto", True), ("rapidocr", True)]
+)
+def test_ocr_is_used_if_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], setting: str, is_installed: bool
+) -> None:
+    monkeypatch.setattr(ocr, "installed_version", lambda: "rapidocr 3" if is_installed else None)
+    assert extract.require_ocr(setting) == (None if setting == "none" or not is_installed else "rapidocr 3")
+    assert ("OCR is off" in capsys.readouterr().out) == (not is_installed)
+
+
+def test_required_ocr_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ocr, "installed_version", lambda: None)
+    with pytest.raises(InputError, match=r"pip install -r requirements-ocr\.txt"):
+        extract.require_ocr("rapidocr")
 
 
 @pytest.mark.usefixtures("project")

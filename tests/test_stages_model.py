@@ -46,8 +46,6 @@ SETTINGS = {
     "find_batch.cpu_memory_gib": 0.008,
     "evaluate.stride": 12,
     "evaluate.per_device_batch": 4,
-    "evaluate.bootstrap_samples": 200,
-    "evaluate.seed": 0,
 }
 NUM_STEPS = 7  # of 2 sequences of 32 bytes
 BATCH = {
@@ -480,7 +478,7 @@ def test_fingerprint_of_a_run_changes_with_all_that_the_adapter_depends_on(with_
         return train.run_fingerprint(read_params())
 
     first = fingerprint_with({})
-    assert fingerprint_with({"evaluate.seed": 5}) == first
+    assert fingerprint_with({"sample.seed": 5}) == first
     others = [fingerprint_with(change) for change in ({"train.seed": 5}, {"lora.r": 4}, {"quantization.bits": 8})]
     shutil.copytree(train.KERNELS, "kernels")
     monkeypatch.setattr(train, "KERNELS", Path("kernels"))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import tiktoken
-from tokenizer_texts import KEY, RANKS, TRICKY_TEXTS, load_auto, random_texts, rank_lines
+from tokenizer_texts import RANKS, TRICKY_TEXTS, load_auto, random_texts, rank_lines
 
 from pdf2lora.errors import InputError
 from pdf2lora.weights.tiktoken_files import LLAMA3_SPLIT, llama3_special_tokens
@@ -23,7 +23,7 @@ def llama3_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ids_are_those_of_tiktoken(llama3_model: Path, tmp_path: Path, version: str) -> None:
     special = {token: len(RANKS) + n for n, token in enumerate(llama3_special_tokens(version))}
     expected = tiktoken.Encoding("llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=RANKS, special_tokens=special)
-    read_tokenizer(llama3_model, llama_version=version, key=KEY).write(tmp_path, context_length=8192)
+    read_tokenizer(llama3_model, version).write(tmp_path, context_length=8192)
     auto = load_auto(tmp_path)
 
     assert len(auto) == expected.n_vocab
@@ -34,7 +34,7 @@ def test_ids_are_those_of_tiktoken(llama3_model: Path, tmp_path: Path, version: 
 
 
 def test_special_tokens_in_text_are_split_on_request(llama3_model: Path, tmp_path: Path) -> None:
-    read_tokenizer(llama3_model, llama_version="3.1", key=KEY).write(tmp_path, context_length=8192)
+    read_tokenizer(llama3_model, "3.1").write(tmp_path, context_length=8192)
     auto = load_auto(tmp_path)
     end = auto.convert_tokens_to_ids("<|end_of_text|>")
 
@@ -48,7 +48,7 @@ def test_special_tokens_in_text_are_split_on_request(llama3_model: Path, tmp_pat
     [("3", "<|reserved_special_token_250|>", 255), ("3.1", "<|finetune_right_pad_id|>", 4)],
 )
 def test_named_tokens(llama3_model: Path, tmp_path: Path, version: str, pad: str, offset: int) -> None:
-    tokenizer = read_tokenizer(llama3_model, llama_version=version, key=KEY)
+    tokenizer = read_tokenizer(llama3_model, version)
     tokenizer.write(tmp_path, context_length=8192)
     auto = load_auto(tmp_path)
 
@@ -92,5 +92,5 @@ def test_damaged_file(tmp_path: Path, damage: Any, words: list[str]) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_text("\n".join(damage(rank_lines(RANKS))))
     with pytest.raises(InputError) as caught:
-        read_tokenizer(path, llama_version="3.1", key=KEY)
+        read_tokenizer(path, "3.1")
     assert all(word in str(caught.value) for word in [str(path), *words])

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llama import BOS, CONTEXT_LENGTH, END_OF_TURN, EOS, write_tiny_llama
+from tiny_meta import rewrite_json
 
 from pdf2lora.errors import InputError
 from pdf2lora.tokens import IGNORED, Encoder, pack, windows
@@ -199,3 +200,18 @@ def test_padding_comes_last_and_is_not_scored(length, seq_length, data):
     assert max(scored(last)) == seq_length - num_padding - 1
     for window in whole:
         assert max(scored(window)) == seq_length - 1
+
+
+def test_without_bos_only_eos_separates_documents(tmp_path):
+    base = write_tiny_llama(tmp_path)
+    rewrite_json(base / "config.json", bos_token_id=None)
+    encoder = Encoder.load(base)
+    a, b = encoder.encode(["sea", "ice"])
+
+    sequences = encoder.sequences(["sea", "ice"], seq_length=8)
+    [window, _] = encoder.windows([a, b], seq_length=8, stride=8)
+
+    assert sequences.inputs.tolist() == [[*a, EOS, *b, EOS]]
+    assert sequences.targets.tolist() == [[*a[1:], EOS, *b, EOS, IGNORED]]
+    assert window.input_ids[:3].tolist() == [EOS, *a[:2]]  # so that the first token is scored too
+    assert window.targets[:3].tolist() == a.tolist()

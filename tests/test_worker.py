@@ -25,37 +25,39 @@ def worker() -> Iterator[Worker]:
 def test_a_worker_killed_during_a_document_starts_again(
     worker: Worker, pdfs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert worker.read(pdfs["plain"], "pypdf2", 1).outcome == COMPLETE
+    assert worker.read(pdfs["plain"], "pypdf2", range(1)).outcome == COMPLETE
     process, receive = worker.process, worker.pipe.recv
     messages: list[tuple[str, Any]] = []
 
     def kill_after_two_pages() -> tuple[str, Any]:
         messages.append(receive())
-        if [kind for kind, _ in messages] == ["num_pages", "page", "page"]:
+        if [kind for kind, _ in messages] == ["file", "page", "page"]:
             process.kill()
         return messages[-1]
 
     monkeypatch.setattr(worker.pipe, "recv", kill_after_two_pages)
-    attempt = worker.read(pdfs["hanging"], "pypdf2", 30)
+    attempt = worker.read(pdfs["hanging"], "pypdf2", range(30))
     assert (attempt.outcome, attempt.num_pages, len(attempt.pages)) == ("crashed", 3, 2)
     assert not process.is_alive()
-    assert worker.read(pdfs["plain"], "pypdf2", 30).outcome == COMPLETE
+    assert worker.read(pdfs["plain"], "pypdf2", range(30)).outcome == COMPLETE
 
 
 def test_a_worker_killed_while_idle_starts_again(worker: Worker, pdfs: dict[str, Path]) -> None:
-    worker.read(pdfs["plain"], "pypdf2", 1)
+    worker.read(pdfs["plain"], "pypdf2", range(1))
     first = worker.process
     first.kill()
     first.join()
-    assert worker.read(pdfs["plain"], "pypdf2", 30).outcome == COMPLETE
+    assert worker.read(pdfs["plain"], "pypdf2", range(30)).outcome == COMPLETE
     assert worker.process.pid != first.pid
 
 
 def test_a_worker_reads_several_documents(worker: Worker, pdfs: dict[str, Path]) -> None:
-    worker.read(pdfs["plain"], "pypdf2", 1)
+    worker.read(pdfs["plain"], "pypdf2", range(1))
     first = worker.process.pid
     outcomes = [
-        worker.read(pdfs[name], engine, 1).outcome for name in ("no_pdf", "plain") for engine in ("pypdf2", "pdfium")
+        worker.read(pdfs[name], engine, range(1)).outcome
+        for name in ("no_pdf", "plain")
+        for engine in ("pypdf2", "pdfium")
     ]
     assert outcomes == ["damaged", "damaged", "complete", "complete"]
     assert worker.process.pid == first
@@ -79,7 +81,7 @@ def test_the_time_limit_holds_between_pages(tmp_path: Path) -> None:
     file = tmp_path / "slow.pdf"
     file.write_bytes(slow_pdf(60))
 
-    attempt = Worker(timeout_s=0.5, memory_gib=1).read(file, "pypdf2", 60)
+    attempt = Worker(timeout_s=0.5, memory_gib=1).read(file, "pypdf2", range(60))
 
     assert attempt.outcome == Reason.TIMED_OUT
     assert 0 < len(attempt.pages) < 60
@@ -92,7 +94,7 @@ def test_a_worker_that_dies_before_its_first_message_crashed(tmp_path: Path) -> 
             self.process.kill()
             self.process.join()
 
-    assert Dead(timeout_s=1, memory_gib=1).read(tmp_path / "any.pdf", "pypdf2", 1).outcome == Reason.CRASHED
+    assert Dead(timeout_s=1, memory_gib=1).read(tmp_path / "any.pdf", "pypdf2", range(1)).outcome == Reason.CRASHED
 
 
 def test_limits_stay_below_the_hard_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +117,7 @@ def test_a_text_larger_than_any_document_is_stopped(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(worker_module, "MAX_CHARACTERS", 150_000)
 
     pipe: Any = SimpleNamespace(send=messages.append)
-    outcome = worker_module._read_pages(pipe, file, "pypdf2", 30)
+    outcome = worker_module._read_pages(pipe, file, "pypdf2", range(30))
 
     assert outcome == "out_of_memory"
-    assert [kind for kind, _ in messages] == ["num_pages", "page", "page"]
+    assert [kind for kind, _ in messages] == ["file", "page", "page"]

@@ -57,7 +57,7 @@ def write_tiny_family(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
-        for _name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases that matter
                 parameter.data += 0.2 * torch.randn_like(parameter)
         model.save_pretrained(folder, max_shard_size=max_shard_size)

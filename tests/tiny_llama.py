@@ -111,7 +111,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def write_texts(file: Path, texts: list[str]) -> Path:
-    """The texts as documents of one split."""
+    """Writes the texts as documents of one split."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_documents(file, [make_document(f"{file.stem}-{number}.pdf", text) for number, text in enumerate(texts)])
     return file
@@ -133,7 +133,7 @@ def make_document(name: str, text: str) -> Document:
 
 
 def random_sequences(num_sequences: int, *, seq_length: int = 32, seed: int = 0) -> Sequences:
-    """Rows of random bytes, all of which are learned."""
+    """Rows of random bytes. All of them are targets."""
     tokens = np.random.default_rng(seed).integers(0, BOS, size=(num_sequences, seq_length + 1))
     return Sequences(tokens[:, :-1], tokens[:, 1:].copy())
 

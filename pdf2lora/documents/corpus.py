@@ -18,15 +18,21 @@ from pdf2lora.runtime.files import atomic_write, file_sha256
 
 
 def find_pdfs(folder: Path) -> list[Path]:
-    """Returns all PDFs of a corpus, sorted by path. Sub-folders are included.
+    """Returns all PDFs of a corpus, sorted by path. Sub-folders are included, linked folders are not.
 
     Raises:
         InputError: the folder has no PDF.
     """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".pdf" and path.is_file())
     if not files:
-        raise InputError(f"corpus: {folder} has no .pdf file. Put PDFs there or select another corpus.")
+        remedy = " Linked folders are not read; copy their files." if find_linked_folders(folder) else ""
+        raise InputError(f"corpus: {folder} has no .pdf file. Put PDFs there or select another corpus.{remedy}")
     return files
+
+
+def find_linked_folders(folder: Path) -> list[Path]:
+    """Returns the links to folders in a corpus. DVC does not track the files in them, so a corpus has none."""
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() and path.is_dir())
 
 
 def extract_corpus(folder: Path, files: Sequence[Path], cache: Path, settings: Mapping[str, Any]) -> list[Document]:
@@ -87,6 +93,10 @@ def summarize(documents: Sequence[Document]) -> dict[str, Any]:
         "engine": dict(sorted(Counter(str(d.engine) for d in kept).items())),
         "partial": sum(d.attempts[str(d.engine)] != COMPLETE for d in kept),
         "pages_read": sum(d.pages_read for d in kept),
+        "pages_unread": sum((d.num_pages or d.pages_read) - d.pages_read for d in kept),
+        "pages_ocr": sum(d.pages_ocr for d in kept),
+        "pages_reordered": sum(d.pages_reordered for d in kept),
         "characters_raw": sum(d.characters_raw for d in kept),
         "characters": sum(d.characters for d in kept),
+        "removed": dict(sorted(sum((Counter(d.removed) for d in kept), Counter[str]()).items())),
     }

@@ -1,16 +1,33 @@
 """The PDF engines. Each opens a file and reads the text of single pages."""
 
+import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-PageReader = Callable[[int], str]  # page number, from 0 -> text
+from pdf2lora.documents.columns import Box, column_order, union
 
 
 class Encrypted(Exception):
     """The document needs a password, or a cipher that the engine does not have."""
 
 
-def _open_pypdf2(file: Path) -> tuple[int, PageReader]:
+@dataclass(frozen=True)
+class Page:
+    text: str
+    is_reordered: bool = False  # two columns were drawn row by row; the text is in reading order
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    num_pages: int
+    read_page: Callable[[int], Page]  # page number, from 0
+    is_placeholder: bool = False  # the page only asks for another viewer (XFA form)
+    num_attachments: int = 0
+
+
+def _open_pypdf2(file: Path) -> OpenFile:
     import PyPDF2
 
     reader = PyPDF2.PdfReader(file)
@@ -21,10 +38,10 @@ def _open_pypdf2(file: Path) -> tuple[int, PageReader]:
             raise Encrypted from error
         if not is_open:
             raise Encrypted
-    return len(reader.pages), lambda number: reader.pages[number].extract_text()
+    return OpenFile(len(reader.pages), lambda number: Page(reader.pages[number].extract_text()))
 
 
-def _open_pdfium(file: Path) -> tuple[int, PageReader]:
+def _open_pdfium(file: Path) -> OpenFile:
     import pypdfium2
 
     try:
@@ -33,15 +50,69 @@ def _open_pdfium(file: Path) -> tuple[int, PageReader]:
         if "password" in str(error).lower() or "security" in str(error).lower():
             raise Encrypted from error
         raise
+    num_pages = len(document)
+    form_type = document.get_formtype()
+    if form_type == pypdfium2.raw.FORMTYPE_ACRO_FORM:
+        document.init_forms()
 
-    def read_page(number: int) -> str:
+    def read_page(number: int) -> Page:
         page = document[number]
-        text: str = page.get_textpage().get_text_bounded()
-        page.close()
-        return text
+        try:
+            text_page = page.get_textpage()
+            text, is_reordered = _text_in_reading_order(text_page)
+            values = _form_values(document, page) if document.formenv else []
+            return Page("\n".join([text, *values]), is_reordered)
+        finally:
+            page.close()
 
-    return len(document), read_page
+    return OpenFile(
+        num_pages,
+        read_page,
+        is_placeholder=_is_xfa_placeholder(document, form_type),
+        num_attachments=document.count_attachments(),
+    )
 
 
-# engine name -> function that opens a file; it returns the number of pages and a page reader
-ENGINES: dict[str, Callable[[Path], tuple[int, PageReader]]] = {"pypdf2": _open_pypdf2, "pdfium": _open_pdfium}
+def _text_in_reading_order(text_page: Any) -> tuple[str, bool]:
+    boxes = [Box(*text_page.get_rect(number)) for number in range(text_page.count_rects())]
+    order = column_order(boxes)
+    if order is None:
+        return str(text_page.get_text_bounded()), False
+    lines = [union([boxes[piece] for piece in pieces]) for pieces in order]
+    return "\n".join(text_page.get_text_bounded(*line) for line in lines), True
+
+
+def _form_values(document: Any, page: Any) -> list[str]:
+    """Returns the values of the text and choice fields of a page. They are not in the text of the page."""
+    from pypdfium2 import raw
+
+    values = []
+    for number in range(raw.FPDFPage_GetAnnotCount(page)):
+        annotation = raw.FPDFPage_GetAnnot(page, number)
+        field_type = raw.FPDFAnnot_GetFormFieldType(document.formenv, annotation)
+        if field_type in (raw.FPDF_FORMFIELD_TEXTFIELD, raw.FPDF_FORMFIELD_COMBOBOX, raw.FPDF_FORMFIELD_LISTBOX):
+            num_bytes = raw.FPDFAnnot_GetFormFieldValue(document.formenv, annotation, None, 0)
+            buffer = ctypes.create_string_buffer(num_bytes)
+            pointer = ctypes.cast(buffer, ctypes.POINTER(raw.FPDF_WCHAR))
+            raw.FPDFAnnot_GetFormFieldValue(document.formenv, annotation, pointer, num_bytes)
+            values.append(buffer.raw.decode("utf-16-le", "replace").strip("\0 \r\n"))
+        raw.FPDFPage_CloseAnnot(annotation)
+    return [value for value in values if value]
+
+
+def _is_xfa_placeholder(document: Any, form_type: int) -> bool:
+    """True for a dynamic XFA form. Its one page says "Please wait"; the form itself is XML that engines do not read.
+
+    A static XFA form has the real pages, with form fields on them.
+    """
+    from pypdfium2 import raw
+
+    if form_type == raw.FORMTYPE_XFA_FULL:
+        return True
+    return (
+        form_type == raw.FORMTYPE_XFA_FOREGROUND and len(document) == 1 and not raw.FPDFPage_GetAnnotCount(document[0])
+    )
+
+
+# engine name -> function that opens a file
+ENGINES: dict[str, Callable[[Path], OpenFile]] = {"pypdf2": _open_pypdf2, "pdfium": _open_pdfium}

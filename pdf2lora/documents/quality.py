@@ -1,60 +1,81 @@
-"""Selects the best attempt of several engines, or the reason why a document is left out."""
+"""Measures of a text's quality. They need no word list and no language."""
 
 import re
+import string
 import unicodedata
+from collections import Counter
+from itertools import groupby
 
-from pdf2lora.documents import cleaning
-from pdf2lora.documents.records import COMPLETE, Attempt, Extraction, Reason
+from pdf2lora.documents.text import UNSPACED
 
-MAX_UNREADABLE_CHARACTERS = 0.03  # share of all characters
-MAX_SINGLE_LETTERS = 0.15  # share of all words; capitals are not counted, because they can be initials
+MAX_UNREADABLE_RUNS = 0.03  # runs of unreadable characters per character
+MAX_SPACED_OUT_LETTERS = 0.15  # share of all words
 MAX_GLUED_LETTERS = 0.2  # share of all letters in words of 26 letters or more
 MIN_VOWELS = 0.2  # share of all Latin letters; counted only in texts of more than 200 Latin letters
+MAX_COMPARED_CHARACTERS = 100_000  # of a text; the time of num_word_errors can grow with the square
 
-
-def select(attempts: list[Attempt], *, clean: bool, min_characters: int) -> Extraction:
-    """Returns the complete readable attempt, else the longest readable one, else the reason why there is no text."""
-    readable = [attempt for attempt in attempts if is_readable("\n".join(attempt.pages))]
-    best = max(readable, key=lambda a: (a.outcome == COMPLETE, sum(map(len, a.pages))), default=None)
-    raw = "\n".join(best.pages) if best else ""
-    text = cleaning.clean(best.pages) if best and clean else raw
-    is_kept = len(text) >= min_characters
-    return Extraction(
-        num_pages=next((a.num_pages for a in attempts if a.num_pages is not None), None),
-        pages_read=len(best.pages) if best else 0,
-        engine=best.engine if best else None,
-        attempts={attempt.engine: attempt.outcome for attempt in attempts},
-        characters_raw=len(raw),
-        text=text if is_kept else "",
-        reason=None if is_kept else _reason(attempts, best),
-    )
-
-
-def _reason(attempts: list[Attempt], best: Attempt | None) -> Reason:
-    """Returns why a document is left out. A complete attempt decides, then the last engine that did not crash."""
-    complete = [attempt for attempt in attempts if attempt.outcome == COMPLETE]
-    if best and best.outcome == COMPLETE:
-        return Reason.TOO_SHORT
-    if complete:
-        has_text = any(page.strip() for attempt in complete for page in attempt.pages)
-        return Reason.UNREADABLE_FONT if has_text else Reason.NO_TEXT_LAYER
-    reasons = [Reason(attempt.outcome) for attempt in attempts]
-    return next((reason for reason in reversed(reasons) if reason != Reason.CRASHED), Reason.CRASHED)
+_WORD = re.compile(r"[^\W\d_]+")
+_TOKEN = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+_UNSPACED_LETTER = re.compile(f"[{UNSPACED}]")
+_UNREADABLE = re.compile("[\x00\x01\x03-\x08\x10-\x1f\ue000-\uf8ff\ufffd]+")
+_RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
 
 
 def is_readable(text: str) -> bool:
-    """Returns False for the codes of a font without a Unicode map, for spaced-out letters and for glued words."""
-    words = re.findall(r"[^\W\d_]+", text)
+    """Returns False for the codes of a font without a Unicode map, for spaced-out letters and for glued words.
+
+    A font without widths spaces out whole words (t h e  r i v e r). Variables of a formula stand between words.
+    """
+    words = _WORD.findall(text)
     if not words:
         return False
-    unreadable = len(re.findall("[\x00\x01\x03-\x08\x10-\x1f\ue000-\uf8ff\ufffd]+", text)) / len(text)
-    single_letters = sum(len(word) == 1 and word.islower() for word in words) / len(words)
+    unreadable = len(_UNREADABLE.findall(text)) / len(text)
+    spaced_out = _num_spaced_out_letters(text) / len(words)
     glued = sum(len(word) for word in re.findall(r"[A-Za-zÀ-ɏͰ-ӿ]{26,}", text)) / sum(map(len, words))
-    latin = re.findall("[a-z]", unicodedata.normalize("NFD", text).lower())
-    has_vowels = len(latin) <= 200 or sum(letter in "aeiouy" for letter in latin) / len(latin) > MIN_VOWELS
+    plain = unicodedata.normalize("NFD", text).lower()
+    num_latin = sum(map(plain.count, string.ascii_lowercase))
+    has_vowels = num_latin <= 200 or sum(map(plain.count, "aeiouy")) / num_latin > MIN_VOWELS
     return (
-        unreadable < MAX_UNREADABLE_CHARACTERS
-        and single_letters < MAX_SINGLE_LETTERS
+        unreadable < MAX_UNREADABLE_RUNS
+        and spaced_out < MAX_SPACED_OUT_LETTERS
         and glued < MAX_GLUED_LETTERS
         and has_vowels
     )
+
+
+def _num_spaced_out_letters(text: str) -> int:
+    """Returns the number of letters in runs of three or more single letters."""
+    is_single = (len(token) == 1 and token.isalpha() and not _UNSPACED_LETTER.match(token) for token in text.split())
+    runs = (sum(run) for single, run in groupby(is_single) if single)
+    return sum(length for length in runs if length >= 3)
+
+
+def num_word_errors(one: str, other: str) -> tuple[int, int]:
+    """Returns how many words of each text are wrong by comparison with the other engine's text of the same pages.
+
+    A word is wrong if the other text does not have it as a word, but has its letters in the same order: the word is
+    split (ENG LISH), or it is glued to the next one. Right words usually occur more than once, in both texts. Also
+    counts the single letters that the other text does not have, and the runs of unreadable characters.
+    """
+    one, other = one[:MAX_COMPARED_CHARACTERS], other[:MAX_COMPARED_CHARACTERS]
+    words, other_words = _TOKEN.findall(one.casefold()), _TOKEN.findall(other.casefold())
+    counts, other_counts = Counter(words), Counter(other_words)
+    return (
+        len(_UNREADABLE.findall(one)) + _num_wrong(counts, other_counts, "".join(other_words)),
+        len(_UNREADABLE.findall(other)) + _num_wrong(other_counts, counts, "".join(words)),
+    )
+
+
+def _num_wrong(counts: Counter[str], other_counts: Counter[str], other_letters: str) -> int:
+    num_wrong = 0
+    for word, count in counts.items():
+        if len(word) > 1:
+            num_wrong += count if word not in other_counts and word in other_letters else 0
+        elif word.isalpha() and not _UNSPACED_LETTER.match(word):
+            num_wrong += max(0, count - other_counts[word])
+    return num_wrong
+
+
+def is_right_to_left(text: str) -> bool:
+    """Returns True if at least 10% of the characters are Hebrew, Arabic or of a similar script."""
+    return len(_RIGHT_TO_LEFT.findall(text)) > 0.1 * len(text)

@@ -20,6 +20,8 @@ class Reason(StrEnum):
     CRASHED = "crashed"  # the worker process died: a fault of the engine, or of the machine
     NO_TEXT_LAYER = "no_text_layer"
     UNREADABLE_FONT = "unreadable_font"
+    PLACEHOLDER = "placeholder"  # an XFA form: the page only asks for another viewer
+    ONLY_ATTACHMENTS = "only_attachments"  # the documents are attached to a cover page (PDF portfolio)
     TOO_SHORT = "too_short"
     DUPLICATE = "duplicate"
 
@@ -32,6 +34,9 @@ class Attempt:
     outcome: str = COMPLETE  # or the Reason that stopped the engine
     num_pages: int | None = None
     pages: list[str] = field(default_factory=list)
+    pages_reordered: int = 0
+    is_placeholder: bool = False
+    num_attachments: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ class Extraction:
     characters_raw: int
     text: str
     reason: str | None
+    pages_ocr: int = 0
+    pages_reordered: int = 0
+    removed: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,9 @@ class Document:
     characters: int  # of text
     reason: str | None  # why it is left out; None = kept
     text: str
+    pages_ocr: int = 0  # read by OCR
+    pages_reordered: int = 0  # two columns that are drawn row by row, put in reading order
+    removed: dict[str, int] = field(default_factory=dict)  # by cleaning: kind -> count
 
 
 def write_documents(file: Path, documents: Iterable[Document]) -> None:

@@ -10,42 +10,49 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from pdf2lora.documents.engines import ENGINES, Encrypted
+from pdf2lora.documents.engines import ENGINES, Encrypted, Page
+from pdf2lora.documents.ocr import open_ocr
 from pdf2lora.documents.records import COMPLETE, Attempt, Reason
 
+OPENERS = {**ENGINES, "ocr": open_ocr}
 MAX_CHARACTERS = 10_000_000  # of one document, about 5,000 pages; a longer text is a decompression bomb
 
 
 class Worker:
     """A child process that reads PDFs. It starts again after it was killed or died."""
 
-    def __init__(self, *, timeout_s: float, memory_gib: float):
-        self.timeout_s, self.memory_gib = timeout_s, memory_gib
+    def __init__(self, *, timeout_s: float, memory_gib: float, timeout_per_page: bool = False):
+        """timeout_s: processor time for a document, or for each of its pages. memory_gib: address space."""
+        self.timeout_s, self.memory_gib, self.timeout_per_page = timeout_s, memory_gib, timeout_per_page
         self.process: Any = None
         self.pipe: Connection
 
-    def read(self, file: Path, engine: str, max_pages: int) -> Attempt:
-        """Reads the first max_pages pages. Uses at most timeout_s of processor time; never raises for a bad PDF."""
+    def read(self, file: Path, engine: str, pages: Sequence[int]) -> Attempt:
+        """Reads the pages with these numbers, from 0, that the file has. Never raises for a bad PDF."""
         if self.process is None or not self.process.is_alive():
             self._start()
         attempt = Attempt(engine)
         try:
             start_s = self._processor_time_s()
-            self.pipe.send((str(file), engine, max_pages))
+            self.pipe.send((str(file), engine, pages, self.timeout_s, self.timeout_per_page))
             while self._processor_time_s() - start_s <= self.timeout_s:
                 if not self.pipe.poll(0.1):
                     continue
                 kind, value = self.pipe.recv()
                 if kind == "page":
-                    attempt.pages.append(value)
-                elif kind == "num_pages":
-                    attempt.num_pages = value
+                    attempt.pages.append(value.text)
+                    attempt.pages_reordered += value.is_reordered
+                    if self.timeout_per_page:
+                        start_s = self._processor_time_s()
+                elif kind == "file":
+                    attempt.num_pages, attempt.is_placeholder, attempt.num_attachments = value
                 else:
                     attempt.outcome = value
                     return attempt
@@ -58,7 +65,7 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, child_pipe = context.Pipe()
-        self.process = context.Process(target=_serve, args=(child_pipe, self.memory_gib, self.timeout_s), daemon=True)
+        self.process = context.Process(target=_serve, args=(child_pipe, self.memory_gib), daemon=True)
         self.process.start()
         child_pipe.close()
 
@@ -73,8 +80,8 @@ class Worker:
         return float(times.user + times.system)
 
 
-def _serve(pipe: Connection, memory_gib: float, timeout_s: float) -> None:
-    """The main loop of the child. For each request it sends the number of pages, the pages and the outcome."""
+def _serve(pipe: Connection, memory_gib: float) -> None:
+    """The main loop of the child. For each request it sends facts about the file, the pages and the outcome."""
     devnull = os.open(os.devnull, os.O_WRONLY)  # engines print warnings about a file
     os.dup2(devnull, sys.stdout.fileno())
     os.dup2(devnull, sys.stderr.fileno())
@@ -84,12 +91,13 @@ def _serve(pipe: Connection, memory_gib: float, timeout_s: float) -> None:
     _limit(resource.RLIMIT_CORE, 0)
     while True:
         try:
-            file, engine, max_pages = pipe.recv()
+            file, engine, pages, timeout_s, timeout_per_page = pipe.recv()
         except EOFError:
             return
         # A parent that was killed cannot stop this process. The kernel then stops it after twice its time.
-        _limit(resource.RLIMIT_CPU, int(time.process_time() + 2 * timeout_s) + 1)
-        pipe.send(("outcome", _read_pages(pipe, Path(file), engine, max_pages)))
+        max_s = timeout_s * (len(pages) if timeout_per_page else 1)
+        _limit(resource.RLIMIT_CPU, int(time.process_time() + 2 * max_s) + 1)
+        pipe.send(("outcome", _read_pages(pipe, Path(file), engine, pages)))
 
 
 def _limit(kind: int, value: int) -> None:
@@ -98,24 +106,27 @@ def _limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
-def _read_pages(pipe: Connection, file: Path, engine: str, max_pages: int) -> str:
-    """Sends the number of pages and the pages. Returns COMPLETE or the Reason that stopped the engine."""
+def _read_pages(pipe: Connection, file: Path, engine: str, pages: Sequence[int]) -> str:
+    """Sends facts about the file and the pages. Returns COMPLETE or the Reason that stopped the engine."""
     outcome = COMPLETE
     try:
-        num_pages, read_page = ENGINES[engine](file)
-        pipe.send(("num_pages", num_pages))
+        document = OPENERS[engine](file)
+        pipe.send(("file", (document.num_pages, document.is_placeholder, document.num_attachments)))
         num_characters = 0
-        for number in range(min(num_pages, max_pages)):
+        for number in pages:
+            if number >= document.num_pages:
+                break
             try:
-                text = read_page(number)
+                page = document.read_page(number)
             except (MemoryError, Encrypted):
                 raise
             except Exception:  # other pages can still be readable
-                outcome, text = Reason.DAMAGED, ""
-            num_characters += len(text)
+                outcome, page = Reason.DAMAGED, Page("")
+            num_characters += len(page.text)
             if num_characters > MAX_CHARACTERS:
                 raise MemoryError
-            pipe.send(("page", text.encode("utf-8", "replace").decode()))  # UTF-8 files cannot hold lone surrogates
+            text = page.text.encode("utf-8", "replace").decode()  # UTF-8 files cannot hold lone surrogates
+            pipe.send(("page", Page(text, page.is_reordered)))
     except MemoryError:
         return Reason.OUT_OF_MEMORY
     except Encrypted:

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from pdf2lora.errors import InputError
-from pdf2lora.evaluation.intervals import Interval, improvement, improvement_interval, perplexity
-from pdf2lora.evaluation.metrics import DIGITS
+from pdf2lora.evaluation.intervals import Estimate, improvement, interval_note, perplexity
+from pdf2lora.evaluation.metrics import format_improvement, rounded, share_metrics
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Comparison:
     num_improved: int  # documents with a lower perplexity than in the baseline
     baseline: float  # perplexity
     current: float
-    improvement: float  # 1 - current / baseline
-    interval: Interval  # 95%, of the improvement
+    improvement: Estimate  # 1 - current / baseline
 
     @property
-    def significant(self) -> bool:
-        """Whether the 95% interval excludes 0."""
-        return not self.interval.low <= 0 <= self.interval.high
+    def significant(self) -> bool | None:
+        """Whether the 95% interval excludes 0; None where there is no interval."""
+        interval = self.improvement.interval
+        return None if interval is None else not interval.low <= 0 <= interval.high
 
 
 def parse_table(text: str) -> pd.DataFrame:
@@ -38,7 +38,7 @@ def parse_table(text: str) -> pd.DataFrame:
     return pd.read_csv(io.StringIO(text))
 
 
-def compare(current: pd.DataFrame, baseline: pd.DataFrame, *, num_samples: int, seed: int) -> Comparison | None:
+def compare(current: pd.DataFrame, baseline: pd.DataFrame) -> Comparison | None:
     """Compares two tables of evaluate; None where they share no document.
 
     Two documents are the same where id, bytes and tokens agree. The interval covers the choice of test documents. It
@@ -55,10 +55,9 @@ def compare(current: pd.DataFrame, baseline: pd.DataFrame, *, num_samples: int, 
         num_documents=len(pairs),
         num_unpaired=len(current) - len(pairs),
         num_improved=int((after < before).sum()),
-        baseline=perplexity(before, tokens),
-        current=perplexity(after, tokens),
+        baseline=perplexity(before, tokens).value,
+        current=perplexity(after, tokens).value,
         improvement=improvement(before, after, tokens),
-        interval=improvement_interval(before, after, tokens, num_samples=num_samples, seed=seed),
     )
 
 
@@ -83,22 +82,23 @@ def comparison_metrics(name: str, commit: str, comparison: Comparison) -> dict[s
         "documents": comparison.num_documents,
         "unpaired_documents": comparison.num_unpaired,
         "improved_documents": comparison.num_improved,
-        "baseline_perplexity": round(comparison.baseline, DIGITS),
-        "current_perplexity": round(comparison.current, DIGITS),
-        "improvement": {
-            "share": round(comparison.improvement, DIGITS),
-            "low_95": round(comparison.interval.low, DIGITS),
-            "high_95": round(comparison.interval.high, DIGITS),
-        },
+        "baseline_perplexity": rounded(comparison.baseline),
+        "current_perplexity": rounded(comparison.current),
+        "improvement": share_metrics(comparison.improvement),
         "significant": comparison.significant,
     }
 
 
 def comparison_line(name: str, commit: str, comparison: Comparison) -> str:
-    low, high = comparison.interval
-    verdict = "significant at 95%" if comparison.significant else "not significant at 95%"
+    match comparison.significant:
+        case None:
+            verdict = interval_note(comparison.num_documents)
+        case True:
+            verdict = "significant at 95%"
+        case False:
+            verdict = "not significant at 95%"
     return (
         f"baseline adapter {name} ({commit[:7]}) {comparison.baseline:.2f} -> current adapter "
-        f"{comparison.current:.2f}, {comparison.improvement:.1%} lower [{low:.1%}, {high:.1%}], lower on "
+        f"{comparison.current:.2f}, {format_improvement(share_metrics(comparison.improvement))}, lower on "
         f"{comparison.num_improved} of {comparison.num_documents} documents; {verdict}"
     )

@@ -1,6 +1,6 @@
-"""Text that a model generates from a prompt, and the negative log-likelihood of each token of a text."""
+"""Text that a model generates from prompts, and the negative log-likelihood of each token of a text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,50 +9,52 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from transformers.generation.streamers import BaseStreamer
 
+from pdf2lora.params import Sample
 from pdf2lora.tokens import Encoder, Tokens
 
 
 @torch.no_grad()
 def generate(
     model: Any,
-    prompt: Tokens,
+    prompts: Sequence[Tokens],
     encoder: Encoder,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    on_text: Callable[[str], object] = lambda piece: None,
-) -> str:
-    """The continuation of bos and the prompt, (num_tokens,), until an end token or max_new_tokens.
+    settings: Sample,
+    on_text: Callable[[str], object] | None = None,
+) -> list[str]:
+    """The continuation of bos and each prompt, (num_tokens,), until an end token or settings.max_new_tokens.
+
+    All prompts are one batch. The same prompts and seed give the same texts on one kind of machine.
 
     model: a PeftModel or a LlamaForCausalLM. It is in eval mode afterwards.
-    temperature: 0 takes the most probable token. A higher value draws from the whole distribution; one seed gives the
-        same draws on one kind of machine.
-    on_text: receives each piece of text as soon as it is generated.
+    on_text: receives each piece of text as soon as it is generated; for a single prompt only.
     """
     model.eval()
     device = model.get_input_embeddings().weight.device
-    input_ids = torch.from_numpy(np.concatenate([[encoder.bos], prompt])).to(device)[None]
+    length = 1 + max(map(len, prompts))
+    input_ids = torch.full((len(prompts), length), encoder.eos)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):  # padding on the left: all rows continue at the same position
+        ids = np.concatenate([[encoder.start], prompt])
+        input_ids[row, length - len(ids) :] = torch.from_numpy(ids)
+        attention_mask[row, length - len(ids) :] = 1
     # These values replace those of the model's own generation_config.json: base and adapted model use the same ones.
     sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    streamer = _TextStreamer(encoder, on_text)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
+    if settings.temperature > 0:
+        sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        sequences = model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            max_new_tokens=settings.max_new_tokens,
             repetition_penalty=1.0,
             use_cache=True,
             eos_token_id=model.config.eos_token_id,
             pad_token_id=encoder.eos,
-            streamer=streamer,
+            streamer=_TextStreamer(encoder, on_text) if on_text else None,
             **sampling,
         )
-    return streamer.text
+    return [encoder.tokenizer.decode(ids) for ids in sequences[:, length:].tolist()]
 
 
 class _TextStreamer(BaseStreamer):  # type: ignore[misc]
@@ -63,7 +65,7 @@ class _TextStreamer(BaseStreamer):  # type: ignore[misc]
         self.on_text = on_text
         self.received_prompt = False
         self.tokens: list[int] = []
-        self.text = ""
+        self.num_characters = 0  # that were passed on
 
     def put(self, value: torch.Tensor) -> None:
         if not self.received_prompt:
@@ -76,16 +78,16 @@ class _TextStreamer(BaseStreamer):  # type: ignore[misc]
         self._pass_on(self.tokenizer.decode(self.tokens), is_last=True)
 
     def _pass_on(self, text: str, *, is_last: bool = False) -> None:
-        if len(text) > len(self.text) and (is_last or not text.endswith("\N{REPLACEMENT CHARACTER}")):
-            self.on_text(text[len(self.text) :])
-            self.text = text
+        if len(text) > self.num_characters and (is_last or not text.endswith("\N{REPLACEMENT CHARACTER}")):
+            self.on_text(text[self.num_characters :])
+            self.num_characters = len(text)
 
 
 @torch.no_grad()
-def nats_per_token(causal_lm: Any, tokens: Tokens, encoder: Encoder) -> NDArray[np.float64]:
+def token_nats(causal_lm: Any, tokens: Tokens, encoder: Encoder) -> NDArray[np.float64]:
     """-log p of each token of a short text, (num_tokens,), given bos and the earlier tokens."""
     causal_lm.eval()
     device = causal_lm.get_input_embeddings().weight.device
-    ids = torch.from_numpy(np.concatenate([[encoder.bos], tokens])).to(device)
+    ids = torch.from_numpy(np.concatenate([[encoder.start], tokens])).to(device)
     logits = causal_lm(input_ids=ids[None, :-1], use_cache=False).logits[0].float()
     return np.asarray(F.cross_entropy(logits, ids[1:], reduction="none").double().cpu().numpy())

@@ -1,4 +1,4 @@
-"""The results of evaluate: metrics/eval.json, the rows of metrics/eval_documents.csv, the line for the terminal.
+"""The results of evaluate: metrics/eval.json, the rows of metrics/eval_documents.csv, the lines for the terminal.
 
 Bits per byte and word perplexity divide the same nats by the size of the text instead of the number of tokens. They
 compare models with different tokenizers (Gao et al. 2020, The Pile, section 3.1).
@@ -6,82 +6,138 @@ compare models with different tokenizers (Gao et al. 2020, The Pile, section 3.1
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from pdf2lora.documents.records import Document
-from pdf2lora.evaluation.intervals import (
-    Counts,
-    Interval,
-    Nats,
-    improvement,
-    improvement_interval,
-    perplexity,
-    perplexity_interval,
-)
+from pdf2lora.evaluation.intervals import METHOD, Counts, Estimate, Nats, improvement, interval_note, perplexity
 from pdf2lora.evaluation.windows import TextSize
-from pdf2lora.params import Evaluate
 
-DIGITS = 6  # after the decimal point: further digits depend on the processor
+SIGNIFICANT_DIGITS = 6  # further digits depend on the processor
+COSTLY_QUANTIZATION = 0.05  # increase of the perplexity that is reported with remedies
+
+Metrics = dict[str, Any]
 
 
-def summary(nats: Nats, sizes: Sequence[TextSize]) -> dict[str, float]:
-    """Perplexity, bits per byte and word perplexity of one model over all documents."""
+@dataclass(frozen=True)
+class Scores:
+    """Nats of each document under each model."""
+
+    base: Nats  # the quantized base, without the adapter
+    adapted: Nats  # the quantized base with the adapter
+    base_unquantized: Nats | None  # None where the base is not quantized, or its scoring is turned off
+
+    def part(self, documents: slice) -> "Scores":
+        unquantized = None if self.base_unquantized is None else self.base_unquantized[documents]
+        return Scores(self.base[documents], self.adapted[documents], unquantized)
+
+
+def model_metrics(nats: Nats, sizes: Sequence[TextSize]) -> Metrics:
+    """Perplexity with its 95% interval, bits per byte and word perplexity of one model over all documents."""
     total = float(nats.sum())
-    return {
-        "perplexity": perplexity(nats, token_counts(sizes)),
+    estimate = perplexity(nats, token_counts(sizes))
+    numbers = {
+        "perplexity": estimate.value,
         "bits_per_byte": total / math.log(2) / sum(size.bytes for size in sizes),
         "word_perplexity": math.exp(total / sum(size.words for size in sizes)),
     }
+    return {name: rounded(value) for name, value in numbers.items()} | _bounds(estimate)
 
 
-def model_metrics(nats: Nats, sizes: Sequence[TextSize], settings: Evaluate) -> dict[str, float]:
-    """`summary` with the 95% interval of the perplexity."""
-    interval = perplexity_interval(
-        nats, token_counts(sizes), num_samples=settings.bootstrap_samples, seed=settings.seed
-    )
-    return _rounded(summary(nats, sizes)) | _bounds(interval)
+def score_metrics(scores: Scores, sizes: Sequence[TextSize]) -> Metrics:
+    """The models side by side, with the improvement over each base and the cost of quantization.
 
-
-def evaluation_metrics(base: Nats, adapted: Nats, sizes: Sequence[TextSize], settings: Evaluate) -> dict[str, Any]:
-    """The content of metrics/eval.json."""
+    quantization_cost: perplexity of the quantized base / perplexity of the unquantized base - 1.
+    """
     tokens = token_counts(sizes)
-    interval = improvement_interval(base, adapted, tokens, num_samples=settings.bootstrap_samples, seed=settings.seed)
-    return {
-        "base": model_metrics(base, sizes, settings),
-        "adapted": model_metrics(adapted, sizes, settings),
-        "improvement": {"share": round(improvement(base, adapted, tokens), DIGITS), **_bounds(interval)},
-        "documents": len(sizes),
-        "tokens": int(tokens.sum()),
-    }
+    metrics: Metrics = {}
+    if scores.base_unquantized is not None:
+        metrics["base_unquantized"] = model_metrics(scores.base_unquantized, sizes)
+    metrics["base"] = model_metrics(scores.base, sizes)
+    metrics["adapted"] = model_metrics(scores.adapted, sizes)
+    metrics["improvement"] = share_metrics(improvement(scores.base, scores.adapted, tokens))
+    if scores.base_unquantized is not None:
+        over_unquantized = improvement(scores.base_unquantized, scores.adapted, tokens)
+        metrics["improvement_over_unquantized"] = share_metrics(over_unquantized)
+        metrics["quantization_cost"] = share_metrics(negated(improvement(scores.base_unquantized, scores.base, tokens)))
+    return metrics | {"documents": len(sizes), "tokens": int(tokens.sum())}
 
 
-def document_table(documents: Sequence[Document], sizes: Sequence[TextSize], base: Nats, adapted: Nats) -> pd.DataFrame:
-    """A row for each test document: its size and its perplexity under both models."""
-    table = pd.DataFrame([{"id": document.id, **vars(size)} for document, size in zip(documents, sizes, strict=True)])
-    for name, nats in (("base", base), ("adapted", adapted)):
-        table[f"{name}_perplexity"] = np.exp(nats / table["tokens"]).round(DIGITS)
-    table["improvement"] = (1 - table["adapted_perplexity"] / table["base_perplexity"]).round(DIGITS)
+def evaluation_metrics(
+    test: Scores, test_sizes: Sequence[TextSize], general: Scores, general_sizes: Sequence[TextSize]
+) -> Metrics:
+    """The content of metrics/eval.json: the test documents, and in the section `general` the general text."""
+    metrics = score_metrics(test, test_sizes) | {"interval": METHOD}
+    if note := interval_note(len(test_sizes)):
+        metrics["interval_note"] = note
+    return metrics | {"general": score_metrics(general, general_sizes)}
+
+
+def document_table(ids: Sequence[str], sizes: Sequence[TextSize], scores: Scores) -> pd.DataFrame:
+    """A row for each test document: its size and its perplexity under each model."""
+    table = pd.DataFrame([{"id": id_, **vars(size)} for id_, size in zip(ids, sizes, strict=True)])
+    for name in ("base_unquantized", "base", "adapted"):
+        if (nats := getattr(scores, name)) is not None:
+            table[f"{name}_perplexity"] = np.exp(nats / table["tokens"]).map(rounded)
+    table["improvement"] = (-np.expm1((scores.adapted - scores.base) / table["tokens"])).map(rounded)
     return table.sort_values("id")
 
 
-def summary_line(metrics: dict[str, Any]) -> str:
-    base, adapted, gain = metrics["base"], metrics["adapted"], metrics["improvement"]
-    return (
+def summary_lines(metrics: Metrics, bits: int) -> list[str]:
+    """The results in a few lines for the terminal."""
+    note = f"; {metrics['interval_note']}" if "interval_note" in metrics else ""
+    base, adapted, general = metrics["base"], metrics["adapted"], metrics["general"]
+    lines = [
         f"test perplexity {base['perplexity']:.2f} (base) -> {adapted['perplexity']:.2f} (adapted), "
-        f"{gain['share']:.1%} lower [{gain['low_95']:.1%}, {gain['high_95']:.1%}]"
+        f"{format_improvement(metrics['improvement'])}{note}"
+    ]
+    if "base_unquantized" in metrics:
+        cost, unquantized = metrics["quantization_cost"]["share"], metrics["base_unquantized"]["perplexity"]
+        lines.append(
+            f"unquantized base {unquantized:.2f}: {bits} bits cost {cost:.1%}; the adapted model is "
+            f"{format_improvement(metrics['improvement_over_unquantized'])} than the unquantized base"
+        )
+        if cost > COSTLY_QUANTIZATION:
+            remedy = "quantization.bits=8 or a larger model" if bits == 4 else "quantization.bits=16 or a larger model"
+            lines.append(f"quantization costs more than {COSTLY_QUANTIZATION:.0%}; {remedy} reduces this cost")
+    lines.append(
+        f"general text {general['base']['perplexity']:.2f} (base) -> {general['adapted']['perplexity']:.2f} (adapted), "
+        f"{format_improvement(general['improvement'])}"
     )
+    return lines
+
+
+def format_improvement(metrics: Metrics) -> str:
+    """2.0% lower [1.0%, 3.0%] or 2.0% higher [1.0%, 3.0%]; without an interval where there is none."""
+    share, low, high = metrics["share"], metrics["low_95"], metrics["high_95"]
+    word = "lower" if share >= 0 else "higher"
+    if low is None:
+        return f"{abs(share):.1%} {word}"
+    low, high = (low, high) if share >= 0 else (-high, -low)
+    return f"{abs(share):.1%} {word} [{low:.1%}, {high:.1%}]"
+
+
+def share_metrics(estimate: Estimate) -> Metrics:
+    return {"share": rounded(estimate.value), **_bounds(estimate)}
+
+
+def negated(estimate: Estimate) -> Estimate:
+    interval = estimate.interval
+    return Estimate(-estimate.value, interval and type(interval)(-interval.high, -interval.low))
 
 
 def token_counts(sizes: Sequence[TextSize]) -> Counts:
     return np.array([size.tokens for size in sizes], dtype=np.int64)
 
 
-def _rounded(numbers: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, DIGITS) for name, value in numbers.items()}
+def rounded(value: float) -> float:
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
 
 
-def _bounds(interval: Interval) -> dict[str, float]:
-    return _rounded({"low_95": interval.low, "high_95": interval.high})
+def _bounds(estimate: Estimate) -> Metrics:
+    """low_95 and high_95; null in JSON where there is no interval."""
+    if estimate.interval is None:
+        return {"low_95": None, "high_95": None}
+    return {"low_95": rounded(estimate.interval.low), "high_95": rounded(estimate.interval.high)}

@@ -1,11 +1,18 @@
 """Results of earlier commits and DVC experiments, read from git."""
 
+import json
 import subprocess
 from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
 
 from pdf2lora.errors import InputError
 
 DOCUMENTS = "metrics/eval_documents.csv"
+CACHE = ".dvc/cache/files/md5"
+
+Entry = dict[str, Any]  # of dvc.lock: path, md5, ...
 
 
 def resolve_commit(name: str, project: Path) -> str:
@@ -41,14 +48,42 @@ def read_documents_at(commit: str, project: Path) -> str:
     """metrics/eval_documents.csv of a commit.
 
     Raises:
-        InputError: the commit does not have it.
+        InputError: the commit does not have it, or evaluate did not run on the commit's adapter and test documents.
     """
     table = read_at(commit, DOCUMENTS, project)
-    if table is None:
+    if table is None or not is_evaluated(commit, project):
         raise InputError(
-            f"evaluate.compare_to: commit {commit[:7]} has no {DOCUMENTS}; choose a commit after evaluate, or 'none'"
+            f"evaluate.compare_to: commit {commit[:7]} is not evaluated; choose a commit after evaluate, or 'none'"
         )
     return table
+
+
+def is_evaluated(commit: str, project: Path) -> bool:
+    """Whether evaluate read the outputs that the stages before it have in the dvc.lock of the commit.
+
+    An experiment that stops before evaluate (`dvc exp run train`) has the metrics of its parent commit.
+    """
+    text = read_at(commit, "dvc.lock", project)
+    if text is None:
+        return True  # the metrics do not come from dvc
+    stages = YAML(typ="safe", pure=True).load(text)["stages"]
+    outputs = [entry for stage in stages.values() for entry in stage.get("outs", ())]
+    inputs = stages.get("evaluate", {}).get("deps", ())
+    return bool(inputs) and all(_is_current(entry, outputs, project / CACHE) for entry in inputs)
+
+
+def _is_current(entry: Entry, outputs: list[Entry], cache: Path) -> bool:
+    """Whether a dependency has the hash of the output that it is, or that it is part of."""
+    for output in outputs:
+        if output["path"] == entry["path"]:
+            return bool(output["md5"] == entry["md5"])
+        if entry["path"].startswith(f"{output['path']}/"):
+            listing = cache / output["md5"][:2] / output["md5"][2:]
+            if not listing.exists():
+                return True  # the hashes of the folder's files are on another machine
+            files = {f"{output['path']}/{file['relpath']}": file["md5"] for file in json.loads(listing.read_bytes())}
+            return bool(files.get(entry["path"]) == entry["md5"])
+    return True  # code, or data that no stage writes
 
 
 def _git(project: Path, *arguments: str) -> str | None:

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 
 import torch
+from transformers import PreTrainedModel
 
 from pdf2lora.errors import InputError
 from pdf2lora.model.device import compute_dtype
@@ -12,25 +13,36 @@ from pdf2lora.params import Compute
 log = logging.getLogger(__name__)
 
 
-def choose_attention(compute: Compute) -> str:
-    """Returns flash_attention_2 if it is installed and usable, else sdpa. Logs the choice and the reason.
+def choose_attention(compute: Compute, model_class: type[PreTrainedModel]) -> str:
+    """Returns flash_attention_2 if it is installed and usable, else sdpa, else eager. Logs the choice and the reason.
+
+    model_class: of transformers; Gemma 2, for example, supports neither of the first two.
 
     Raises:
-        InputError: compute.attention is flash_attention_2 and it cannot run.
+        InputError: the value of compute.attention cannot run.
     """
-    obstacle = _flash_attention_obstacle(compute)
-    if compute.attention == "flash_attention_2" and obstacle:
+    obstacles = {
+        "flash_attention_2": _flash_attention_obstacle(compute, model_class),
+        "sdpa": "" if model_class._supports_sdpa else f"{model_class.__name__} does not support it",
+    }
+    if obstacle := obstacles.get(compute.attention):
+        remedies = ["'auto'", *(f"'{name}'" for name in obstacles if not obstacles[name])]
+        if "not installed" in obstacle:
+            remedies.append("see requirements-gpu.txt")
         raise InputError(
-            f"compute.attention is 'flash_attention_2', which cannot run here: {obstacle}. Use 'auto' or 'sdpa', or "
-            "see requirements-gpu.txt."
+            f"compute.attention is {compute.attention!r}, which cannot run here: {obstacle}. "
+            f"Use {', or '.join(remedies)}."
         )
-    choice = "sdpa" if obstacle or compute.attention == "sdpa" else "flash_attention_2"
-    reason = f" ({obstacle})" if obstacle and compute.attention == "auto" else ""
+    if compute.attention != "auto":
+        choice, reason = compute.attention, ""
+    else:
+        choice = next((name for name in obstacles if not obstacles[name]), "eager")
+        reason = "".join(f" ({name}: {obstacle})" for name, obstacle in obstacles.items() if obstacle)
     log.info("attention: %s (compute.attention: %s)%s", choice, compute.attention, reason)
     return choice
 
 
-def _flash_attention_obstacle(compute: Compute) -> str:
+def _flash_attention_obstacle(compute: Compute, model_class: type[PreTrainedModel]) -> str:
     """The reason why flash_attention_2 cannot run, or an empty string."""
     if not torch.cuda.is_available():
         return "there is no CUDA GPU"
@@ -40,4 +52,6 @@ def _flash_attention_obstacle(compute: Compute) -> str:
         return "it computes in half precision only"
     if torch.cuda.get_device_capability() < (8, 0):
         return "it needs a GPU of compute capability 8.0 or more"
+    if not model_class._supports_flash_attn:
+        return f"{model_class.__name__} does not support it"
     return ""

@@ -99,7 +99,7 @@ class CounterDropout(nn.Module):
 def install_counter_dropout(model: nn.Module) -> None:
     """Replaces the nn.Dropout of each LoRA layer of a PeftModel. LoRA layers are numbered in the order of modules()."""
     state = None
-    for index, module in enumerate(_lora_layers(model)):
+    for index, module in enumerate(lora_layers(model)):
         dropout = module.lora_dropout["default"]
         if isinstance(dropout, nn.Dropout):
             state = state or DropoutState(module.lora_A["default"].weight.device)
@@ -111,7 +111,8 @@ def dropout_state(model: nn.Module) -> DropoutState | None:
     return next((module.state for module in model.modules() if isinstance(module, CounterDropout)), None)
 
 
-def _lora_layers(model: nn.Module) -> Iterable[Any]:
+def lora_layers(model: nn.Module) -> Iterable[Any]:
+    """PEFT's LoRA layers, in the order of modules()."""
     return (module for module in model.modules() if "default" in getattr(module, "lora_dropout", {}))
 
 

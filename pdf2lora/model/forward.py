@@ -1,7 +1,7 @@
 """The forward pass: token ids -> hidden states after the last norm. compute.kernels selects the implementation.
 
-`Reference` calls transformers and PEFT, `FusedLlama` the kernels in pdf2lora/model/kernels. The head and the loss are
-in loss.py, the same for both.
+`ReferenceForward` calls transformers and PEFT and computes any decoder-only causal language model. `FusedForward` calls
+the kernels in pdf2lora/model/kernels and computes the families in architectures.py. The loss (loss.py) follows both.
 """
 
 from typing import Protocol
@@ -9,10 +9,12 @@ from typing import Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
+from pdf2lora.errors import InputError
 from pdf2lora.model.dropout import dropout_state
 from pdf2lora.model.gradient_checkpointing import SUPPORTED_GRADIENT_CHECKPOINTING, GradientCheckpointing
+from pdf2lora.model.head import Head, decoder_of
 from pdf2lora.model.kernel_choice import Kernels
 
 
@@ -20,11 +22,10 @@ class Forward(Protocol):
     """input_ids (batch, seq_length) -> hidden states after the last norm, (batch, seq_length, hidden).
 
     The model's train(), eval() and disable_adapter() also change this forward pass.
-    head: the output embeddings, (vocabulary, hidden).
     """
 
-    model: PeftModel | LlamaForCausalLM
-    head: Tensor
+    model: PeftModel | PreTrainedModel
+    head: Head
 
     def __call__(self, input_ids: Tensor) -> Tensor: ...
 
@@ -33,24 +34,32 @@ class Forward(Protocol):
         ...
 
 
-class Reference:
+class ReferenceForward:
     """Transformers' layers with PEFT's LoRA, under autocast if the base model is in half precision."""
 
-    def __init__(self, model: PeftModel | LlamaForCausalLM, gradient_checkpointing: GradientCheckpointing):
+    def __init__(self, model: PeftModel | PreTrainedModel, gradient_checkpointing: GradientCheckpointing):
+        """
+        Raises:
+            InputError: the model has no gradient checkpointing and `gradient_checkpointing` is FULL.
+        """
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         self.model = model
-        self.llama = causal_lm.model
-        self.head = causal_lm.get_output_embeddings().weight
+        self.decoder = decoder_of(causal_lm)
+        self.embeddings = causal_lm.get_input_embeddings()
+        self.head = Head.of(causal_lm)
         self.dropout_state = dropout_state(model)
         if gradient_checkpointing is GradientCheckpointing.FULL:
-            self.llama.gradient_checkpointing_enable({"use_reentrant": False})
+            if not causal_lm.supports_gradient_checkpointing:
+                name = type(causal_lm).__name__
+                raise InputError(f"train.gradient_checkpointing is 'full'; {name} does not support it. Use 'none'.")
+            self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
         else:
-            self.llama.gradient_checkpointing_disable()
+            self.decoder.gradient_checkpointing_disable()
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        weight = self.llama.embed_tokens.weight
+        weight = self.embeddings.weight
         with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
-            hidden: Tensor = self.llama(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
 
     def set_dropout(self, seed: int, first_row: int) -> None:
@@ -59,18 +68,19 @@ class Reference:
 
 
 def build_forward(
-    model: PeftModel | LlamaForCausalLM, kernels: Kernels, gradient_checkpointing: str = "none"
+    model: PeftModel | PreTrainedModel, kernels: Kernels, gradient_checkpointing: str = "none"
 ) -> Forward:
     """The forward pass of a model. If a model has several, the last one built decides on gradient checkpointing.
 
     Raises:
         ValueError: gradient_checkpointing is not in SUPPORTED_GRADIENT_CHECKPOINTING[kernels].
+        InputError: the kernels or the model cannot do what the settings say.
     """
     checkpointing = GradientCheckpointing(gradient_checkpointing)
     if checkpointing not in SUPPORTED_GRADIENT_CHECKPOINTING[kernels]:
         raise ValueError(f"the {kernels} kernels do not support gradient_checkpointing {gradient_checkpointing!r}")
     if kernels == "reference":
-        return Reference(model, checkpointing)
-    from pdf2lora.model.kernels.llama import FusedLlama
+        return ReferenceForward(model, checkpointing)
+    from pdf2lora.model.kernels.fused import FusedForward
 
-    return FusedLlama(model, gradient_checkpointing=checkpointing, fp8=kernels == "fp8")
+    return FusedForward(model, gradient_checkpointing=checkpointing, fp8=kernels == "fp8")

@@ -5,26 +5,33 @@ import logging
 from typing import Literal
 
 import torch
+from transformers import PreTrainedConfig
 
 from pdf2lora.errors import InputError
+from pdf2lora.model.architectures import fp8_obstacle, fused_obstacle
 from pdf2lora.model.device import compute_dtype
-from pdf2lora.params import Compute, Lora, Quantization
+from pdf2lora.params import ALL_LINEAR, Compute, Lora, Quantization
 
 log = logging.getLogger(__name__)
 
 Kernels = Literal["reference", "fused", "fp8"]
 
 
-def choose_kernels(compute: Compute, quantization: Quantization, lora: Lora) -> Kernels:
+FUSED_TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+
+
+def choose_kernels(compute: Compute, quantization: Quantization, lora: Lora, config: PreTrainedConfig) -> Kernels:
     """The kernels that run. `auto`: fused if they can run, else reference. Logs the choice and the reason.
+
+    config: of the base model, by loading.read_config.
 
     Raises:
         InputError: compute.kernels is fused or fp8 and they cannot run.
     """
     preferred = "fused" if compute.kernels == "auto" else compute.kernels
-    obstacle = "" if preferred == "reference" else _obstacle(preferred, compute, quantization, lora)
+    obstacle = "" if preferred == "reference" else _obstacle(preferred, compute, quantization, lora, config)
     if obstacle and compute.kernels != "auto":
-        fused_can_run = preferred == "fp8" and not _obstacle("fused", compute, quantization, lora)
+        fused_can_run = preferred == "fp8" and not _obstacle("fused", compute, quantization, lora, config)
         raise InputError(
             f"compute.kernels is {compute.kernels!r}; these kernels cannot run here: {obstacle}. Use 'auto' or "
             f"'reference'{' or ' + repr('fused') if fused_can_run else ''}."
@@ -35,8 +42,17 @@ def choose_kernels(compute: Compute, quantization: Quantization, lora: Lora) -> 
     return choice
 
 
-def _obstacle(kernels: str, compute: Compute, quantization: Quantization, lora: Lora) -> str:
+def _obstacle(kernels: str, compute: Compute, quantization: Quantization, lora: Lora, config: PreTrainedConfig) -> str:
     """The reason why these kernels cannot run, or an empty string."""
+    return (
+        _machine_obstacle(kernels)
+        or _settings_obstacle(compute, quantization, lora)
+        or fused_obstacle(config, compute.seq_length)
+        or (fp8_obstacle(config) if kernels == "fp8" else "")
+    )
+
+
+def _machine_obstacle(kernels: str) -> str:
     if not torch.cuda.is_available():
         return "there is no CUDA GPU"
     capability = torch.cuda.get_device_capability()
@@ -45,12 +61,18 @@ def _obstacle(kernels: str, compute: Compute, quantization: Quantization, lora: 
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, they need {required[0]}.{required[1]}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    return ""
+
+
+def _settings_obstacle(compute: Compute, quantization: Quantization, lora: Lora) -> str:
     if compute_dtype(compute) != torch.bfloat16:
         return "they compute in bfloat16 only (compute.compute_dtype)"
     if quantization.bits != 4:
         return f"they need a base model of 4 bits, quantization.bits is {quantization.bits}"
     if lora.use_dora:
         return "they do not compute DoRA (lora.use_dora)"
+    if lora.target_modules != ALL_LINEAR and (others := set(lora.target_modules) - FUSED_TARGETS):
+        return f"they do not compute LoRA of {min(others)} (lora.target_modules)"
     from pdf2lora.model.kernels.lora import MAX_LORA_RANK
 
     if lora.r > MAX_LORA_RANK:

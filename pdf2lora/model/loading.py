@@ -6,13 +6,18 @@ from pathlib import Path
 import bitsandbytes as bnb
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
 
+from pdf2lora.errors import InputError
 from pdf2lora.model.attention_choice import choose_attention
 from pdf2lora.model.device import compute_dtype, device
 from pdf2lora.model.dropout import install_counter_dropout
+from pdf2lora.model.head import check_causal_lm
 from pdf2lora.model.quantization import bitsandbytes_config, check_4bit_round_trip, require_quantization
-from pdf2lora.params import Compute, Lora, Quantization
+from pdf2lora.params import ALL_LINEAR, Compute, Lora, Quantization
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -20,42 +25,129 @@ transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "`(gradient|is_gradient)_checkpointing", FutureWarning)
 
 
-def load_base(base: Path, quantization: Quantization, compute: Compute) -> LlamaForCausalLM:
-    """The frozen base model on the device, its linear layers in 4, 8 or 16 bits.
+def read_config(base: Path) -> PreTrainedConfig:
+    """The model's config.json as transformers reads it. Runs no code of the model's repository.
 
     Raises:
-        InputError: bitsandbytes cannot quantize on this machine, or not this model.
+        InputError: transformers does not know the architecture.
+    """
+    try:
+        return AutoConfig.from_pretrained(base, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"{base}/config.json: transformers cannot read it: {text}. Use another base model.") from error
+
+
+def load_base(
+    base: Path, quantization: Quantization, compute: Compute, *, max_gpu_gib: float | None = None
+) -> PreTrainedModel:
+    """The frozen base model on the device, its linear layers in 4, 8 or 16 bits.
+
+    max_gpu_gib: weights beyond this stay in host memory, and accelerate copies a layer to the GPU when a forward pass
+        needs it. None: all on the device.
+
+    Raises:
+        InputError: bitsandbytes cannot quantize on this machine, or not this model; or the model is not a decoder-only
+            causal language model whose loss loss.py computes.
     """
     dtype = compute_dtype(compute)
     require_quantization(quantization.bits)
-    model = LlamaForCausalLM.from_pretrained(
-        base,
-        dtype=dtype,
-        device_map={"": device()},
-        attn_implementation=choose_attention(compute),
-        quantization_config=bitsandbytes_config(quantization, dtype),
-        local_files_only=True,
-    )
+    config = read_config(base)
+    attention = choose_attention(compute, _model_class(config))
+    quantization_config = _quantization_config(config, quantization, bitsandbytes_config(quantization, dtype))
+    placement: dict[str, object] = {"device_map": {"": device()}}
+    if max_gpu_gib is not None:
+        placement = {"device_map": "auto", "max_memory": {device().index: f"{max_gpu_gib:.2f}GiB", "cpu": "10000GiB"}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            config=config,
+            dtype=dtype,
+            **placement,
+            attn_implementation=attention,
+            quantization_config=quantization_config,
+            local_files_only=True,
+        )
+    except (ValueError, KeyError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"{base}: transformers cannot load it as a causal language model: {text}.") from error
     layers_4bit = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     check_4bit_round_trip({layer.in_features for layer in layers_4bit}, quantization.bnb_4bit_quant_type, dtype)
     for layer in layers_4bit:
         # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks weights in the first forward pass in eval mode. Gradients
         # through repacked weights are wrong.
         layer.support_avx512bf16_for_cpu = False
+        layer.compute_dtype, layer.compute_type_is_set = dtype, True
     model.requires_grad_(False)
     model.config.use_cache = False
+    _disable_dropout(model)
+    check_causal_lm(model)
     return model
 
 
-def add_lora(model: LlamaForCausalLM, lora: Lora) -> PeftModel:
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """transformers' class of the causal language model.
+
+    Raises:
+        InputError: the architecture has none.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"models/base has the architecture {config.model_type!r}, which is not a causal language model. "
+            "Use another base model."
+        )
+    model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model_class
+
+
+def _disable_dropout(model: PreTrainedModel) -> None:
+    """Turns off the base model's own dropout, as in GPT-2: its masks would depend on the number of processes."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+                setattr(module, name, 0.0)
+
+
+def _quantization_config(
+    config: PreTrainedConfig, quantization: Quantization, ours: BitsAndBytesConfig | None
+) -> BitsAndBytesConfig | None:
+    """Ours, or None for a source model that is quantized already: transformers then reads its own settings.
+
+    Raises:
+        InputError: the source model has other bits than quantization.bits.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return ours
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = settings.get("quant_method", "unknown")
+    bits = 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
+    if method != "bitsandbytes" or bits is None:
+        raise InputError(f"models/base is quantized by {method}; only bitsandbytes works. Use the unquantized model.")
+    if bits != quantization.bits:
+        raise InputError(
+            f"quantization.bits is {quantization.bits}; the source model is quantized to {bits} bits. Use {bits}, or "
+            "the unquantized model."
+        )
+    return None
+
+
+def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
     """Adds new LoRA matrices in float32 (Hu et al. 2021) to the frozen base model. B is zero.
 
     Does not call PEFT's prepare_model_for_kbit_training, which casts embeddings, head and norms to float32.
+
+    Raises:
+        InputError: a name in lora.target_modules is not a linear layer of the model.
     """
-    config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="models/base", **lora.model_dump())
+    targets = target_modules(model, lora)
+    settings = lora.model_dump() | {"target_modules": targets}
+    config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="models/base", **settings)
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     # PEFT keeps a set, which has another order in every process: adapter_config.json would differ.
-    peft_model.peft_config["default"].target_modules = sorted(lora.target_modules)
+    peft_model.peft_config["default"].target_modules = targets
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -63,6 +155,26 @@ def add_lora(model: LlamaForCausalLM, lora: Lora) -> PeftModel:
     return peft_model
 
 
-def load_adapter(model: LlamaForCausalLM, adapter: Path) -> PeftModel:
+def target_modules(model: PreTrainedModel, lora: Lora) -> list[str]:
+    """lora.target_modules, sorted. all-linear: the names of all linear layers except the head.
+
+    Raises:
+        InputError: a name is not a linear layer of the model.
+    """
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    names = sorted({name.rpartition(".")[2] for name in linear if model.get_submodule(name) is not head})
+    if lora.target_modules == ALL_LINEAR:
+        return names
+    for target in lora.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            raise InputError(
+                f"lora.target_modules has {target!r}; the model has no linear layer of that name. Use "
+                f"{', '.join(names)} or all-linear."
+            )
+    return sorted(lora.target_modules)
+
+
+def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """The base model with a trained adapter. `with model.disable_adapter()` turns the adapter off."""
     return PeftModel.from_pretrained(model, adapter, local_files_only=True)

@@ -1,8 +1,8 @@
-"""Cross-entropy of hidden states under a frozen head, without the logits of a whole batch.
+"""Cross-entropy of hidden states under a frozen head, without the logits of a whole batch in memory.
 
-The logits of 32,768 positions over 128,256 tokens are 8.4 GB in bfloat16 and 16.8 GB in float32. They are made in
-chunks, and each chunk's gradient of the hidden states at once, as in Liger's fused linear cross-entropy (Hsu et al.
-2024): two products of 2 * positions * vocabulary * hidden FLOP in all, and no third in the backward pass.
+The logits of 32,768 positions over 128,256 tokens are 8.4 GB in bfloat16 and 16.8 GB in float32. This module computes
+them in chunks, and with each chunk its gradient of the hidden states, as Liger's fused linear cross-entropy does (Hsu
+et al. 2024). A step costs two products of 2 * positions * vocabulary * hidden FLOP; the backward pass needs no third.
 """
 
 from collections.abc import Iterator
@@ -11,32 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdf2lora.model.head import Head
 from pdf2lora.tokens import IGNORED
 
-LOGITS_OF_A_CHUNK = 2**28  # 0.5 GiB in bfloat16
-TILE = 256  # positions of a chunk are a multiple of it: tensor cores work on tiles
+LOGITS_PER_CHUNK = 2**28  # 0.5 GiB in bfloat16
+TILE = 256  # the positions of a chunk are a multiple of it, for tensor cores
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Summed nats of the targets, a float32 scalar; differentiable in `hidden`, once.
+def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """The sum of the targets' nats, a float32 scalar. Allows one backward pass, to `hidden`.
 
-    hidden: (positions, hidden); weight: the head's, (vocabulary, hidden), frozen; targets: (positions,), or IGNORED.
+    hidden: (positions, hidden); targets: (positions,), token ids or IGNORED.
     """
-    nats: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
+    nats: Tensor = _LinearCrossEntropy.apply(hidden, head, targets)
     return nats
 
 
-def nats_per_target(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """-log p of each target, (positions,), float32; arguments as above."""
+def nats_per_target(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """-log p of each target, (positions,), float32. The arguments are those of linear_cross_entropy."""
     nats = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-    for logits, part in _chunks(hidden, weight):
-        nats[part] = _cross_entropy_(logits, targets[part], gradient=False)
+    for product, part in _chunks(hidden, head.weight):
+        nats[part] = _cross_entropy_(head.transform_(product), targets[part], gradient=False)
     return nats
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """Logits of some positions after others, (positions, vocabulary), all in the same memory."""
-    rows = max(1, LOGITS_OF_A_CHUNK // weight.shape[0])
+    """Chunks of hidden W^T, (positions, vocabulary), and their positions. All chunks share one buffer."""
+    rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
     rows = min(rows // TILE * TILE or rows, hidden.shape[0])
     logits = hidden.new_empty(rows, weight.shape[0])
     for start in range(0, hidden.shape[0], rows):
@@ -46,12 +47,18 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, slice]]:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
         ctx.gradient = torch.empty_like(hidden)
         nats = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for logits, part in _chunks(hidden, weight):
+        for product, part in _chunks(hidden, head.weight):
+            logits = head.transform_(product)
+            slope = None if head.softcap is None else (logits / head.softcap).square_().neg_().add_(1)  # of the cap
             nats += _cross_entropy_(logits, targets[part], gradient=True).sum()
-            torch.mm(logits, weight, out=ctx.gradient[part])
+            if slope is not None:
+                logits *= slope
+            if head.scale != 1.0:
+                logits *= head.scale
+            torch.mm(logits, head.weight, out=ctx.gradient[part])
         return nats
 
     @staticmethod
@@ -62,14 +69,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _cross_entropy_(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
-    """Nats of each row, (rows,), float32; with `gradient` the logits become the gradient of their sum.
+    """The nats of each row, (rows,), float32. `gradient`: overwrites the logits with the gradient of the nats' sum.
 
     logits: (rows, vocabulary).
     """
     if logits.is_cuda:
-        from pdf2lora.model.kernels.cross_entropy import cross_entropy_ as on_gpu
+        from pdf2lora.model.kernels.cross_entropy import cross_entropy_
 
-        return on_gpu(logits, targets, gradient=gradient)
+        return cross_entropy_(logits, targets, gradient=gradient)
     counted = targets != IGNORED
     log_probabilities = logits.float().log_softmax(-1)
     target = targets.clamp(min=0)[:, None]

@@ -1,31 +1,78 @@
-"""The files of the source model: the layout, missing files, the licence."""
+"""The source model: its files, the settings that must fit it, its licence."""
 
 from pathlib import Path
 
+from pdf2lora.errors import InputError
+from pdf2lora.params import Params
 from pdf2lora.preflight.findings import Finding
-from pdf2lora.report.results import find_licences
+from pdf2lora.preflight.folders import SOURCE_MODELS
+from pdf2lora.weights.families import FAMILIES, LLAMA_LAYERS
+from pdf2lora.weights.huggingface_files import HuggingFaceFiles
+from pdf2lora.weights.inspection import inspect_source_model
+from pdf2lora.weights.licences import find_licences
+from pdf2lora.weights.params_json import ModelArgs
 
 GIB = 2**30
-LAYOUTS = {  # name: the file that shows it, the weights, the tokenizer
-    "Meta's": ("params.json", "*.pth", "tokenizer.model"),
-    "Hugging Face's": ("config.json", "*.safetensors", "tokenizer.json"),
-}
 
 
-def source_model(folder: Path) -> list[Finding]:
-    """Whether the folder has all files of one layout, and whether it has a licence."""
-    layout = next((name for name, files in LAYOUTS.items() if (folder / files[0]).exists()), None)
-    if layout is None:
-        text = f"{folder} has neither params.json nor config.json. Download all files."
-        if (folder / "original/params.json").exists():  # here the Hugging Face hub keeps Meta's files
-            text = f"{folder} has Meta's files in original. Move them up: mv {folder}/original/* {folder}"
-        return [Finding("problem", "source model", text)]
-    missing = [pattern for pattern in LAYOUTS[layout] if not list(folder.glob(pattern))]
-    if missing:
-        text = f"{folder} has no {', no '.join(missing)}. Download all files."
-        return [Finding("problem", "source model", text)]
-    gib = sum(file.stat().st_size for file in folder.glob(LAYOUTS[layout][1])) / GIB
-    return [Finding("ok", "source model", f"{folder}: {layout} layout, {gib:.2f} GiB of weights"), _licence(folder)]
+def source_model(params: Params) -> tuple[list[Finding], HuggingFaceFiles | ModelArgs | None]:
+    """The findings about the files, and the files if they can be used."""
+    source = SOURCE_MODELS / params.model
+    try:
+        files = inspect_for(params)
+    except InputError as error:
+        return [Finding("problem", "source model", str(error))], None
+    if isinstance(files, ModelArgs):
+        text = f"{source}: Meta's layout, {_gib(source, '*.pth'):.2f} GiB of weights"
+        return [Finding("ok", "source model", text), _licence(source)], files
+    architecture = files.config["architectures"][0]
+    text = f"{source}: {architecture}, {_gib(source, '*.safetensors'):.2f} GiB of weights"
+    if architecture not in FAMILIES:
+        text += "; this family was not compared with transformers, and it runs on the reference kernels"
+        return [Finding("note", "source model", text), _licence(source)], files
+    if FAMILIES[architecture].kernels == "reference":
+        text += "; it runs on the reference kernels"
+    return [Finding("ok", "source model", text), _licence(source)], files
+
+
+def inspect_for(params: Params) -> HuggingFaceFiles | ModelArgs:
+    """The files of the source model.
+
+    Raises:
+        InputError: the files cannot be used, or a setting does not fit them.
+    """
+    files = inspect_source_model(SOURCE_MODELS / params.model, params.llama_version)
+    layers = LLAMA_LAYERS if isinstance(files, ModelArgs) else tuple(files.linear_layers)
+    unknown = [name for name in params.lora.target_modules if name not in layers]
+    if unknown:
+        raise InputError(
+            f"lora.target_modules: {unknown[0]} is not a linear layer of {params.model}. "
+            f"Use some of {', '.join(layers)}."
+        )
+    if isinstance(files, HuggingFaceFiles) and files.is_4bit:
+        _require_same_quantization(params, files)
+    return files
+
+
+def _require_same_quantization(params: Params, files: HuggingFaceFiles) -> None:
+    """A model that is stored in 4 bits keeps its quantization: the settings must say the same."""
+    stored = files.config["quantization_config"]
+    settings = {
+        "bits": 4,
+        "bnb_4bit_quant_type": stored.get("bnb_4bit_quant_type", "fp4"),
+        "bnb_4bit_use_double_quant": stored.get("bnb_4bit_use_double_quant", False),
+    }
+    for key, value in settings.items():
+        current = getattr(params.quantization, key)
+        if current != value:
+            raise InputError(
+                f"quantization.{key}: {current} in params.yaml, but the source model {params.model} is stored with "
+                f"{value}. Set it to {value}, or use the unquantized model."
+            )
+
+
+def _gib(folder: Path, pattern: str) -> float:
+    return sum(file.stat().st_size for file in folder.glob(pattern)) / GIB
 
 
 def _licence(folder: Path) -> Finding:

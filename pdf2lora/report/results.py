@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pdf2lora.documents.records import SPLITS, Document, read_documents
+from pdf2lora.weights.licences import find_licences
 
 Curve = tuple[list[float], list[float]]  # x, y
 
@@ -98,11 +98,6 @@ def read_artifacts(lock: Path, paths: Iterable[str]) -> list[Artifact]:
         for path in paths
         if "md5" in (entry := entries.get(path, {}))
     ]
-
-
-def find_licences(source: Path) -> list[str]:
-    """Names of the licence and use policy files of a source model, as Meta and the Hugging Face hub ship them."""
-    return sorted(f.name for f in source.iterdir() if re.match(r"(licen[cs]e|use_policy|notice)", f.name, re.I))
 
 
 def _json(file: str) -> Any:

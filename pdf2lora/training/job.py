@@ -24,7 +24,7 @@ from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError
 from pdf2lora.model.device import limit_gpu_memory
 from pdf2lora.model.kernel_choice import choose_kernels
-from pdf2lora.model.loading import add_lora, load_base
+from pdf2lora.model.loading import add_lora, load_base, read_config
 from pdf2lora.params import Params
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_directory
@@ -92,7 +92,7 @@ def run(params: Params) -> None:
             Trackers(params, [names] if isinstance(names, str) else names) if names and processes.is_main else None
         )
         plan = BatchPlan(
-            kernels=choose_kernels(params.compute, params.quantization, params.lora),
+            kernels=choose_kernels(params.compute, params.quantization, params.lora, read_config(BASE)),
             gradient_checkpointing=batch["gradient_checkpointing"],
             per_device_batch=batch["per_device_batch"],
             effective_batch=batch["effective_batch"],

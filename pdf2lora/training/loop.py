@@ -109,7 +109,7 @@ class Learner:
         self.scheduler = get_scheduler(
             train.lr_scheduler_type, self.optimizer, num_warmup_steps(train.warmup_steps, num_steps), num_steps
         )
-        self.scaler = torch.amp.GradScaler(enabled=self.forward.head.dtype == torch.float16)  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(enabled=self.forward.head.dtype == torch.float16)
         obstacle = graph_obstacle(plan.kernels, plan.gradient_checkpointing)
         log.info("CUDA graph: %s", f"no, {obstacle}" if obstacle else "yes")
         self.micro_batch = MicroBatch(

@@ -40,12 +40,14 @@ class FlatParameters:
     @property
     def loss(self) -> Tensor:
         """The step's loss, a scalar."""
-        return self.sums[0]
+        loss: Tensor = self.sums[0]
+        return loss
 
     @property
     def stop_requests(self) -> Tensor:
         """How many processes received a stop signal, a scalar."""
-        return self.sums[1]
+        requests: Tensor = self.sums[1]
+        return requests
 
 
 def build_optimizer(parameter: torch.nn.Parameter, train: Train) -> torch.optim.Optimizer:

@@ -20,12 +20,13 @@ from torch.utils._pytree import tree_map_only
 from pdf2lora.model.device import limit_gpu_memory
 from pdf2lora.model.gradient_checkpointing import gradient_checkpointing_choices
 from pdf2lora.model.kernel_choice import choose_kernels
+from pdf2lora.model.loading import read_config
 from pdf2lora.params import Params
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.monitor import device_name
 from pdf2lora.tokens import Sequences, Window
 from pdf2lora.training.batch_search import Measurement
-from pdf2lora.training.job import build_model
+from pdf2lora.training.job import BASE, build_model
 from pdf2lora.training.loop import VALIDATION_BATCH, BatchPlan, Learner
 from pdf2lora.training.probe_processes import Capabilities, OutOfMemory
 
@@ -48,7 +49,7 @@ class Prober:
         """Raises:
         InputError: the settings ask for something that this machine cannot run.
         """
-        kernels = choose_kernels(self.params.compute, self.params.quantization, self.params.lora)
+        kernels = choose_kernels(self.params.compute, self.params.quantization, self.params.lora, read_config(BASE))
         free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0.0
         return Capabilities(
             device=device_name(),
@@ -80,7 +81,7 @@ class Prober:
         rows = np.arange(batch * processes.count * params.find_batch.steps) % len(sequences)
         ends = []
         with PeakMemory() as peak:
-            kernels = choose_kernels(params.compute, params.quantization, params.lora)
+            kernels = choose_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
             plan = BatchPlan(kernels, gradient_checkpointing, batch, batch * processes.count)
             learner = Learner(
                 self.model,

@@ -171,7 +171,9 @@ class Tracker:
         return float(np.median(steps)) if len(steps) else None
 
     def _show_progress(self, entry: Entry) -> None:
-        shown = {name: f"{entry[name]:.3g}" for name in ("train/loss", "validation/loss") if name in entry}
+        shown: dict[str, str] = {
+            name: f"{entry[name]:.3g}" for name in ("train/loss", "validation/loss") if name in entry
+        }
         (step, seconds), now = self.last_log, time.monotonic()
         if "train/loss" in entry and entry["step"] > step:
             shown["tokens/s"] = f"{(entry['step'] - step) * self.tokens_per_step / (now - seconds):,.0f}"

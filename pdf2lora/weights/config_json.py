@@ -10,15 +10,28 @@ from pdf2lora.weights.json_files import whole_number
 
 @dataclass(frozen=True)
 class ConfigSizes:
-    """Sizes of a decoder-only model: numbers of features, heads, layers and tokens."""
+    """Sizes of a block with Llama's names: numbers of features and heads."""
 
     hidden_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
-    vocab_size: int
+
+    @property
+    def llama_layers(self) -> dict[str, tuple[int, int]]:
+        """(input features, output features) of the linear layers of a block with Llama's names."""
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (hidden, query),
+            "k_proj": (hidden, key),
+            "v_proj": (hidden, key),
+            "o_proj": (query, hidden),
+            "gate_proj": (hidden, intermediate),
+            "up_proj": (hidden, intermediate),
+            "down_proj": (intermediate, hidden),
+        }
 
 
 def read_sizes(config: Mapping[str, Any], path: Path) -> ConfigSizes:
@@ -34,12 +47,10 @@ def read_sizes(config: Mapping[str, Any], path: Path) -> ConfigSizes:
     has_kv_heads, has_head_dim = (config.get(key) is not None for key in ("num_key_value_heads", "head_dim"))
     return ConfigSizes(
         hidden_size=hidden_size,
-        num_layers=whole_number(config, "num_hidden_layers", path),
         num_heads=num_heads,
         num_kv_heads=whole_number(config, "num_key_value_heads", path) if has_kv_heads else num_heads,
         head_dim=whole_number(config, "head_dim", path) if has_head_dim else hidden_size // num_heads,
         intermediate_size=whole_number(config, "intermediate_size", path),
-        vocab_size=whole_number(config, "vocab_size", path),
     )
 
 

@@ -6,10 +6,10 @@ memory-mapped files and are written a slab of rows at a time. So memory does not
 
 from pathlib import Path
 
-from pdf2lora.errors import InputError
 from pdf2lora.weights.huggingface import copy_huggingface
+from pdf2lora.weights.layout import find_layout
 from pdf2lora.weights.meta import convert_meta
-from pdf2lora.weights.params_json import LLAMA_VERSIONS, VERSIONS, version_key
+from pdf2lora.weights.params_json import require_version
 from pdf2lora.weights.safetensors_files import Progress
 
 
@@ -17,7 +17,7 @@ def convert(
     source: Path,
     target: Path,
     *,
-    llama_version: str,
+    llama_version: str | None,
     max_shard_gib: float,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, object]:
@@ -26,7 +26,7 @@ def convert(
     Files in Meta's layout are converted: weights keep their dtype, model-parallel shards are joined, rotary pairs are
     reordered, tied embeddings are written once. Files in Hugging Face's layout are checked and copied.
 
-    llama_version: one of LLAMA_VERSIONS. Only Meta's layout uses it.
+    llama_version: one of LLAMA_VERSIONS. Meta's layout needs it, Hugging Face's does not.
     max_shard_gib: upper limit of a safetensors file, in GiB. A larger weight gets a file to itself.
     progress: called with (bytes written, bytes in all) as files are written.
 
@@ -37,20 +37,6 @@ def convert(
     Raises:
         InputError: before anything is written, if a file is missing or damaged, contains code or contradicts another.
     """
-    if llama_version not in VERSIONS:
-        raise InputError(
-            f'{version_key(source)}: "{llama_version}" is not a Llama version. Use one of {", ".join(LLAMA_VERSIONS)}.'
-        )
-    if (source / "config.json").is_file():
-        return copy_huggingface(source, target, progress)
-    if (source / "params.json").is_file() or any(source.glob("consolidated.*.pth")):
-        return convert_meta(source, target, llama_version, max_shard_gib, progress)
-    if (source / "original" / "params.json").is_file():
-        raise InputError(
-            f"{source}: Meta's files are in {source / 'original'}, as the Hugging Face hub keeps them. Move them up: "
-            f"mv {source / 'original'}/* {source}"
-        )
-    raise InputError(
-        f"{source}: no source model is there. Put the files there in Meta's layout (params.json, consolidated.00.pth, "
-        "tokenizer.model) or in Hugging Face's (config.json, *.safetensors, tokenizer.json)."
-    )
+    if find_layout(source) == "huggingface":
+        return copy_huggingface(source, target, llama_version, progress)
+    return convert_meta(source, target, require_version(source, llama_version), max_shard_gib, progress)

@@ -13,9 +13,9 @@ class ConvertedTokenizer:
     """A tokenizer with the names of its special tokens."""
 
     tokenizer: Tokenizer
-    bos_token: str
-    eos_token: str
-    pad_token: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
     unk_token: str | None
 
     @property
@@ -27,24 +27,22 @@ class ConvertedTokenizer:
         """`bos_token_id`, `eos_token_id` and `pad_token_id` for config.json."""
         tokens = {"bos": self.bos_token, "eos": self.eos_token, "pad": self.pad_token}
         ids = self.tokenizer.get_vocab()
-        return {f"{name}_token_id": ids[token] for name, token in tokens.items()}
+        return {f"{name}_token_id": ids[token] for name, token in tokens.items() if token is not None}
 
     def write(self, target: Path, *, context_length: int) -> None:
         """Writes tokenizer.json and tokenizer_config.json into the folder `target`; context_length in tokens."""
         self.tokenizer.save(str(target / "tokenizer.json"))
+        write_json(target / "tokenizer_config.json", self.config() | {"model_max_length": context_length})
+
+    def config(self) -> dict[str, object]:
+        """tokenizer_config.json without model_max_length."""
         # transformers 5 rebuilds a LlamaTokenizer from its vocabulary. It loads this class from tokenizer.json.
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": self.bos_token,
-            "eos_token": self.eos_token,
-            "pad_token": self.pad_token,
-            "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"],
-            "model_max_length": context_length,
-        }
-        if self.unk_token is not None:
-            config["unk_token"] = self.unk_token
-        write_json(target / "tokenizer_config.json", config)
+        config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        for name in ("bos_token", "eos_token", "pad_token"):
+            if (token := getattr(self, name)) is not None:
+                config[name] = token
+        config |= {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
+        return config | ({} if self.unk_token is None else {"unk_token": self.unk_token})
 
 
 def prepend_bos(bos: str, bos_id: int) -> processors.TemplateProcessing:

@@ -19,12 +19,14 @@ from torch import Tensor
 from pdf2lora.errors import InputError
 from pdf2lora.runtime.disk_space import require_disk_space
 from pdf2lora.runtime.manifest import MANIFEST
+from pdf2lora.weights.json_files import read_json
 from pdf2lora.weights.safetensors_files import mapped_weights
 
 Progress = Callable[[int], object]  # weights merged since the last call
 
 PEFT_PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA
+TRANSPOSED_MODEL_TYPES = ("gpt2", "openai-gpt")  # their files hold (in_features, out_features)
 
 
 def merge(base: Path, adapter: Path, target: Path, progress: Progress = lambda num_weights: None) -> int:
@@ -35,9 +37,14 @@ def merge(base: Path, adapter: Path, target: Path, progress: Progress = lambda n
     base: a Hugging Face folder of safetensors, unquantized; adapter: a PEFT folder of LoRA, rsLoRA or DoRA.
 
     Raises:
-        InputError: the disk is too small, or the adapter has weights for which the base has none.
+        InputError: the base is quantized, the disk is too small, or the adapter fits another base.
     """
+    config = read_json(base / "config.json")
+    if "quantization_config" in config:
+        raise InputError(f"{base}: the base model is stored in 4 bits. Train on the unquantized model to merge.")
+    is_transposed = config.get("model_type") in TRANSPOSED_MODEL_TYPES
     settings = LoraConfig.from_pretrained(str(adapter))
+    settings.fan_in_fan_out = False  # merged_weight gets (out_features, in_features)
     layers = read_adapter(adapter)
     files = sorted(path for path in base.iterdir() if path.is_file() and path.name != MANIFEST)
     require_disk_space(target, sum(path.stat().st_size for path in files))
@@ -49,7 +56,8 @@ def merge(base: Path, adapter: Path, target: Path, progress: Progress = lambda n
             for name, weight in mapped_weights(target / path.name):
                 layer = layers.get(name.removesuffix(".weight"))
                 if layer is not None:
-                    weight.copy_(merged_weight(weight, layer, settings))
+                    view = weight.T if is_transposed else weight
+                    view.copy_(merged_weight(view, layer, settings))
                     merged.add(name.removesuffix(".weight"))
                     progress(1)
     unknown = sorted(layers.keys() - merged)
@@ -96,8 +104,8 @@ def write_config(file: Path) -> None:
     vLLM and llama.cpp of that time read them. Without them they silently use the default base and no scaling.
     """
     config = json.loads(file.read_text(encoding="utf-8"))
-    rope = dict(config.get("rope_parameters", {}))
-    if rope:
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # else the model has one rotary embedding for each type of layer, or none
         config["rope_theta"] = rope.pop("rope_theta")
         config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     if "dtype" in config:

@@ -27,7 +27,7 @@ from pdf2lora.weights.llama_names import (
     WeightRow,
 )
 from pdf2lora.weights.meta_shards import Shard, read_shards, shard_name
-from pdf2lora.weights.params_json import ROPE_SCALING, VERSIONS, ModelArgs, read_model_args, version_key
+from pdf2lora.weights.params_json import ROPE_SCALING, VERSIONS, ModelArgs, read_model_args
 from pdf2lora.weights.safetensors_files import SAFETENSORS_DTYPES, Progress, plan_files, write_weights
 from pdf2lora.weights.sharded_weights import ShardedWeight
 from pdf2lora.weights.tokenizer import read_tokenizer
@@ -38,7 +38,7 @@ def convert_meta(
 ) -> dict[str, object]:
     """Converts the files in `source`; arguments, result and errors as in conversion.convert."""
     args = read_model_args(source / "params.json", llama_version)
-    tokenizer = read_tokenizer(source / "tokenizer.model", llama_version=llama_version, key=version_key(source))
+    tokenizer = read_tokenizer(source / "tokenizer.model", llama_version)
     shards = read_shards(source)
 
     weights = plan_weights(source, args, shards)

@@ -66,6 +66,19 @@ def version_key(source: Path) -> str:
     return f"models.{source.name}.llama_version"
 
 
+def require_version(source: Path, llama_version: str | None) -> str:
+    """The Llama version of a source model in Meta's layout. Raises InputError if it is missing or unknown."""
+    if llama_version in VERSIONS:
+        return llama_version
+    key, choices = version_key(source), ", ".join(LLAMA_VERSIONS)
+    if llama_version is None:
+        raise InputError(
+            f"{key}: missing, but {source} is in Meta's layout, which does not contain the Llama version. "
+            f"Add it to params.yaml ({choices}): {source.name}: {{llama_version: '3.2'}}"
+        )
+    raise InputError(f'{key}: "{llama_version}" is not a Llama version. Use one of {choices}.')
+
+
 def read_model_args(path: Path, llama_version: str) -> ModelArgs:
     """Reads params.json.
 

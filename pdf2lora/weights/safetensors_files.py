@@ -66,8 +66,10 @@ def write_weights(target: Path, files: Mapping[str, Mapping[str, ShardedWeight]]
 
 
 def mapped_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """The names and weights of a safetensors file. A change of a weight changes the file."""
+    """The names and weights of a safetensors file, in 16 or 32 bits. A change of a weight changes the file."""
     for name, entry in read_header(file).items():
+        if entry.dtype not in TORCH_DTYPES:
+            continue
         data = np.memmap(file, dtype=np.uint8, mode="r+", offset=entry.offset, shape=(entry.num_bytes,))
         yield name, torch.from_numpy(data).view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
         data.flush()

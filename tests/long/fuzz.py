@@ -31,7 +31,15 @@ PDFS = ROOT / "data/pdfs/demo"
 SOURCE_MODEL = ROOT / "models/source/demo"
 TIMEOUT_S = 3.0
 MEMORY_GIB = 1.0
-SETTINGS: dict[str, Any] = {"engines": ["pypdf2", "pdfium"], "max_pages": 30, "clean": True, "min_characters": 300}
+SETTINGS: dict[str, Any] = {
+    "engines": ["pypdf2", "pdfium"],
+    "max_pages": 30,
+    "clean": True,
+    "min_characters": 300,
+    "ocr": "none",
+    "ocr_timeout_s": 60.0,
+    "ocr_memory_gib": 4.0,
+}
 NUMBERS = [b"0", b"-1", b"1", b"65536", b"2147483648", b"99999999999999999999"]
 NAMES = [
     b"/FlateDecode",

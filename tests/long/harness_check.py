@@ -21,6 +21,7 @@ from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.loading import load_adapter, load_base
 from pdf2lora.params import read_params
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.tokens import Encoder
 
 BASE, ADAPTER, TEST = Path("models/base"), Path("models/adapter"), Path("data/split/test.jsonl")
@@ -50,6 +51,7 @@ def main() -> None:
             windows,
             num_documents=len(texts),
             per_device_batch=params.evaluate.per_device_batch,
+            processes=Processes.alone(model.device),
         ).sum()
         theirs = rolling_nats(harness, texts, stride)
         perplexities = math.exp(ours / num_tokens), math.exp(theirs / num_tokens)

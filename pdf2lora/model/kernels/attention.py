@@ -1,8 +1,7 @@
-"""Causal attention between the rows of one product (queries, keys and values side by side) and those of the next.
+"""Causal attention by PyTorch's kernels, called without autograd: the decoder layer is one autograd function.
 
-PyTorch's kernels do the work, called below autograd since the decoder layer is one autograd function: cuDNN's where it
-has them for Hopper and later GPUs, else FlashAttention-2 (Dao 2023), which alone sums in a fixed order when asked to.
-Fewer key heads than query heads (Ainslie et al. 2023) are passed on as they are.
+Hopper and later GPUs use cuDNN's kernels, other GPUs FlashAttention-2 (Dao 2023). Only FlashAttention-2 has a
+deterministic mode. Both accept fewer key heads than query heads (Ainslie et al. 2023).
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from torch import Tensor
 
 
 class Heads(NamedTuple):
-    """How the rows of one layer divide into heads."""
+    """The heads in a row of the product of q, k and v: queries, then keys, then values."""
 
     num_queries: int
     num_keys: int
@@ -29,13 +28,20 @@ class Heads(NamedTuple):
         query, key, value = heads.split([self.num_queries, self.num_keys, self.num_keys], dim=1)
         return query, key, value
 
+    def split_queries_and_keys(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, for rows without values: (tokens, (num_queries + num_keys) * head_dim)."""
+        num_heads = self.num_queries + self.num_keys
+        heads = rows.view(-1, self.seq_length, num_heads, self.head_dim).transpose(1, 2)
+        query, key = heads.split([self.num_queries, self.num_keys], dim=1)
+        return query, key
+
     def rows(self, attended: Tensor) -> Tensor:
         """(batch, heads, seq_length, head_dim) -> (tokens, heads * head_dim)."""
         return attended.transpose(1, 2).reshape(-1, self.num_queries * self.head_dim)
 
 
 class Attended(NamedTuple):
-    """What attention leaves for its backward pass."""
+    """Attention's output, and the tensors that its backward pass needs."""
 
     output: Tensor  # (batch, heads, seq_length, head_dim)
     by_cudnn: bool
@@ -43,33 +49,36 @@ class Attended(NamedTuple):
 
 
 def cudnn_is_better(head_dim: int) -> bool:
-    """On one H100, sequences of 512 and heads of 128: 0.95 ms forward and backward where FlashAttention-2 took 1.33."""
+    """One H100, sequences of 512, heads of 128, both passes: cuDNN took 0.95 ms, FlashAttention-2 1.33 ms."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
     return hopper and head_dim <= 128 and not torch.are_deterministic_algorithms_enabled()
 
 
-def forward(qkv: Tensor, heads: Heads) -> Attended:
-    """qkv: (tokens, width), rotated."""
+Parts = tuple[Tensor, Tensor, Tensor]  # queries, keys and values, (batch, heads, seq_length, head_dim) each
+
+
+def forward(parts: Parts, heads: Heads) -> Attended:
+    """parts: after the rotary embedding."""
     operators = torch.ops.aten
     if cudnn_is_better(heads.head_dim):
         output, *context, _ = operators._scaled_dot_product_cudnn_attention(
-            *heads.split(qkv), None, compute_log_sumexp=True, is_causal=True
+            *parts, None, compute_log_sumexp=True, is_causal=True
         )
         return Attended(output, True, tuple(context))
-    output, *context, _ = operators._scaled_dot_product_flash_attention(*heads.split(qkv), is_causal=True)
+    output, *context, _ = operators._scaled_dot_product_flash_attention(*parts, is_causal=True)
     return Attended(output, False, tuple(context))
 
 
-def backward(grad: Tensor, qkv: Tensor, attended: Attended, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, parts: Parts, attended: Attended, heads: Heads) -> Parts:
     """Gradients of queries, keys and values, each (batch, heads, seq_length, head_dim).
 
-    grad: that of the output's rows, (tokens, heads * head_dim).
+    grad: gradient of the output's rows, (tokens, heads * head_dim).
     """
     logsumexp, start_q, start_k, max_q, max_k, seed, offset = attended.context
     by_head = grad.view(-1, heads.seq_length, heads.num_queries, heads.head_dim).transpose(1, 2)
-    tensors = (by_head, *heads.split(qkv), attended.output, logsumexp)
+    tensors = (by_head, *parts, attended.output, logsumexp)
     lengths = (start_q, start_k, max_q, max_k, 0.0, True)  # no dropout, causal
-    gradients: tuple[Tensor, Tensor, Tensor]
+    gradients: Parts
     if attended.by_cudnn:
         gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(*tensors, seed, offset, None, *lengths)
     else:

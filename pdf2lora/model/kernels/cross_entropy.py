@@ -1,4 +1,4 @@
-"""Cross-entropy of a chunk of logits on the GPU: reads them twice, and writes the gradient where they were."""
+"""Cross-entropy of a chunk of logits on the GPU. Reads the logits twice and overwrites them with the gradient."""
 
 import torch
 import triton
@@ -36,7 +36,7 @@ def _cross_entropy(logits, targets, nats, vocabulary, GRADIENT: tl.constexpr, BL
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
-    """See loss.cross_entropy_."""
+    """See pdf2lora.model.loss._cross_entropy_."""
     rows, vocabulary = logits.shape
     nats = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block, warps = block_and_warps(min(vocabulary, 2**15))

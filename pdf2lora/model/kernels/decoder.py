@@ -1,4 +1,4 @@
-"""A Llama decoder layer as one autograd function with a hand-written backward pass.
+"""A decoder layer (pdf2lora/model/architectures.py) as one autograd function with a hand-written backward pass.
 
 Autograd would add the gradients of several readers of one tensor, keep activations that are cheap to recompute, and
 recompute too much under checkpointing. Here
@@ -27,7 +27,7 @@ from pdf2lora.model.kernels.context import ForwardContext
 from pdf2lora.model.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, swiglu, swiglu_backward_
 from pdf2lora.model.kernels.lora import LowRank
 from pdf2lora.model.kernels.projections import Projections
-from pdf2lora.model.kernels.rotary import rotary_backward, rotate_
+from pdf2lora.model.kernels.rotary import Angles, HeadNorm, normalize_and_rotate, rotary_backward, rotate_
 from pdf2lora.model.kernels.rows import Rows, quantize
 
 
@@ -37,7 +37,7 @@ class Activations:
     total: Tensor  # residual + update, (tokens, hidden)
     rstd: Tensor  # 1 / RMS of total, (tokens,), float32
     x: Tensor | None  # input of q, k and v; None without LoRA
-    qkv: Tensor  # rotated, (tokens, heads.width)
+    qkv: Tensor  # product of q, k and v, (tokens, heads.width); rotated in place if there is no head norm
     qkv_low_rank: LowRank | None
     attended: attention.Attended
     o_low_rank: LowRank | None
@@ -54,7 +54,7 @@ class Activations:
 
 
 class DecoderLayer:
-    """One layer of a PeftModel's Llama. Refers to the PeftModel's weights and LoRA matrices."""
+    """One layer of a PeftModel's decoder. Refers to the PeftModel's weights and LoRA matrices."""
 
     def __init__(self, number: int, layer: Any, dtype: torch.dtype):
         block, mlp = layer.self_attn, layer.mlp
@@ -65,6 +65,11 @@ class DecoderLayer:
         self.gate_up = Projections([mlp.gate_proj, mlp.up_proj], dtype)
         self.down = Projections([mlp.down_proj], dtype)
         self.projections = [self.qkv, self.o, self.gate_up, self.down]
+        self.uses_rotary = bool(getattr(block, "use_rope", True))
+        self.head_norm: HeadNorm | None = None
+        if hasattr(block, "q_norm"):
+            weight = torch.stack([block.q_norm.weight, block.k_norm.weight]).detach()
+            self.head_norm = HeadNorm(weight, block.q_norm.variance_epsilon)
 
     def __call__(self, residual: Tensor, update: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """Two tensors (tokens, hidden), whose sum is the layer's input -> two whose sum is its output."""
@@ -80,12 +85,25 @@ class DecoderLayer:
         activations.total, activations.rstd = total, rstd
         activations.x = x.values if self.qkv.has_lora else None
         activations.qkv, activations.qkv_low_rank = self.qkv.forward(x, context)
-        rotate_(activations.qkv, context.angles, context.heads)
-        activations.attended = attention.forward(activations.qkv, context.heads)
+        if self.head_norm is None and self.uses_rotary:
+            rotate_(activations.qkv, context.angles, context.heads)
+        activations.attended = attention.forward(self.parts(context, activations), context.heads)
         attended = context.heads.rows(activations.attended.output)
         rows = quantize(attended) if context.fp8 else Rows(attended)
         result, activations.o_low_rank = self.o.forward(rows, context)
         return result
+
+    def parts(self, context: ForwardContext, activations: Activations) -> attention.Parts:
+        """Rotated queries and keys, and values. With a head norm it computes them anew in each call."""
+        query, key, value = context.heads.split(activations.qkv)
+        if self.head_norm is None:
+            return query, key, value
+        rows = normalize_and_rotate(activations.qkv, self.angles(context), context.heads, self.head_norm)
+        query, key = context.heads.split_queries_and_keys(rows)
+        return query, key, value
+
+    def angles(self, context: ForwardContext) -> Angles | None:
+        return context.angles if self.uses_rotary else None
 
     def gate(self, residual: Tensor, update: Tensor | None, context: ForwardContext, activations: Activations) -> None:
         """RMSNorm to gate and up."""
@@ -193,10 +211,14 @@ class _Layer(torch.autograd.Function):
 
         attended = context.heads.rows(activations.attended.output)
         d_attended, d_o = layer.o.backward(d_total, attended, activations.o_low_rank)
-        d_heads = attention.backward(d_attended, activations.qkv, activations.attended, context.heads)
-        del attended, d_attended
-        activations.drop("qkv", "attended")
-        d_qkv, d_low_rank = rotary_backward(d_heads, context.angles, context.heads, layer.qkv.up)
+        parts = layer.parts(context, activations)
+        d_heads = attention.backward(d_attended, parts, activations.attended, context.heads)
+        del attended, d_attended, parts
+        activations.drop("attended")
+        d_qkv, d_low_rank = rotary_backward(
+            d_heads, layer.angles(context), context.heads, layer.qkv.up, activations.qkv, layer.head_norm
+        )
+        activations.drop("qkv")
         del d_heads
         input_needs_grad = ctx.needs_input_grad[0]
         d_x, d_qkv_lora = layer.qkv.backward(

@@ -1,8 +1,9 @@
-"""Products with frozen weights, for projections that read the same x: one product for all, in bfloat16 or in fp8.
+"""Products with frozen weights, in bfloat16 or in fp8. Projections that read the same x share one product.
 
-A product of t tokens with n x k weights costs 2 t n k FLOP, its gradient of x as many; there is no gradient of the
-weights. In bfloat16 the weights are dequantized before each product, 2.5 bytes a weight moved. In fp8 they are
-quantized once, for either direction, since a scale must not vary along the sum: 2 bytes a weight held.
+A product of t tokens with n x k weights costs 2 t n k FLOP, and so does the gradient of x. Weights get no gradient.
+- bfloat16: dequantizes the weights before each product. Moves 2.5 bytes per weight.
+- fp8: quantizes the weights once for each direction, because a scale must not vary along the sum. Holds 2 bytes per
+  weight.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def _dequantize(
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_bytes
-    two = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
+    byte = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
     block = at // (BLOCKSIZE // 2)
     if NESTED:
         step = tl.load(absmax_code + tl.load(absmax + block, mask=inside, other=0).to(tl.int32))
@@ -31,17 +32,18 @@ def _dequantize(
         step += tl.load(absmax_offset)
     else:
         step = tl.load(absmax + block, mask=inside, other=0.0)
-    high = tl.load(code + (two >> 4)) * step
-    low = tl.load(code + (two & 15)) * step
+    high = tl.load(code + (byte >> 4)) * step
+    low = tl.load(code + (byte & 15)) * step
     both = tl.interleave(high, low)
     element = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
     tl.store(out + element, both.to(out.dtype.element_ty), mask=element < 2 * num_bytes)
 
 
 def dequantize(weight: Any, out: Tensor) -> None:
-    """bitsandbytes' 4-bit weight (Params4bit, double quantization or not) into `out`, contiguous, of as many elements.
+    """Dequantizes bitsandbytes' 4-bit weight (Params4bit, with or without double quantization) into `out`.
 
-    As bitsandbytes' own dequantize_4bit gives, which takes four launches and twice as long.
+    out: contiguous, as many elements as the weight. The result equals bitsandbytes' dequantize_4bit, which needs four
+    launches and twice the time.
     """
     state = weight.quant_state
     num_bytes = weight.data.numel()
@@ -55,7 +57,7 @@ def dequantize(weight: Any, out: Tensor) -> None:
 
 
 class Frozen:
-    """The weights of one or more bitsandbytes Linear4bit, stacked: (features out, features in)."""
+    """The weights of one or more bitsandbytes Linear4bit, stacked: (features out, features in), and their biases."""
 
     def __init__(self, linears: Sequence[Any], dtype: torch.dtype):
         self.linears = linears
@@ -63,9 +65,16 @@ class Frozen:
         self.rows = [linear.out_features for linear in linears]
         self.shape = (sum(self.rows), linears[0].in_features)
         self.fp8: tuple[Rows, Rows] | None = None
+        self.bias: Tensor | None = None  # (features out,); zeros for a layer without
+        if any(linear.bias is not None for linear in linears):
+            weight = linears[0].weight
+            self.bias = torch.zeros(self.shape[0], dtype=dtype, device=weight.device)
+            for linear, part in zip(linears, self.bias.split(self.rows), strict=True):
+                if linear.bias is not None:
+                    part.copy_(linear.bias.detach())
 
     def to_fp8(self) -> None:
-        """Quantizes the weights for both directions; products of Rows that carry fp8 use them from then on."""
+        """Quantizes the weights for both directions. Products of Rows with fp8 use them."""
         weight = self.weight()
         forward, backward = quantize(weight), quantize(weight.t().contiguous())
         self.fp8 = forward._replace(values=None), backward._replace(values=None)
@@ -78,12 +87,17 @@ class Frozen:
         return weight
 
     def forward(self, x: Rows) -> Tensor:
-        """x W^T: (tokens, features in) -> (tokens, features out)."""
+        """x W^T + bias: (tokens, features in) -> (tokens, features out)."""
         if x.fp8 is not None:
             assert self.fp8 is not None
-            return _product_fp8(x, self.fp8[0])
+            product = _product_fp8(x, self.fp8[0])
+            return product if self.bias is None else product.add_(self.bias)
         assert x.values is not None
-        return x.values @ self.weight().t()
+        return self.add_bias(x.values, self.weight().t())
+
+    def add_bias(self, left: Tensor, right: Tensor) -> Tensor:
+        """left right + bias; right: (any, features out)."""
+        return left @ right if self.bias is None else torch.addmm(self.bias, left, right)
 
     def backward(self, grad: Rows) -> Tensor:
         """grad W: (tokens, features out) -> (tokens, features in)."""
@@ -95,7 +109,7 @@ class Frozen:
 
 
 def _product_fp8(left: Rows, right: Rows) -> Tensor:
-    """left right^T with both scales, (rows of left, rows of right), bfloat16."""
+    """left right^T times both scales, (rows of left, rows of right), bfloat16."""
     assert left.fp8 is not None
     assert left.scale is not None
     assert right.fp8 is not None

@@ -130,14 +130,14 @@ def _backward(
 
 
 def _down_tile(rank: int) -> dict[str, int]:
-    """For small ranks measured on one H100 at 32,768 tokens and 3,072 features; for large ones what fits."""
+    """Small ranks: the fastest tile on one H100 (32,768 tokens, 3,072 features). Large ranks: a tile that fits."""
     if rank > 64:
         return {"BLOCK_TOKENS": 16, "BLOCK": 64, "num_warps": 4}
     return {"BLOCK_TOKENS": 16, "BLOCK": 128, "num_warps": 2}
 
 
 def _backward_tile(rank: int, projections: int) -> dict[str, int]:
-    """Likewise. Few warps are fastest, since they need not wait for each other; but a rank must fit into registers."""
+    """The same. Few warps are fastest, because they do not wait for each other, but a rank must fit into registers."""
     if rank > 64:
         return {"BLOCK_TOKENS": 16, "BLOCK": 32, "STAGES": 1, "num_warps": 8}
     if rank > 16:
@@ -148,10 +148,10 @@ def _backward_tile(rank: int, projections: int) -> dict[str, int]:
 
 
 class LowRank(NamedTuple):
-    """dropout(x) A^T of all projections that read x, and what dropout kept of x.
+    """dropout(x) A^T of all projections that read x, and the packed dropout masks.
 
-    values: (tokens, projections * rank); mask: (projections, tokens, features / 8), uint8, feature 8 i + j in bit j of
-    byte i; None where there was no dropout.
+    values: (tokens, projections * rank).
+    mask: (projections, tokens, features / 8), uint8, feature 8 i + j in bit j of byte i. None: no dropout.
     """
 
     values: Tensor
@@ -183,10 +183,10 @@ def down(x: Tensor, a: Tensor, rank: int, dropout: DropoutCounter | None) -> Low
 def backward_(
     x: Tensor, grad_x: Tensor | None, a: Tensor, grad_low_rank: Tensor, rank: int, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """A's gradient, (projections * rank, features), float32; adds x's to `grad_x` in place, where there is one.
+    """The gradient of A, (projections * rank, features), float32. Adds the gradient of x to `grad_x` in place.
 
-    x, grad_x: (tokens, features); grad_low_rank: (tokens, projections * rank); mask, scale: of dropout, None and 1.0
-    without one.
+    x, grad_x: (tokens, features); grad_low_rank: (tokens, projections * rank). mask, scale: None and 1.0 without
+    dropout.
     """
     tokens, features = x.shape
     projections = a.shape[0] // rank

@@ -1,19 +1,19 @@
-"""Layer inputs in the host's memory between the passes, copied while the GPU computes (Rajbhandari et al. 2021)."""
+"""Keeps layer inputs in host memory between the passes. Copies overlap with computation (Rajbhandari et al. 2021)."""
 
 import torch
 from torch import Tensor
 
 
 class Offload:
-    """One tensor a layer, put in the forward pass and taken in reverse order in the backward pass."""
+    """One tensor per layer: put() in the forward pass, take() in reverse order in the backward pass."""
 
     def __init__(self) -> None:
         self.copies = torch.cuda.Stream() if torch.cuda.is_available() else None
-        self.host: dict[int, Tensor] = {}  # pinned, kept from step to step
-        self.moving: dict[int, Tensor] = {}  # on the GPU, while a copy reads or writes them
+        self.host: dict[int, Tensor] = {}  # pinned, kept between steps
+        self.moving: dict[int, Tensor] = {}  # on the GPU, during a copy
 
     def put(self, number: int, tensor: Tensor) -> None:
-        """Starts a copy of layer `number`'s tensor; that of the layer before has ended, and its memory is free."""
+        """Starts to copy the tensor of layer `number`. Frees the GPU memory of the previous layer's tensor."""
         assert self.copies is not None
         if number not in self.host or self.host[number].shape != tensor.shape:
             self.host[number] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -23,7 +23,7 @@ class Offload:
             self.host[number].copy_(tensor, non_blocking=True)
 
     def take(self, number: int) -> Tensor:
-        """The tensor of layer `number`; that of the layer before starts on its way."""
+        """The tensor of layer `number`. Starts to copy the previous layer's tensor."""
         if number not in self.moving:
             self._fetch(number)
         self._finish()
@@ -41,7 +41,7 @@ class Offload:
             self.moving[number].copy_(self.host[number], non_blocking=True)
 
     def _finish(self) -> None:
-        """Both streams wait for each other: kernels to come may use what copies have read, and the other way round."""
+        """Both streams wait for each other: later kernels may reuse memory that a copy has read, and vice versa."""
         assert self.copies is not None
         torch.cuda.current_stream().wait_stream(self.copies)
         self.copies.wait_stream(torch.cuda.current_stream())

@@ -26,7 +26,7 @@ class Adapter(NamedTuple):
 
 
 class Projections:
-    """y = x W^T + scaling * (dropout(x) A^T) B^T, with stacked W, A and B of all projections.
+    """y = x W^T + bias + scaling * (dropout(x) A^T) B^T, with stacked W, A and B of all projections.
 
     a: (ranks of all, features in). Each rank is padded with zeros to a size that tensor cores accept.
     b: (features out of all, ranks of all), times the scaling. Zeros outside of each projection's own block.
@@ -90,7 +90,8 @@ class Projections:
             return self.frozen.forward(x).addmm_(low_rank.values, self.b.t()), low_rank
         assert x.values is not None
         # In this order the large product reads what it adds to, at almost no cost.
-        return (low_rank.values @ self.b.t()).addmm_(x.values, self.frozen.weight().t()), low_rank
+        small = self.frozen.add_bias(low_rank.values, self.b.t())
+        return small.addmm_(x.values, self.frozen.weight().t()), low_rank
 
     def low_rank(self, x: Tensor | None, context: ForwardContext) -> LowRank | None:
         """LoRA's first product, (tokens, features in) -> (tokens, ranks of all). None if LoRA is off."""

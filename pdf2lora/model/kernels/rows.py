@@ -1,8 +1,8 @@
 """Activations and gradients as rows, (tokens, features), and their rowwise quantization to fp8.
 
-A row's scale is its largest absolute value over 448, the largest number of e4m3 (Micikevicius et al. 2022, FP8 Formats
-for Deep Learning); a product multiplies the scales back. The kernels that make rows quantize them while they hold them
-in registers; `quantize` here is for rows that another library made.
+The scale of a row is its largest absolute value divided by 448, the largest number of e4m3 (Micikevicius et al. 2022,
+FP8 Formats for Deep Learning). Products multiply by the scales. Kernels of this folder quantize rows in registers;
+`quantize` is for rows that another library computed.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ FP8 = torch.float8_e4m3fn
 
 
 class Rows(NamedTuple):
-    """The left side of a product: values for the adapter, fp8 and scale for the frozen weights; either may be absent.
+    """The left side of a product: `values` for LoRA, `fp8` and `scale` for the frozen weights. Either may be None.
 
     values: (tokens, features), bfloat16; fp8: the same shape, e4m3; scale: (tokens, 1), float32.
     """
@@ -36,14 +36,14 @@ class Rows(NamedTuple):
 
 
 def block_and_warps(num_features: int) -> tuple[int, int]:
-    """Triton's block for a whole row in one program, and the warps that hold it in registers without spilling."""
+    """Triton's block size for one row per program, and the number of warps that hold it without register spills."""
     block = triton.next_power_of_2(num_features)
     return block, min(max(block // 512, 4), 32)
 
 
 @triton.jit
 def store_fp8(values, fp8, scale, row, columns, num_features, inside):
-    """Quantizes one row (float32 `values`, 0 outside) into fp8[row] and scale[row]."""
+    """Quantizes one row (float32 `values`, 0 outside of `inside`) into fp8[row] and scale[row]."""
     largest = tl.maximum(tl.max(tl.abs(values), 0), 1e-12)
     tl.store(fp8 + row * num_features + columns, (values * (448.0 / largest)).to(fp8.dtype.element_ty), mask=inside)
     tl.store(scale + row, largest / 448.0)
@@ -59,7 +59,7 @@ def _quantize(values, fp8, scale, num_features, BLOCK: tl.constexpr):
 
 
 def quantize(values: Tensor) -> Rows:
-    """values: (tokens, features), contiguous. Moves 3 bytes a feature."""
+    """values: (tokens, features), contiguous. Moves 3 bytes per feature."""
     rows = Rows.empty(values, values.shape[1], values=False, fp8=True)
     block, warps = block_and_warps(values.shape[1])
     _quantize[(values.shape[0],)](values, rows.fp8, rows.scale, values.shape[1], BLOCK=block, num_warps=warps)

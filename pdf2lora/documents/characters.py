@@ -1,0 +1,85 @@
+"""Clean characters: ligatures, presentation forms, control characters and spaces of one page."""
+
+import re
+import unicodedata
+from functools import cache
+
+from pdf2lora.documents.text import CJK, CJK_PUNCTUATION
+
+# TeX's OT1 fonts keep the f-ligatures at these codes. An engine without the font's map returns the codes.
+OT1_LIGATURES = {"\x0b": "ff", "\x0c": "fi", "\r": "fl", "\x0e": "ffi", "\x0f": "ffl"}
+OT1_CONTEXT = re.compile("[a-z][\x0b\x0c\x0e\x0f]|[\x0b\x0c\x0e\x0f][a-z]")
+OT1_CODE = re.compile("(?<=[A-Za-z])[\x0b\x0c\r\x0e\x0f]|[\x0b\x0c\r\x0e\x0f](?=[a-z])")
+
+# The hyphen at a line end: pdfium writes U+0002 or U+FFFE, some fonts write a soft hyphen.
+LINE_END_HYPHEN = re.compile("[\x02\ufffe]\n?|\u00ad\n")
+
+# Forms of letters that fonts need and texts do not, by the tag of their decomposition in Unicode: letters of
+# mathematical fonts, Arabic letter forms, half-width and vertical forms, no-break space and hyphen. The other tags
+# have a meaning (superscripts, fractions, full-width punctuation), which the full NFKC would destroy: 10³ -> 103.
+FORM_TAGS = {"<font>", "<initial>", "<medial>", "<final>", "<isolated>", "<narrow>", "<vertical>", "<noBreak>"}
+LIGATURES_AND_RADICALS = re.compile("[\u01c4-\u01cc\ufb00-\ufb06\ufb13-\ufb17\u2e80-\u2fdf]")
+ARABIC_PHRASES = re.compile("[\ufdf0-\ufdff]")
+
+DOT_LEADER = re.compile(r"(?:[.…·_]\s*){5,}|(?:…\s*){3,}")
+_SPACE_AT_CJK_PUNCTUATION = re.compile(rf" (?=[{CJK_PUNCTUATION}])|(?<=[{CJK_PUNCTUATION}]) ")
+_SPACED_OUT_CJK = re.compile(rf"(?<![{CJK}])[{CJK}](?: [{CJK}]){{2,}}(?![{CJK}])")
+
+
+def clean_characters(page: str) -> tuple[str, int]:
+    """Returns the page in NFC with line ends \\n, and the number of removed characters.
+
+    Removes control characters, invisible characters, private characters and U+FFFD. Line-end hyphens become `-\\n`.
+    """
+    page = page.replace("\r\n", "\n").strip("\f\r\n")
+    if OT1_CONTEXT.search(page):  # without OT1 codes, \r alone is a line end
+        page = OT1_CODE.sub(lambda match: OT1_LIGATURES[match[0]], page)
+    page = LINE_END_HYPHEN.sub("-\n", page.replace("\r", "\n"))
+    page = unicodedata.normalize("NFC", page)
+    num_removed = sum(page.count(character) for character in set(page) if _is_removed(character))
+    page = page.translate({ord(character): _replacement(character) for character in set(page)})
+    return unicodedata.normalize("NFC", page), num_removed
+
+
+@cache
+def _replacement(character: str) -> str:
+    match unicodedata.category(character):
+        case "Cc":
+            return character if character == "\n" else "" if character == "\0" else " "
+        case "Cf":  # Persian and Indic scripts need the two joiners
+            return character if character in "\u200c\u200d" else ""
+        case "Co" | "Cn" | "Cs":
+            return ""
+        case "Zs" | "Zl" | "Zp":
+            return " "
+        case _:
+            return " " if character == "\ufffd" else _plain_form(character)
+
+
+def _is_removed(character: str) -> bool:
+    return not character.isspace() and not _replacement(character).strip()
+
+
+def _plain_form(character: str) -> str:
+    if character in "\u2010\u2011":
+        return "-"
+    tag = unicodedata.decomposition(character).partition(" ")[0]
+    plain = unicodedata.normalize("NFKC", character)
+    is_form = tag in FORM_TAGS and not ARABIC_PHRASES.match(character)
+    is_wide_letter = tag == "<wide>" and plain.isalnum()
+    return plain if is_form or is_wide_letter or LIGATURES_AND_RADICALS.match(character) else character
+
+
+def collapse_spaces(line: str) -> tuple[str, int]:
+    """Puts one space between words and none inside Chinese and Japanese text.
+
+    Returns the line and the number of removed dot leaders and fill-in blanks.
+    """
+    num_leaders = 0
+    if sum(map(line.count, ".…·_")) >= 3:
+        line, num_leaders = DOT_LEADER.subn(" ", line)
+    line = " ".join(line.split())
+    if not line.isascii():
+        line = _SPACE_AT_CJK_PUNCTUATION.sub("", line)
+        line = _SPACED_OUT_CJK.sub(lambda match: match[0].replace(" ", ""), line)
+    return line, num_leaders

@@ -1,0 +1,110 @@
+"""Running lines: the headers, footers and page numbers that a document repeats on its pages."""
+
+import re
+from collections import Counter, defaultdict
+
+EDGE_LINES = 3  # running lines are among the first and last three lines of a page
+RUNNING_SHARE = 0.4  # they are on at least 40% of the pages (left and right pages can differ)
+SAME_NUMBERS_SHARE = 0.6  # and at least 60% of them have the same numbers, or count the pages
+
+_PAGE_WORDS = "page|pages|pg|pag|pagina|página|p|s|seite|sida|side|strana|strona|str|стр|страница|صفحة|עמוד"
+_NUMBER = r"(?:\d{1,4}|[ivx]{1,6})"
+_LABELED_PAGE_NUMBER = re.compile(
+    rf"\W*(?:(?:{_PAGE_WORDS})\W*{_NUMBER}(?:\s*(?:of|/|von|de|из)\s*\d{{1,4}})?"  # Page 7 of 12
+    rf"|\d{{1,4}}\s*(?:of|/)\s*\d{{1,4}}|[ivx]{{1,6}}"  # 7/12, vii
+    rf"|第?\s*\d{{1,4}}\s*[页頁ページ]+)\W*",
+    re.IGNORECASE,
+)
+_BARE_PAGE_NUMBER = re.compile(r"\W*(\d{1,4})\W*")
+_COUNTING_HEADING = re.compile(r"[^\W\d_]+\.? \d+\W*|第\s*\d+\s*\w")  # Article 7
+
+
+def remove_running_lines(pages: list[list[str]]) -> tuple[list[list[str]], Counter[str]]:
+    """Removes headers, footers and page numbers at both ends of each page. A single page keeps all its lines.
+
+    Returns the pages and the number of removed lines: headers, footers, page_numbers.
+    """
+    removed: Counter[str] = Counter()
+    if len(pages) < 2:
+        return pages, removed
+    running = _running_keys(pages)
+    top_numbers = [_bare_numbers(page[:EDGE_LINES]) for page in pages]
+    bottom_numbers = [_bare_numbers(page[-EDGE_LINES:]) for page in pages]
+
+    def kind(line: str, page: int, numbers: list[set[int]], running_kind: str) -> str | None:
+        if not line:
+            return "blank_lines"
+        if _is_page_number(line, page, numbers):
+            return "page_numbers"
+        is_running = _key(line) in running and not _BARE_PAGE_NUMBER.fullmatch(line)
+        return running_kind if is_running else None
+
+    bodies = []
+    for number, page in enumerate(pages):
+        first, last = 0, len(page)
+        while first < min(EDGE_LINES, last) and (name := kind(page[first], number, top_numbers, "headers")):
+            removed[name] += 1
+            first += 1
+        start = max(first, len(page) - EDGE_LINES)
+        while last > start and (name := kind(page[last - 1], number, bottom_numbers, "footers")):
+            removed[name] += 1
+            last -= 1
+        bodies.append(page[first:last])
+    del removed["blank_lines"]
+    return bodies, removed
+
+
+def _running_keys(pages: list[list[str]]) -> set[str]:
+    """Returns the keys of the lines that are running headers or footers.
+
+    A table row or a heading that counts (Article 1, Article 2) can be at the same place on many pages. Its numbers
+    differ from page to page. A running line has the same numbers on each page, or counts the pages.
+    """
+    pages_of_key: defaultdict[str, dict[int, str]] = defaultdict(dict)
+    for number, page in enumerate(pages):
+        for line in [*page[:EDGE_LINES], *page[-EDGE_LINES:]]:
+            if line:
+                pages_of_key[_key(line)].setdefault(number, line)
+    return {
+        key
+        for key, lines in pages_of_key.items()
+        if len(lines) >= max(2, RUNNING_SHARE * len(pages)) and _numbers_are_running(lines)
+    }
+
+
+def _key(line: str) -> str:
+    """Two lines that differ only in their numbers have the same key."""
+    return re.sub(r"\d+", "#", line).casefold()
+
+
+def _numbers_are_running(lines: dict[int, str]) -> bool:
+    """lines: page -> the line of this page. All lines have the same key."""
+    min_count = SAME_NUMBERS_SHARE * len(lines)
+    columns = zip(*(re.findall(r"\d+", line) for line in lines.values()), strict=True)
+    counts_pages = False
+    for values in columns:
+        if max(Counter(values).values()) >= min_count:
+            continue
+        offsets = Counter(int(value[:9]) - page for page, value in zip(lines, values, strict=True))
+        if max(offsets.values()) < min_count:
+            return False
+        counts_pages = True
+    return not (counts_pages and all(map(_COUNTING_HEADING.fullmatch, lines.values())))
+
+
+def _bare_numbers(lines: list[str]) -> set[int]:
+    return {int(match[1]) for match in map(_BARE_PAGE_NUMBER.fullmatch, lines) if match}
+
+
+def _is_page_number(line: str, page: int, numbers: list[set[int]]) -> bool:
+    """A number without a label must fit to a number at the same end of a near page; else it can be a table's.
+
+    numbers: the numbers without a label, per page.
+    """
+    if _LABELED_PAGE_NUMBER.fullmatch(line):
+        return True
+    match = _BARE_PAGE_NUMBER.fullmatch(line)
+    if match is None:
+        return False
+    near = [step for step in (-2, -1, 1, 2) if 0 <= page + step < len(numbers)]
+    return len(numbers) < 3 or any(int(match[1]) + step in numbers[page + step] for step in near)

@@ -1,0 +1,125 @@
+"""Selects the best text of a document, or the reason why the document is left out."""
+
+from collections.abc import Sequence
+
+from pdf2lora.documents import cleaning
+from pdf2lora.documents.quality import is_readable, is_right_to_left, num_word_errors
+from pdf2lora.documents.records import COMPLETE, Attempt, Extraction, Reason
+
+RIGHT_TO_LEFT_ENGINE = "pdfium"  # the only one that puts right-to-left lines in reading order
+CLEARLY_FEWER = 0.8  # a later engine is better if it has at most 80% of the word errors,
+MIN_DIFFERENCE = 0.001  # and the difference is at least 0.1% of the words,
+MIN_TEXT_SHARE = 0.5  # and it has at least 50% of the characters
+
+
+def best_attempt(attempts: Sequence[Attempt]) -> Attempt | None:
+    """Returns the attempt with the best text; None if no text is readable.
+
+    A complete attempt is better than a partial one. Of partial attempts the longest is best. Of complete attempts the
+    one with the fewest word errors is best; the first engine wins if the difference is small.
+    """
+    readable = [attempt for attempt in attempts if is_readable(_text(attempt))]
+    complete = [attempt for attempt in readable if attempt.outcome == COMPLETE]
+    if not complete:
+        return max(readable, key=lambda attempt: len(_text(attempt)), default=None)
+    best = complete[0]
+    for candidate in complete[1:]:
+        if _is_better(candidate, best):
+            best = candidate
+    return _fill_empty_pages(best, complete)
+
+
+def _is_better(candidate: Attempt, best: Attempt) -> bool:
+    candidate_text, text = _text(candidate), _text(best)
+    if is_right_to_left(text) and RIGHT_TO_LEFT_ENGINE in (candidate.engine, best.engine):
+        return candidate.engine == RIGHT_TO_LEFT_ENGINE
+    if _num_characters(candidate_text) < MIN_TEXT_SHARE * _num_characters(text):
+        return False
+    if _num_characters(text) < MIN_TEXT_SHARE * _num_characters(candidate_text):
+        return True
+    num_errors, num_candidate_errors = num_word_errors(text, candidate_text)
+    is_different = num_errors - num_candidate_errors > MIN_DIFFERENCE * len(text.split())
+    return is_different and num_candidate_errors <= CLEARLY_FEWER * num_errors
+
+
+def _fill_empty_pages(best: Attempt, attempts: Sequence[Attempt]) -> Attempt:
+    """Takes the pages that are empty in the best attempt from the other attempts."""
+    pages = []
+    for number, page in enumerate(best.pages):
+        others = [attempt.pages[number] for attempt in attempts if attempt.pages[number:]]
+        pages.append(next((text for text in [page, *others] if text.strip()), ""))
+    return Attempt(**vars(best) | {"pages": pages})
+
+
+def pages_for_ocr(attempts: Sequence[Attempt], best: Attempt | None, max_pages: int) -> list[int]:
+    """Returns the numbers of the pages that have no readable text. OCR can read them if an engine opens the file."""
+    num_pages = next((a.num_pages for a in attempts if a.outcome == COMPLETE and a.num_pages is not None), None)
+    if num_pages is None or any(attempt.is_placeholder for attempt in attempts):
+        return []
+    numbers = range(min(num_pages, max_pages))
+    if best is None:
+        return list(numbers)
+    return [number for number in numbers if not _has_text(best.pages[number] if best.pages[number:] else "")]
+
+
+def _has_text(page: str) -> bool:
+    """A page of numbers has text. A page of codes does not."""
+    return any(map(str.isalnum, page)) and (is_readable(page) or not any(map(str.isalpha, page)))
+
+
+def add_ocr(best: Attempt | None, ocr: Attempt, numbers: Sequence[int]) -> Attempt:
+    """Returns the best attempt with the OCR text of the pages `numbers`."""
+    if best is None:
+        return ocr
+    pages = best.pages + [""] * (max(numbers) + 1 - len(best.pages))
+    for number, page in zip(numbers, ocr.pages, strict=False):  # a stopped OCR has fewer pages
+        if page.strip():
+            pages[number] = page
+    return Attempt(**vars(best) | {"pages": pages})
+
+
+def judge(
+    attempts: Sequence[Attempt], best: Attempt | None, *, pages_ocr: int, clean: bool, min_characters: int
+) -> Extraction:
+    """Returns the cleaned text of the best attempt, or the reason why the document is left out."""
+    raw = _text(best) if best else ""
+    cleaned = cleaning.clean(best.pages) if best and clean else cleaning.CleanText(raw, {})
+    reason = _reason(attempts, best, is_long_enough=len(cleaned.text) >= min_characters)
+    return Extraction(
+        num_pages=next((a.num_pages for a in attempts if a.num_pages is not None), None),
+        pages_read=len(best.pages) if best else 0,
+        engine=best.engine if best else None,
+        attempts={attempt.engine: attempt.outcome for attempt in attempts},
+        characters_raw=len(raw),
+        text=cleaned.text if reason is None else "",
+        reason=reason,
+        pages_ocr=pages_ocr,
+        pages_reordered=best.pages_reordered if best else 0,
+        removed=cleaned.removed,
+    )
+
+
+def _reason(attempts: Sequence[Attempt], best: Attempt | None, *, is_long_enough: bool) -> Reason | None:
+    """Returns why a document is left out. A complete attempt decides, then the last engine that did not crash."""
+    if any(attempt.is_placeholder for attempt in attempts):
+        return Reason.PLACEHOLDER
+    if best and is_long_enough:
+        return None
+    complete = [attempt for attempt in attempts if attempt.outcome == COMPLETE]
+    if any(attempt.num_attachments for attempt in attempts):
+        return Reason.ONLY_ATTACHMENTS
+    if best and best.outcome == COMPLETE:
+        return Reason.TOO_SHORT
+    if complete:
+        has_text = any(page.strip() for attempt in complete for page in attempt.pages)
+        return Reason.UNREADABLE_FONT if has_text else Reason.NO_TEXT_LAYER
+    reasons = [Reason(attempt.outcome) for attempt in attempts]
+    return next((reason for reason in reversed(reasons) if reason != Reason.CRASHED), Reason.CRASHED)
+
+
+def _text(attempt: Attempt) -> str:
+    return "\n".join(attempt.pages)
+
+
+def _num_characters(text: str) -> int:
+    return len("".join(text.split()))

@@ -1,0 +1,109 @@
+"""The stage evaluate in one of its processes: scores test documents and general text, writes metrics and samples."""
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from pdf2lora.documents.records import read_documents
+from pdf2lora.evaluation.comparison import compare, comparison_line, comparison_metrics, parse_table, require_pairs
+from pdf2lora.evaluation.general import read_general
+from pdf2lora.evaluation.metrics import Scores, document_table, evaluation_metrics, summary_lines
+from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
+from pdf2lora.evaluation.samples import sample_documents
+from pdf2lora.evaluation.scoring import Nats, nats_per_document
+from pdf2lora.evaluation.unquantized import load_unquantized
+from pdf2lora.evaluation.windows import text_windows
+from pdf2lora.model.forward import Forward, build_forward
+from pdf2lora.model.kernel_choice import choose_kernels
+from pdf2lora.model.loading import load_adapter, load_base, read_config
+from pdf2lora.params import Params
+from pdf2lora.runtime.distributed import Processes
+from pdf2lora.runtime.files import atomic_write, write_json
+from pdf2lora.runtime.manifest import require_intact
+from pdf2lora.runtime.monitor import machine_metrics
+from pdf2lora.runtime.scratch import project_root
+from pdf2lora.tokens import Encoder
+
+BASE = Path("models/base")
+ADAPTER = Path("models/adapter")
+TEST = Path("data/split/test.jsonl")
+METRICS = Path("metrics/eval.json")
+DOCUMENTS = Path("metrics/eval_documents.csv")
+SAMPLES = Path("data/samples.json")
+
+
+def run(params: Params) -> None:
+    """Scores with all processes of the job; the main one writes the results.
+
+    Raises:
+        InputError: the base model, the baseline or a setting cannot be used.
+    """
+    processes = Processes()
+    settings, samples = params.evaluate, params.sample
+    if processes.is_main:
+        require_intact(BASE, made_by="convert")
+    else:  # the main process prints for all
+        logging.disable()
+        disable_progress_bar()
+    baseline = None
+    if settings.compare_to != "none":
+        commit = resolve_commit(settings.compare_to, project_root())
+        baseline = parse_table(read_documents_at(commit, project_root()))
+    encoder = Encoder.load(BASE)
+    encoder.require_context(params.compute.seq_length)
+    encoder.require_context(samples.prompt_tokens + samples.max_new_tokens, key="sample.max_new_tokens")
+    documents = read_documents(TEST)
+    texts = [document.text for document in documents] + read_general()
+    sizes, windows = text_windows(texts, encoder, params)
+    scores_unquantized = settings.unquantized_base and params.quantization.bits < 16
+    num_windows = (3 if scores_unquantized else 2) * len(windows)
+
+    with (
+        machine_metrics("evaluate") if processes.is_main else nullcontext(),
+        tqdm(total=num_windows, desc="evaluate", unit="window", disable=None if processes.is_main else True) as bar,
+    ):
+
+        def score(forward: Forward) -> Nats:
+            return nats_per_document(
+                forward,
+                windows,
+                num_documents=len(texts),
+                per_device_batch=settings.per_device_batch,
+                processes=processes,
+                progress=lambda num_windows: bar.update(num_windows * processes.count),
+            )
+
+        base_unquantized = None
+        if scores_unquantized:
+            unquantized = load_unquantized(BASE, params.quantization, params.compute)
+            base_unquantized = score(build_forward(unquantized, "reference"))
+            del unquantized  # it leaves the memory before the quantized model is loaded
+        kernels = choose_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
+        model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)
+        forward = build_forward(model, "fused" if kernels == "fp8" else kernels)  # fp8 would approximate the nats
+        adapted = score(forward)
+        with model.disable_adapter():
+            base = score(forward)
+        processes.end()
+        if not processes.is_main:
+            return
+        sampled = sample_documents(model, encoder, documents[: samples.num_documents], samples)
+
+    scores = Scores(base, adapted, base_unquantized)
+    test, general = slice(len(documents)), slice(len(documents), None)
+    table = document_table([document.id for document in documents], sizes[test], scores.part(test))
+    metrics = evaluation_metrics(scores.part(test), sizes[test], scores.part(general), sizes[general])
+    lines = summary_lines(metrics, params.quantization.bits)
+    if baseline is not None:
+        comparison = require_pairs(compare(table, baseline))
+        metrics["comparison"] = comparison_metrics(settings.compare_to, commit, comparison)
+        lines.append(comparison_line(settings.compare_to, commit, comparison))
+
+    write_json(METRICS, metrics)
+    write_json(SAMPLES, sampled)
+    with atomic_write(DOCUMENTS) as partial:
+        table.to_csv(partial, index=False, lineterminator="\n")
+    print(*(f"evaluate: {line}" for line in lines), sep="\n")

@@ -1,0 +1,268 @@
+"""The files of a source model in Hugging Face's layout, checked without torch and transformers.
+
+check and doctor make these checks before any work. transformers_check.py makes the rest in convert.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from pdf2lora.errors import InputError
+from pdf2lora.weights.config_json import read_sizes
+from pdf2lora.weights.json_files import read_json, whole_number
+from pdf2lora.weights.safetensors_header import StoredWeight, read_header
+
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' name -> torch's
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+ARCHITECTURE_ENDINGS = ("ForCausalLM", "LMHeadModel")
+SIZE_KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+# bitsandbytes stores these beside a 4-bit weight.
+QUANT_STATE = re.compile(r"(?<=\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$")
+
+
+@dataclass(frozen=True)
+class HuggingFaceFiles:
+    """A source model that passed the checks."""
+
+    config: Mapping[str, Any]
+    weight_files: tuple[Path, ...]
+    weights: Mapping[str, StoredWeight]
+    """By name. Rotary frequencies, which follow from the config, are left out."""
+
+    @property
+    def is_4bit(self) -> bool:
+        return "quantization_config" in self.config
+
+    @property
+    def dtype(self) -> str:
+        """torch's name of the dtype that most bytes have; of a 4-bit model, the one in its config."""
+        if self.is_4bit:
+            return str(self.config.get("dtype") or self.config.get("torch_dtype") or "float16")
+        num_bytes = dict.fromkeys(DTYPES, 0)
+        for weight in self.weights.values():
+            num_bytes[weight.dtype] += weight.num_bytes
+        return DTYPES[max(num_bytes, key=num_bytes.__getitem__)]
+
+    @property
+    def num_layers(self) -> int:
+        return len({match[1] for name in self.weights if (match := LAYER.search(name))})
+
+    @property
+    def num_parameters(self) -> int:
+        """A byte of a 4-bit weight holds two parameters."""
+        return sum(
+            weight.num_bytes * 2 if weight.dtype == "U8" else math.prod(weight.shape)
+            for name, weight in self.weights.items()
+            if not QUANT_STATE.search(name)
+        )
+
+    @property
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """{name in a block (q_proj): (input features, output features)}, of the first block."""
+        names = {
+            name: name.removesuffix(".weight").rpartition(".")[2]
+            for name, weight in self.weights.items()
+            if (match := LAYER.search(name)) and match[1] == "0" and name.endswith(".weight") and len(weight.shape) == 2
+        }
+        if not self.is_4bit:
+            return {layer: (self.weights[name].shape[1], self.weights[name].shape[0]) for name, layer in names.items()}
+        sizes = read_sizes(self.config, self.weight_files[0].with_name("config.json"))
+        return {layer: shape for layer, shape in sizes.llama_layers.items() if layer in names.values()}
+
+
+def read_huggingface(source: Path) -> HuggingFaceFiles:
+    """Reads config.json and the headers of the weights in the folder `source`.
+
+    Raises:
+        InputError: a file is missing or damaged, the model is of a kind that cannot be trained, or two files
+            contradict each other.
+    """
+    path = source / "config.json"
+    config = read_json(path)
+    _require_causal_lm(path, config)
+    _require_usable_quantization(path, config)
+    _require_known_rope(path, config)
+    for key in SIZE_KEYS:
+        if config.get(key) is not None and not isinstance(config[key], list):  # a list has a size for each layer
+            whole_number(config, key, path)
+    weight_files, weights = _read_weights(source)
+    _require_known_dtypes(source, weights, is_4bit="quantization_config" in config)
+    _require_all_layers(source, config, weights)
+    _require_rows_for_all_tokens(source, config, weights)
+    return HuggingFaceFiles(config, tuple(weight_files), weights)
+
+
+def _require_causal_lm(path: Path, config: Mapping[str, Any]) -> None:
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
+    if not isinstance(name, str) or not name.endswith(ARCHITECTURE_ENDINGS) or config.get("is_encoder_decoder"):
+        raise InputError(
+            f"{path}: architectures is {json.dumps(architectures)}, must name one decoder-only language model such as "
+            '["LlamaForCausalLM"]. Use a text-only causal language model.'
+        )
+    if not isinstance(config.get("model_type"), str):
+        raise InputError(f"{path}: model_type is missing. Download the file again.")
+
+
+def _require_usable_quantization(path: Path, config: Mapping[str, Any]) -> None:
+    """A 4-bit bitsandbytes model is used as it is. Raises InputError for every other quantized model."""
+    if "quantization_config" not in config:
+        return
+    quantization = config["quantization_config"]
+    quantization = quantization if isinstance(quantization, dict) else {}
+    if quantization.get("load_in_4bit") is True:
+        return
+    method = str(quantization.get("quant_method", "unknown"))
+    name = "8-bit bitsandbytes" if quantization.get("load_in_8bit") else method.upper()
+    raise InputError(
+        f"{path}: the source model is quantized ({name}). Use the unquantized model, because training quantizes it "
+        "itself, or a 4-bit bitsandbytes model."
+    )
+
+
+def _require_known_rope(path: Path, config: Mapping[str, Any]) -> None:
+    for key in ("rope_parameters", "rope_scaling"):
+        value = config.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, dict):
+            raise InputError(f"{path}: {key} is {json.dumps(value)}, must be an object. Download the file again.")
+        # Some models have one object for each type of layer.
+        by_layer_type = [inner for inner in value.values() if isinstance(inner, dict)]
+        for rope in by_layer_type or [value]:
+            rope_type = rope.get("rope_type", rope.get("type", "default"))
+            if rope_type not in ROPE_TYPES:
+                raise InputError(
+                    f"{path}: {key} has the type {json.dumps(rope_type)}, must be one of {', '.join(ROPE_TYPES)}. "
+                    "Use another model, or correct the type."
+                )
+
+
+def _read_weights(source: Path) -> tuple[list[Path], dict[str, StoredWeight]]:
+    index = source / "model.safetensors.index.json"
+    weight_map = read_json(index).get("weight_map") if index.is_file() else {}
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index}: weight_map must map each weight to its file. Download the file again.")
+    names = sorted({str(name) for name in weight_map.values()}) or ["model.safetensors"]
+    if not weight_map and not (source / names[0]).is_file():
+        raise InputError(missing_weights_message(source))
+    weights: dict[str, StoredWeight] = {}
+    for name in names:
+        path = source / name
+        if "\0" in name or path.parent != source or not path.is_file():
+            named_by = f", but {index.name} names it" if weight_map else ""
+            raise InputError(
+                f"{path}: the file is not in the folder{named_by}. Download all files of the source model."
+            )
+        weights |= read_header(path)
+    absent = next((name for name in weight_map if name not in weights), None)
+    if absent is not None:
+        raise InputError(
+            f"{source}: {index.name} names the weight {absent}, but no file has it. Download all files of the model."
+        )
+    kept = {name: weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    return [source / name for name in names], kept
+
+
+def missing_weights_message(source: Path) -> str:
+    """The error message for a folder without model.safetensors."""
+    if any(source.glob("*.gguf")):
+        return (
+            f"{source}: the weights are only in GGUF files. Download the model in Hugging Face's layout (config.json, "
+            "*.safetensors, tokenizer.json), or convert it with transformers (from_pretrained has gguf_file)."
+        )
+    if any(source.glob("*.bin")) or any(source.glob("*.pt")):
+        return (
+            f"{source}: the weights are only in pickled *.bin files, which can run code when they are read. "
+            "Convert them to safetensors (transformers' save_pretrained does it) and put those there."
+        )
+    if (source / "adapter_config.json").is_file():
+        return adapter_message(source)
+    return f"{source}: model.safetensors is missing. Download all files of the source model."
+
+
+def adapter_message(source: Path) -> str:
+    """The error message for a folder that holds an adapter instead of a model."""
+    try:
+        base = read_json(source / "adapter_config.json").get("base_model_name_or_path")
+    except InputError:
+        base = None
+    return (
+        f"{source}: this is an adapter, not a base model. Download the model that it was trained on"
+        f"{f' ({base})' if base else ''}, or merge the adapter into it first."
+    )
+
+
+def _require_known_dtypes(source: Path, weights: Mapping[str, StoredWeight], *, is_4bit: bool) -> None:
+    known = [*DTYPES, "U8"] if is_4bit else list(DTYPES)
+    for name, weight in weights.items():
+        if weight.dtype not in known:
+            raise InputError(
+                f"{source}: {name} is of dtype {weight.dtype}, must be one of {', '.join(known)}. "
+                "Use an unquantized source model."
+            )
+
+
+def _require_all_layers(source: Path, config: Mapping[str, Any], weights: Iterable[str]) -> None:
+    """Raises InputError if a layer of config.json has no weights: transformers would build it first."""
+    path = source / "config.json"
+    key = next((key for key in NUM_LAYERS_KEYS if key in config), NUM_LAYERS_KEYS[0])
+    num_layers = whole_number(config, key, path)
+    stored = {int(match[1]) for name in weights if (match := LAYER.search(name))}
+    missing = next((number for number in range(num_layers) if number not in stored), None)
+    if missing is not None:
+        raise InputError(
+            f"{source}: *.safetensors lack the weights of layer {missing}, but {key} in config.json is {num_layers}. "
+            "Download all files of the source model."
+        )
+
+
+def _require_rows_for_all_tokens(source: Path, config: Mapping[str, Any], weights: Mapping[str, StoredWeight]) -> None:
+    vocab_size = whole_number(config, "vocab_size", source / "config.json")
+    embedding = next((name for name in weights if name.endswith(EMBEDDINGS)), None)
+    if embedding is None:
+        raise InputError(f"{source}: *.safetensors lack the embedding. Download all files of the source model.")
+    if weights[embedding].shape[0] != vocab_size:
+        raise InputError(
+            f"{source}: vocab_size in config.json is {vocab_size}, but {embedding} has {weights[embedding].shape[0]} "
+            "rows. Use the files of one model."
+        )
+    if (source / "tokenizer.json").is_file():
+        last_id = largest_token_id(load_tokenizer(source / "tokenizer.json"))
+        if last_id >= vocab_size:
+            raise InputError(
+                f"{source}: tokenizer.json has a token with the id {last_id}, but {embedding} has {vocab_size} rows. "
+                "Use the files of one model."
+            )
+    elif not (source / "tokenizer.model").is_file():
+        raise InputError(
+            f"{source}: tokenizer.json is missing, and so is tokenizer.model. Download them, or make tokenizer.json: "
+            f'AutoTokenizer.from_pretrained("{source}").save_pretrained("{source}")'
+        )
+
+
+def largest_token_id(tokenizer: Tokenizer) -> int:
+    """The largest id that a text can get. Special tokens do not count: the pipeline reads them as text.
+
+    (Gemma 3 1B has a special token for images without a row in the embedding.)
+    """
+    ids = tokenizer.get_vocab(with_added_tokens=False)
+    added = [number for number, token in tokenizer.get_added_tokens_decoder().items() if not token.special]
+    return max([*ids.values(), *added], default=-1)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Raises InputError if the file is no tokenizer.json."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise InputError(f"{path}: this is not a tokenizer ({error}). Download the file again.") from None

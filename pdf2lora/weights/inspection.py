@@ -1,0 +1,27 @@
+"""All checks of a source model that need neither torch nor transformers: check and doctor make them before any work."""
+
+from pathlib import Path
+
+from pdf2lora.errors import InputError
+from pdf2lora.weights.huggingface_files import HuggingFaceFiles, read_huggingface
+from pdf2lora.weights.layout import find_layout
+from pdf2lora.weights.params_json import ModelArgs, read_model_args, require_version
+from pdf2lora.weights.tokenizer import require_tokenizer_kind
+
+
+def inspect_source_model(source: Path, llama_version: str | None) -> HuggingFaceFiles | ModelArgs:
+    """Checks the files in the folder `source` and returns its settings and sizes.
+
+    Raises:
+        InputError: the model cannot be used. The message names the file or key and what to do.
+    """
+    if find_layout(source) == "huggingface":
+        return read_huggingface(source)
+    version = require_version(source, llama_version)
+    args = read_model_args(source / "params.json", version)
+    require_tokenizer_kind(source / "tokenizer.model", version)
+    if not (source / "consolidated.00.pth").is_file():
+        raise InputError(
+            f"{source / 'consolidated.00.pth'}: the file is missing. Download all shards of the source model."
+        )
+    return args

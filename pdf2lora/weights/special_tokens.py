@@ -1,0 +1,63 @@
+"""BOS and EOS of a model in Hugging Face's layout, found where its authors put them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from pdf2lora.errors import InputError
+from pdf2lora.weights.json_files import read_json
+
+
+def find_bos(tokenizer: Tokenizer, tokenizer_config: Mapping[str, Any]) -> int | None:
+    """The token that the tokenizer puts before a text; None if it puts none there.
+
+    Many models have a bos_token_id in config.json that their tokenizer never writes (Qwen, SmolLM2, Granite). Their
+    authors trained them without it.
+    """
+    if tokenizer_config.get("add_bos_token") is False:
+        return None
+    ids = tokenizer.encode("", add_special_tokens=True).ids
+    if ids:
+        return int(ids[0])
+    if tokenizer_config.get("add_bos_token") is True:
+        return _token_id(tokenizer, tokenizer_config.get("bos_token"))
+    return None
+
+
+def find_eos(
+    source: Path, config: Mapping[str, Any], tokenizer: Tokenizer, tokenizer_config: Mapping[str, Any]
+) -> int | list[int]:
+    """eos_token_id of config.json, else of generation_config.json, else the eos_token of tokenizer_config.json.
+
+    Raises:
+        InputError: no file has it, or it is not the id of a row in the embedding.
+    """
+    path = source / "config.json"
+    eos = config.get("eos_token_id")
+    if eos is None and (source / "generation_config.json").is_file():
+        path = source / "generation_config.json"
+        eos = read_json(path).get("eos_token_id")
+    if eos is None:
+        path = source / "tokenizer_config.json"
+        eos = _token_id(tokenizer, tokenizer_config.get("eos_token"))
+    if eos is None:
+        raise InputError(
+            f"{source / 'config.json'}: eos_token_id is missing, and so it is in generation_config.json and "
+            "tokenizer_config.json. Add the id of the token that ends a text."
+        )
+    ids = eos if isinstance(eos, list) else [eos]
+    if not ids or not all(type(number) is int and 0 <= number < config["vocab_size"] for number in ids):
+        raise InputError(
+            f"{path}: eos_token_id is {json.dumps(eos)}, must be an id below vocab_size ({config['vocab_size']}) or a "
+            "list of such ids. Correct the file."
+        )
+    return eos
+
+
+def _token_id(tokenizer: Tokenizer, token: object) -> int | None:
+    """token: as tokenizer_config.json has it, a string or an object with `content`."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return tokenizer.token_to_id(content) if isinstance(content, str) else None

@@ -1,0 +1,72 @@
+import bitsandbytes as bnb
+import pytest
+import torch
+from interpreted import cpu_kernels, linear4bit, needs_interpreter, random, relative_error, scaled_product  # noqa: F401
+
+from pdf2lora.model.kernels import frozen
+from pdf2lora.model.kernels.rows import Rows, quantize
+
+pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
+
+
+def dequantized(linear):
+    return bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(320, 128), (50, 200), (1, 64)])  # 640 blocks of 64, 156.25 and one
+def test_dequantized_weights_are_those_of_bitsandbytes(quant_type, double, shape):
+    linear = linear4bit(*shape, quant_type=quant_type, double=double)
+    assert linear.weight.quant_state.nested == double
+    out = torch.full(shape, float("nan"))
+
+    frozen.dequantize(linear.weight, out)
+
+    assert torch.equal(out, dequantized(linear))
+
+
+def test_frozen_products_are_those_of_the_stacked_weights():
+    linears = [linear4bit(40, 128), linear4bit(24, 128, seed=1)]
+    stacked = torch.cat([dequantized(linear) for linear in linears])
+    weights = frozen.Frozen(linears, torch.float32)
+    x, grad = random(9, 128, seed=2), random(9, 64, seed=3)
+
+    assert weights.shape == (64, 128)
+    assert torch.equal(weights.weight(), stacked)
+    torch.testing.assert_close(weights.forward(Rows(x)), x @ stacked.t())
+    torch.testing.assert_close(weights.backward(Rows(grad)), grad @ stacked)
+
+
+def test_fp8_products_in_both_directions(monkeypatch):
+    monkeypatch.setattr(frozen, "_product_fp8", scaled_product)
+    linears = [linear4bit(40, 128), linear4bit(24, 128, seed=1)]
+    weights = frozen.Frozen(linears, torch.float32)
+    exact = weights.weight()
+    x, grad = random(200, 128, seed=2), random(200, 64, seed=3)
+
+    weights.to_fp8()
+
+    forward, backward = weights.fp8
+    assert (forward.fp8.shape, forward.scale.shape) == ((64, 128), (64, 1))
+    assert (backward.fp8.shape, backward.scale.shape) == ((128, 64), (128, 1))
+    assert forward.values is backward.values is None
+    assert 0.01 < relative_error(weights.forward(quantize(x)), x @ exact.t()) < 0.06
+    assert 0.01 < relative_error(weights.backward(quantize(grad)), grad @ exact) < 0.06
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_biases_are_added_to_the_product(monkeypatch, fp8):
+    """The second layer has none."""
+    monkeypatch.setattr(frozen, "_product_fp8", scaled_product)
+    linears = [linear4bit(40, 128, bias=True), linear4bit(24, 128, seed=1)]
+    weights = frozen.Frozen(linears, torch.float32)
+    if fp8:
+        weights.to_fp8()
+    x = random(9, 128, seed=2)
+    rows = quantize(x) if fp8 else Rows(x)
+    bias = torch.cat([linears[0].bias.detach(), torch.zeros(24)])
+    without = frozen.Frozen(linears, torch.float32)
+    without.bias, without.fp8 = None, weights.fp8
+
+    torch.testing.assert_close(weights.forward(rows), without.forward(rows) + bias)

@@ -1,0 +1,288 @@
+"""Whole layers: the fused kernels against transformers and PEFT."""
+
+import weakref
+
+import pytest
+import torch
+from interpreted import NEAR, attention_forward, cpu_kernels, needs_interpreter, relative_error, scaled_product  # noqa: F401
+from tiny_families import write_tiny_family
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, quiet, write_tiny_llama
+from torch import nn
+from torch.nn import functional
+
+from pdf2lora.errors import InputError
+from pdf2lora.model.architectures import fused_obstacle
+from pdf2lora.model.forward import build_forward
+from pdf2lora.model.kernels import attention, frozen
+from pdf2lora.model.kernels.fused import FusedForward
+from pdf2lora.model.loading import add_lora, load_base
+from pdf2lora.model.loss import linear_cross_entropy
+from pdf2lora.runtime.manifest import write_manifest
+from pdf2lora.tokens import IGNORED
+
+pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels"), quiet]
+NO_DROPOUT = changed(LORA, lora_dropout=0.0)
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+MODES = ("none", "mlp", "full")
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}  # fmt: skip
+YARN = {"rope_theta": 1e4, "original_max_position_embeddings": 8}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Hidden size and head dimension are not powers of two. Three query heads share a key head."""
+    return write_tiny_llama(
+        tmp_path_factory.mktemp("base"),
+        hidden_size=72,
+        head_dim=12,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=88,
+        num_hidden_layers=2,
+    )
+
+
+def adapted(base, **changes):
+    """The base model with an adapter whose B is not zero, as after training."""
+    torch.manual_seed(0)
+    model = add_lora(load_base(base, QUANTIZATION, COMPUTE), changed(NO_DROPOUT, **changes))
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(value, std=0.05)
+    return model
+
+
+def some_ids(batch, seq_length, *, seed=0):
+    return torch.randint(VOCABULARY_SIZE, (batch, seq_length), generator=torch.Generator().manual_seed(seed))
+
+
+def backward(forward, ids, *, scale=1.0, seed=0, first_row=0):
+    """Returns hidden states. Accumulates gradients of the summed next-token loss."""
+    forward.model.train()
+    forward.set_dropout(seed, first_row)
+    hidden = forward(ids)
+    targets = ids.roll(-1, dims=1)
+    targets[:, -1] = IGNORED
+    (linear_cross_entropy(hidden.flatten(0, 1), forward.head, targets.flatten()) * scale).backward()
+    return hidden.detach()
+
+
+def gradients(model):
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def hidden_and_gradients(forward, ids, *, seed=0, first_row=0):
+    forward.model.zero_grad()
+    hidden = backward(forward, ids, seed=seed, first_row=first_row)
+    return hidden, gradients(forward.model)
+
+
+@pytest.mark.parametrize(
+    ("targets", "r", "batch", "seq_length"),
+    [
+        (ATTENTION, 8, 2, 19),
+        (ALL_LINEAR, 20, 1, 23),
+        (["v_proj", "down_proj"], 8, 2, 7),
+        (["q_proj", "v_proj", "up_proj"], 20, 1, 16),
+        (["k_proj", "gate_proj"], 1, 3, 5),
+        (ATTENTION, 100, 1, 5),  # more than MAX_FUSED_ROTARY_RANK
+    ],
+)
+def test_fused_layers_equal_the_reference(base, targets, r, batch, seq_length):
+    model = adapted(base, target_modules=targets, r=r)
+    ids = some_ids(batch, seq_length)
+    expected_hidden, expected = hidden_and_gradients(build_forward(model, "reference"), ids)
+
+    for mode in MODES:
+        hidden, found = hidden_and_gradients(build_forward(model, "fused", mode), ids)
+
+        assert relative_error(hidden, expected_hidden) < NEAR, mode
+        errors = {name: relative_error(found[name], expected[name]) for name in expected}
+        assert max(errors.values()) < NEAR, (mode, max(errors, key=errors.get))
+        assert found.keys() == expected.keys()
+        assert len(found) == 2 * 2 * len(targets)
+
+
+FAMILIES = {
+    "attention and MLP biases": ("LlamaForCausalLM", "llama", {"attention_bias": True, "mlp_bias": True}),
+    "no key heads to share": ("LlamaForCausalLM", "llama", {"num_key_value_heads": 4}),
+    "mistral": ("MistralForCausalLM", "mistral", {"head_dim": 24, "sliding_window": 16}),
+    "ministral": ("MinistralForCausalLM", "ministral", {"head_dim": 24}),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2", {}),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3", {"head_dim": 24}),
+    "smollm3": ("SmolLM3ForCausalLM", "smollm3", {}),
+    "llama3 angles": ("LlamaForCausalLM", "llama", {"rope_parameters": LLAMA3}),
+    "yarn angles": ("LlamaForCausalLM", "llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **YARN}}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fused_layers_of_each_family_equal_the_reference(name, tmp_path):
+    """Hidden states, gradients of A and B, and of the embeddings: the gradient of x of the first layer."""
+    architecture, model_type, changes = FAMILIES[name]
+    folder = write_tiny_family(tmp_path / "base", architecture, model_type, **changes)
+    write_manifest(folder)
+    model = adapted(folder, target_modules=ALL_LINEAR)
+    assert fused_obstacle(model.config, 16) == ""
+    embeddings = model.get_input_embeddings().weight.requires_grad_()
+    ids = some_ids(2, 13)
+    expected_hidden, expected = hidden_and_gradients(build_forward(model, "reference"), ids)
+
+    for mode in ("none", "full"):
+        hidden, found = hidden_and_gradients(build_forward(model, "fused", mode), ids)
+
+        assert relative_error(hidden, expected_hidden) < NEAR, mode
+        errors = {parameter: relative_error(found[parameter], expected[parameter]) for parameter in expected}
+        assert max(errors.values()) < 2 * NEAR, (mode, max(errors, key=errors.get))
+    assert embeddings.grad is not None
+
+
+def test_modules_that_the_kernels_do_not_compute_are_refused(base):
+    def refusal(change):
+        model = adapted(base)
+        change(model.get_base_model().model.layers[1])
+        with pytest.raises(InputError) as caught:
+            FusedForward(model)
+        return str(caught.value)
+
+    def add_norm(layer):
+        layer.post_feedforward_layernorm = nn.Identity()
+
+    def change_scaling(layer):
+        layer.self_attn.scaling = 0.1
+
+    def replace_layer(layer):
+        layer.mlp.up_proj = nn.Linear(72, 88)
+
+    assert "the module post_feedforward_layernorm" in refusal(add_norm)
+    assert "not by 0.1" in refusal(change_scaling)
+    assert "the model has a Linear" in refusal(replace_layer)
+
+
+def test_recomputation_draws_the_same_dropout(base):
+    model = adapted(base, lora_dropout=0.3, target_modules=["v_proj", "up_proj", "down_proj"])
+    ids = some_ids(1, 5)
+    hidden, expected = hidden_and_gradients(build_forward(model, "fused", "none"), ids, seed=3)
+
+    for mode in MODES[1:]:
+        same_hidden, found = hidden_and_gradients(build_forward(model, "fused", mode), ids, seed=3)
+        assert torch.equal(same_hidden, hidden), mode
+        assert all(torch.equal(found[name], expected[name]) for name in expected), mode
+
+
+def test_dropout_depends_on_the_seed_and_is_off_in_evaluation(base):
+    model = adapted(base, lora_dropout=0.3)
+    forward, ids = build_forward(model, "fused"), some_ids(1, 5)
+    with torch.no_grad():
+        model.train()
+        forward.set_dropout(3, 0)
+        hidden = forward(ids)
+        forward.set_dropout(4, 0)
+        assert relative_error(forward(ids), hidden) > 1e-3
+        model.eval()
+        evaluated = forward(ids)
+        assert relative_error(evaluated, build_forward(model, "reference")(ids)) < NEAR
+        assert torch.equal(forward(ids), evaluated)
+
+
+def test_fused_layers_draw_the_dropout_of_the_reference(base):
+    model = adapted(base, lora_dropout=0.3, target_modules=ALL_LINEAR)
+    ids = some_ids(2, 9)
+    hidden, found = hidden_and_gradients(build_forward(model, "fused"), ids, seed=3, first_row=5)
+
+    expected_hidden, expected = hidden_and_gradients(build_forward(model, "reference"), ids, seed=3, first_row=5)
+
+    assert relative_error(hidden, expected_hidden) < NEAR
+    assert max(relative_error(found[name], expected[name]) for name in expected) < NEAR
+
+
+def test_accumulated_batches_are_one_batch(base):
+    model = adapted(base)
+    forward = build_forward(model, "fused", "mlp")
+    ids = some_ids(2, 8)
+    _, expected = hidden_and_gradients(forward, ids)
+
+    model.zero_grad()
+    for row in ids.split(1):
+        backward(forward, row)
+
+    found = gradients(model)
+    assert max(relative_error(found[name], expected[name]) for name in expected) < NEAR
+
+
+def test_gradient_of_a_scaled_loss_is_scaled(base):
+    model = adapted(base)
+    forward = build_forward(model, "fused")
+    _, expected = hidden_and_gradients(forward, some_ids(1, 8))
+
+    model.zero_grad()
+    backward(forward, some_ids(1, 8), scale=0.25)
+
+    found = gradients(model)
+    assert max(relative_error(4 * found[name], expected[name]) for name in expected) < NEAR
+
+
+def test_next_step_uses_changed_matrices(base):
+    """Each forward pass copies them to compute precision."""
+    model = adapted(base)
+    forward, ids = build_forward(model, "fused"), some_ids(1, 8)
+    hidden_and_gradients(forward, ids)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.mul_(1.5)
+
+    hidden, found = hidden_and_gradients(forward, ids)
+
+    expected_hidden, expected = hidden_and_gradients(build_forward(model, "reference"), ids)
+    assert relative_error(hidden, expected_hidden) < NEAR
+    assert max(relative_error(found[name], expected[name]) for name in expected) < NEAR
+
+
+def test_disabled_adapter_gives_the_base_model(base):
+    model = adapted(base).eval()
+    forward, ids = build_forward(model, "fused"), some_ids(2, 7)
+    causal_lm = load_base(base, QUANTIZATION, COMPUTE).eval()
+
+    with torch.no_grad():
+        with_adapter = forward(ids)
+        with model.disable_adapter():
+            assert relative_error(forward(ids), causal_lm.model(input_ids=ids).last_hidden_state) < NEAR
+        assert torch.equal(forward(ids), with_adapter)
+    assert relative_error(with_adapter, causal_lm.model(input_ids=ids).last_hidden_state) > 0.01
+
+
+def test_fp8_layers_are_near_and_for_training_only(base, monkeypatch):
+    monkeypatch.setattr(frozen, "_product_fp8", scaled_product)
+    model = adapted(base, target_modules=ALL_LINEAR)
+    ids = some_ids(2, 16)
+    expected_hidden, expected = hidden_and_gradients(build_forward(model, "fused"), ids)
+    forward = FusedForward(model, fp8=True)
+
+    hidden, found = hidden_and_gradients(forward, ids)
+
+    assert 0.01 < relative_error(hidden, expected_hidden) < 0.15
+    for name in expected:
+        assert functional.cosine_similarity(found[name].flatten(), expected[name].flatten(), dim=0) > 0.9, name
+    model.eval()
+    with torch.no_grad():
+        assert relative_error(forward(ids), expected_hidden) < NEAR
+
+
+def test_backward_pass_frees_the_activations(base, monkeypatch):
+    forward = build_forward(adapted(base), "fused", "full")
+    products = []
+
+    def note(qkv, heads):
+        products.append(weakref.ref(qkv))
+        return attention_forward(qkv, heads)
+
+    monkeypatch.setattr(attention, "forward", note)
+    hidden_and_gradients(forward, some_ids(1, 8))
+
+    assert len(products) == 2 * 2  # forward, and again in the backward pass
+    assert not [reference for reference in products if reference() is not None]

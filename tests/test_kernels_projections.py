@@ -1,0 +1,39 @@
+import pytest
+import torch
+from interpreted import cpu_kernels, linear4bit, needs_interpreter, random  # noqa: F401
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from pdf2lora.model.gradient_checkpointing import GradientCheckpointing
+from pdf2lora.model.kernels.attention import Heads
+from pdf2lora.model.kernels.context import ForwardContext
+from pdf2lora.model.kernels.projections import Projections
+from pdf2lora.model.kernels.rows import Rows
+
+pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
+
+
+HEADS = Heads(1, 1, 8, 1)
+EVALUATION = ForwardContext(GradientCheckpointing.NONE, HEADS, None, None, False, None)
+
+
+def test_projections_stack_the_matrices_of_those_with_lora():
+    """The second of three projections has no LoRA. Its rows of B are zero, and it has no rank."""
+    model = nn.ModuleDict({"first": linear4bit(24, 64), "plain": linear4bit(16, 64), "last": linear4bit(8, 64)})
+    inject_adapter_in_model(LoraConfig(r=5, lora_alpha=10, target_modules=["first", "last"]), model)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(value)
+    modules = list(model.values())
+    projections = Projections(modules, torch.float32)
+    x = random(9, 64)
+
+    with torch.no_grad():
+        projections.refresh()
+        y, low_rank = projections.forward(Rows(x), EVALUATION)
+
+    assert (projections.rank, low_rank.values.shape, low_rank.mask) == (16, (9, 32), None)
+    torch.testing.assert_close(y, torch.cat([module(x) for module in modules], dim=1).detach(), rtol=1e-4, atol=1e-4)
+    assert not projections.b[24:40].any()
+    assert not projections.a[5:16].any()
+    assert [tuple(parameter.shape) for parameter in projections.parameters] == [(5, 64), (24, 5), (5, 64), (8, 5)]
