@@ -224,7 +224,7 @@ def test_pdf_that_changes_while_it_is_read_is_an_error(project: Path, monkeypatc
     with pytest.raises(SystemExit) as ended:
         extract_stage.main()
     assert ended.value.code == (
-        "error: data/pdfs/reports/1.pdf: changed while it was read; wait until its writer has finished, then run again"
+        "error: data/pdfs/reports/1.pdf changed during the extraction. Run again when no program writes to it."
     )
 
     cut.write_bytes(whole)
