@@ -278,6 +278,7 @@ def test_pdf_that_kills_its_worker_twice_has_crashed(project: Path, monkeypatch:
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_flipped_bit_in_the_base_is_found(with_base: Path, stage: Any, name: str) -> None:
     """The file's times do not change, as with a disk error, so DVC does not hash the file."""
+    Path("models/adapter").mkdir()
     file = Path("models/base") / name
     times = file.stat()
     content = bytearray(file.read_bytes())
@@ -295,6 +296,7 @@ def test_flipped_bit_in_the_base_is_found(with_base: Path, stage: Any, name: str
 
 
 def test_base_without_a_manifest_is_incomplete(with_base: Path) -> None:
+    Path("models/adapter").mkdir()
     (with_base / "models/base" / MANIFEST).unlink()
 
     with pytest.raises(SystemExit) as ended:
