@@ -129,7 +129,7 @@ class Lora(Section):
 
 
 class Compute(Section):
-    """How the model is computed, in find_batch, train, evaluate and sample."""
+    """How the model is computed, in find_batch, train and evaluate."""
 
     num_processes: Positive | Literal["auto"]
     """Processes of find_batch, train and evaluate; one process uses one GPU. auto: all visible GPUs, or one process on
@@ -243,7 +243,7 @@ class Params(Section):
     model: Name
     """Folder of the source model: models/source/<model>."""
     models: dict[Name, SourceModel]
-    """One entry per folder of models/source."""
+    """The Llama version of each model in Meta's format. Models in Hugging Face's format need no entry."""
     extract: Extract
     split: Split
     convert: Convert
@@ -257,7 +257,7 @@ class Params(Section):
 
     @property
     def llama_version(self) -> str | None:
-        """Of the source model. Meta's layout needs it, Hugging Face's does not."""
+        """Llama version of the selected model; None for a model without an entry in `models`."""
         return self.models[self.model].llama_version if self.model in self.models else None
 
     @property

@@ -21,6 +21,7 @@ from pdf2lora.documents.extraction import extract
 from pdf2lora.documents.records import Extraction, Reason, read_documents
 from pdf2lora.documents.worker import Worker
 from pdf2lora.errors import report_input_errors
+from pdf2lora.params import read_params
 from pdf2lora.runtime.manifest import MANIFEST
 from stages import evaluate, train
 from stages import extract as extract_stage
@@ -33,6 +34,11 @@ SETTINGS = {
     "evaluate.stride": 16,
     "corpus": "reports",
     "extract.min_characters": 50,
+}
+EXTRACT: dict[str, Any] = read_params(REPOSITORY / "params.yaml").extract.model_dump() | {
+    "engines": ["pypdf2"],
+    "min_characters": 10,
+    "ocr": "none",
 }
 
 
@@ -237,8 +243,7 @@ def test_pdf_that_changes_while_it_is_read_is_an_error(project: Path, monkeypatc
 def test_killed_worker_changes_no_text(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After kill -9 or the out-of-memory killer, the document is read once more."""
     files = sorted(Path("data/pdfs/reports").iterdir())
-    settings = {"engines": ["pypdf2"], "max_pages": 9, "timeout_s": 20, "memory_gib": 1.0, "min_characters": 10}
-    undisturbed = list(extract(files, clean=True, num_workers=1, **settings))  # type: ignore[arg-type]
+    undisturbed = list(extract(files, num_workers=1, **EXTRACT))
     processor_time_s = Worker._processor_time_s
     pids: list[int] = []
 
@@ -250,7 +255,7 @@ def test_killed_worker_changes_no_text(project: Path, monkeypatch: pytest.Monkey
         return processor_time_s(worker)
 
     monkeypatch.setattr(Worker, "_processor_time_s", kill_once)
-    assert list(extract(files, clean=True, num_workers=1, **settings)) == undisturbed  # type: ignore[arg-type]
+    assert list(extract(files, num_workers=1, **EXTRACT)) == undisturbed
     assert len(set(pids)) == 2
 
 
@@ -264,8 +269,7 @@ def test_pdf_that_kills_its_worker_twice_has_crashed(project: Path, monkeypatch:
         raise EOFError
 
     monkeypatch.setattr(Worker, "_processor_time_s", kill)
-    settings = {"engines": ["pypdf2"], "max_pages": 9, "timeout_s": 20, "memory_gib": 1.0, "min_characters": 10}
-    [(_, extraction)] = extract([Path("data/pdfs/reports/0.pdf")], clean=True, num_workers=1, **settings)  # type: ignore[arg-type]
+    [(_, extraction)] = extract([Path("data/pdfs/reports/0.pdf")], num_workers=1, **EXTRACT)
     assert extraction.reason == Reason.CRASHED
     assert len(killed) == 2
 
@@ -274,6 +278,7 @@ def test_pdf_that_kills_its_worker_twice_has_crashed(project: Path, monkeypatch:
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_flipped_bit_in_the_base_is_found(with_base: Path, stage: Any, name: str) -> None:
     """The file's times do not change, as with a disk error, so DVC does not hash the file."""
+    Path("models/adapter").mkdir()
     file = Path("models/base") / name
     times = file.stat()
     content = bytearray(file.read_bytes())
@@ -291,6 +296,7 @@ def test_flipped_bit_in_the_base_is_found(with_base: Path, stage: Any, name: str
 
 
 def test_base_without_a_manifest_is_incomplete(with_base: Path) -> None:
+    Path("models/adapter").mkdir()
     (with_base / "models/base" / MANIFEST).unlink()
 
     with pytest.raises(SystemExit) as ended:

@@ -1,6 +1,5 @@
 """The short form of tests/long/torture.py: two rounds with stages before find_batch."""
 
-import json
 import random
 from pathlib import Path
 
@@ -36,11 +35,10 @@ def test_training_that_began_before_the_last_checkpoint_is_found(tmp_path: Path)
         first_step({log}, 8)
 
 
-def test_checkpoints_of_the_last_step_or_without_a_manifest_do_not_count(tmp_path: Path) -> None:
-    for step in (4, 8, 9):
+def test_checkpoints_without_a_manifest_do_not_count(tmp_path: Path) -> None:
+    for step in (4, 8):
         checkpoint = tmp_path / f".scratch/train/0f/checkpoint-{step}"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 9}))
         if step != 8:
             (checkpoint / "manifest.json").touch()
 
@@ -51,4 +49,4 @@ def test_signal_without_a_new_checkpoint_is_found() -> None:
     require_newer(4, [4, 5], last_step=29)
     with pytest.raises(Failed, match="no checkpoint after checkpoint-4"):
         require_newer(4, [4], last_step=29)
-    require_newer(28, [28], last_step=28 + SAVE_STEPS)  # a checkpoint of the last step does not count
+    require_newer(28, [28], last_step=28 + SAVE_STEPS)  # then the training may end before the signal arrives
