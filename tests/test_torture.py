@@ -1,13 +1,22 @@
 """The short form of tests/long/torture.py: two rounds with stages before find_batch."""
 
-import json
 import random
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.long.clones import Failed
-from tests.long.torture import SAVE_STEPS, Fault, Project, first_step, require_newer, valid_checkpoints
+from tests.long.torture import (
+    SAVE_STEPS,
+    STAGES,
+    Fault,
+    Project,
+    faults_of,
+    first_step,
+    require_newer,
+    valid_checkpoints,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +45,30 @@ def test_training_that_began_before_the_last_checkpoint_is_found(tmp_path: Path)
         first_step({log}, 8)
 
 
-def test_checkpoints_of_the_last_step_or_without_a_manifest_do_not_count(tmp_path: Path) -> None:
-    for step in (4, 8, 9):
+def test_checkpoints_without_a_manifest_do_not_count(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
         checkpoint = tmp_path / f".scratch/train/0f/checkpoint-{step}"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 9}))
         if step != 8:
             (checkpoint / "manifest.json").touch()
 
-    assert valid_checkpoints(tmp_path) == [4]
+    assert sorted(valid_checkpoints(tmp_path)) == [4, 12]
+
+
+def test_only_jobs_of_several_processes_have_faults_of_one_process() -> None:
+    for stage in STAGES:
+        assert not [fault for fault in faults_of(stage, 1) if fault.target == "process"]
+    of_train = faults_of("train", 2)
+    assert {fault.signum for fault in of_train if fault.target == "process"} == {
+        signal.SIGKILL,
+        signal.SIGSTOP,
+        signal.SIGTERM,
+    }
+    assert {fault.target for fault in of_train} == {"process", "stage", "dvc", "all"}
 
 
 def test_signal_without_a_new_checkpoint_is_found() -> None:
     require_newer(4, [4, 5], last_step=29)
     with pytest.raises(Failed, match="no checkpoint after checkpoint-4"):
         require_newer(4, [4], last_step=29)
-    require_newer(28, [28], last_step=28 + SAVE_STEPS)  # a checkpoint of the last step does not count
+    require_newer(28, [28], last_step=28 + SAVE_STEPS)  # the training may have ended before
