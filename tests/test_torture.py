@@ -1,12 +1,22 @@
 """The short form of tests/long/torture.py: two rounds with stages before find_batch."""
 
 import random
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.long.clones import Failed
-from tests.long.torture import SAVE_STEPS, Fault, Project, first_step, require_newer, valid_checkpoints
+from tests.long.torture import (
+    SAVE_STEPS,
+    STAGES,
+    Fault,
+    Project,
+    faults_of,
+    first_step,
+    require_newer,
+    valid_checkpoints,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +46,25 @@ def test_training_that_began_before_the_last_checkpoint_is_found(tmp_path: Path)
 
 
 def test_checkpoints_without_a_manifest_do_not_count(tmp_path: Path) -> None:
-    for step in (4, 8):
+    for step in (4, 8, 12):
         checkpoint = tmp_path / f".scratch/train/0f/checkpoint-{step}"
         checkpoint.mkdir(parents=True)
         if step != 8:
             (checkpoint / "manifest.json").touch()
 
-    assert valid_checkpoints(tmp_path) == [4]
+    assert sorted(valid_checkpoints(tmp_path)) == [4, 12]
+
+
+def test_only_jobs_of_several_processes_have_faults_of_one_process() -> None:
+    for stage in STAGES:
+        assert not [fault for fault in faults_of(stage, 1) if fault.target == "process"]
+    of_train = faults_of("train", 2)
+    assert {fault.signum for fault in of_train if fault.target == "process"} == {
+        signal.SIGKILL,
+        signal.SIGSTOP,
+        signal.SIGTERM,
+    }
+    assert {fault.target for fault in of_train} == {"process", "stage", "dvc", "all"}
 
 
 def test_signal_without_a_new_checkpoint_is_found() -> None:

@@ -190,6 +190,7 @@ def train(
     if state is not None:
         learner.load_state(state)
         progress, best = Progress(**state["progress"]), state["best"]
+    log.info("starts from %s", checkpoint or "the base model")
     processes.require_equal(parameters.parameter, "the initial adapter")
     tracker.start(progress.history, progress.step, order.num_steps)
     first_step, num_targets = progress.step, 0

@@ -1,6 +1,7 @@
 """Kills the pipeline at random moments and compares the hashes of the next run with those of an undisturbed run.
 
     python -m tests.long.torture --rounds 60 --seed 1        (make torture)
+    python -m tests.long.torture --num-processes 2 --stages train --rounds 20 --exp-rounds 0 --queue-rounds 0
 
 It works in a temporary clone of HEAD with a few of the demo's PDFs and a training of seconds. One round:
 
@@ -9,9 +10,11 @@ It works in a temporary clone of HEAD with a few of the demo's PDFs and a traini
 3. runs commands.mend_dvc and `dvc repro`, like `make repro`;
 4. compares the hash of every output in dvc.lock.
 
-A round also fails if a process stays alive, if a half-written file stays next to an output, if a training does not
-resume from the last valid checkpoint, or if SIGTERM or Ctrl-C ended a training without a new checkpoint. Half of the
-rounds of train wait for a checkpoint first. `exp` rounds use `dvc exp run --temp`, `queue` rounds `dvc queue start`.
+A round also fails if a process lives longer than END_S after the end of dvc, if a half-written file stays next to an
+output, if a training does not resume from the last valid checkpoint, or if SIGTERM or Ctrl-C ended a training without a
+new checkpoint. Half of the rounds of train wait for a checkpoint first. `exp` rounds use `dvc exp run --temp`, `queue`
+rounds `dvc queue start`. --num-processes sets compute.num_processes. With 2 or more, one process of the job is a
+target, too, and it can freeze.
 """
 
 import argparse
@@ -37,11 +40,14 @@ from tests.long.clones import SETTINGS, TIMEOUT_S, Failed, make_clone, outs, run
 
 STAGES = ("check", "extract", "split", "convert", "find_batch", "train", "evaluate", "report")
 SAVE_STEPS = int(str(SETTINGS["train.save_steps"]))
+END_S = 60.0  # from the end of dvc to that of all processes
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A signal and its target: `stage` (its process), `worker` (a child of it), `dvc` or `all`.
+    """A signal and its target: `stage` (its process), `worker` (its children), `process` (one of them), `dvc` or `all`.
+
+    SIGSTOP freezes the target.
 
     after_checkpoint: wait until the training has written a checkpoint.
     """
@@ -68,6 +74,18 @@ FAULTS = {stage: KILLS for stage in STAGES} | {
 }
 
 
+# Of the stages that run in several processes.
+FAULTS_OF_A_PROCESS = {
+    "find_batch": [Fault("process")],
+    "train": [
+        Fault("process", signum, after_checkpoint=waits)
+        for signum in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
+        for waits in (True, False)
+    ],
+    "evaluate": [Fault("process"), Fault("process", signal.SIGSTOP)],
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60, help="of dvc repro, over all stages in turn")
@@ -75,12 +93,13 @@ def main() -> None:
     parser.add_argument("--queue-rounds", type=int, default=4, help="of dvc queue start")
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--num-processes", type=int, default=1, help="compute.num_processes")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs and their children ignore it by default
     with TemporaryDirectory(prefix="torture-") as folder:
-        project = Project(Path(folder), targets=STAGES[-1:])
-        plan = [(stage, fault) for stage in arguments.stages for fault in FAULTS[stage]]
+        project = Project(Path(folder), targets=STAGES[-1:], num_processes=arguments.num_processes)
+        plan = [(stage, fault) for stage in arguments.stages for fault in faults_of(stage, arguments.num_processes)]
         rounds = [("repro", *plan[number % len(plan)]) for number in range(arguments.rounds)]
         for how, num_rounds in (("exp", arguments.exp_rounds), ("queue", arguments.queue_rounds)):
             kills = [replace(rng.choice(KILLS), after_checkpoint=number % 2 == 0) for number in range(num_rounds)]
@@ -101,16 +120,21 @@ def main() -> None:
     sys.exit(failed > 0)
 
 
+def faults_of(stage: str, num_processes: int) -> list[Fault]:
+    """Those of one process come first, so that a short run has them."""
+    return (FAULTS_OF_A_PROCESS.get(stage, []) if num_processes > 1 else []) + FAULTS[stage]
+
+
 class Project:
     """The clone, a snapshot of it before each stage, and the hashes of the undisturbed run."""
 
-    def __init__(self, folder: Path, *, targets: tuple[str, ...]):
+    def __init__(self, folder: Path, *, targets: tuple[str, ...], num_processes: int = 1):
         """targets: the stages that `dvc repro` gets as arguments."""
         self.folder, self.targets = folder, targets
         self.seconds: dict[str, float] = {}
         self.mended = self.resumed = self.missed = 0
         clone = folder / "undisturbed"
-        make_clone(clone)
+        make_clone(clone, settings={"compute.num_processes": num_processes})
         for stage in STAGES[: STAGES.index(targets[-1]) + 1]:
             shutil.copytree(clone, folder / f"before-{stage}", symlinks=True)
             started = time.monotonic()
@@ -230,6 +254,9 @@ class Project:
                 processes = running[:1]
             case "worker":
                 processes = running[0].children() if running else []
+            case "process":
+                children = running[0].children() if running else []
+                processes = [rng.choice(children)] if children else []
             case _:
                 processes = dvc_above(running) if dvc is None else [psutil.Process(dvc.pid)] * (dvc.poll() is None)
         newest = max(valid_checkpoints(work), default=0)
@@ -238,6 +265,9 @@ class Project:
                 process.send_signal(fault.signum)
         if dvc:
             dvc.wait(TIMEOUT_S)
+            _, alive = psutil.wait_procs(list(processes_in(work)), END_S)
+            if alive:
+                raise Failed(f"{delay:.1f} s after {event}; running {END_S:.0f} s after the end of dvc: {alive}")
         if running and fault.after_checkpoint and fault.signum != signal.SIGKILL:
             psutil.wait_procs(running, TIMEOUT_S)
             require_newer(newest, valid_checkpoints(work), self.last_step)
@@ -258,7 +288,7 @@ class Project:
         if dvc is not None and fault.target in ("dvc", "all"):
             return "start of dvc", rng.uniform(0, self.seconds[stage]), lambda: True
         longest = max(0.0, self.seconds[stage] - self.dvc_seconds)
-        delay = rng.uniform(0, longest) * (0.5 if fault.target == "worker" else 1)
+        delay = rng.uniform(0, longest) * (0.5 if fault.target in ("worker", "process") else 1)
         return f"start of {stage}", delay, lambda: bool(stage_processes(work, stage))
 
     def _compare(self, hashes: dict[str, str], when: str) -> str:
