@@ -114,7 +114,7 @@ def test_window_shorter_than_the_sequences_is_refused():
 
 
 def test_code_of_the_repository_is_refused():
-    class LlamaConfigOfAnotherAuthor(LlamaConfig):
+    class LlamaConfigOfAnotherAuthor(LlamaConfig):  # type: ignore[misc]
         pass
 
     assert "do not compute the architecture" in fused_obstacle(LlamaConfigOfAnotherAuthor(), SEQ_LENGTH)
