@@ -4,6 +4,7 @@ conftest.py turns the interpreter on if there is no CUDA driver. With one, use `
 """
 
 import os
+from typing import TypeVar
 
 import bitsandbytes as bnb
 import numpy as np
@@ -17,6 +18,7 @@ from pdf2lora.model.kernels import attention, lora
 from pdf2lora.model.kernels.rows import FP8
 
 needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="test_gpu.py tests them")
+T = TypeVar("T")
 NEAR = 1e-5  # relative, in float32
 
 
@@ -40,15 +42,20 @@ def cpu_kernels(monkeypatch):
 def attention_forward(parts, heads):
     """PyTorch's attention. The context is its autograd graph."""
     with torch.enable_grad():
-        leaves = tuple(part.detach().requires_grad_() for part in parts)
-        output = functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
-    return attention.Attended(output.detach(), False, (output, leaves))
+        query, key, value = (part.detach().requires_grad_() for part in parts)
+        output = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return attention.Attended(output.detach(), False, (output, (query, key, value)))
 
 
 def attention_backward(grad, parts, attended, heads):
     output, leaves = attended.context
     by_head = grad.view(-1, heads.seq_length, heads.num_queries, heads.head_dim).transpose(1, 2)
     return torch.autograd.grad(output, leaves, by_head)
+
+
+def present(value: T | None) -> T:
+    assert value is not None
+    return value
 
 
 def random(*shape, seed=0):

@@ -55,6 +55,10 @@ ACCEPTED = {
     ),
     "Qwen2.5": Qwen2Config.from_dict({"use_mrope": False, "use_sliding_window": False, "sliding_window": 32}),
     "Qwen3": Qwen3Config(attention_bias=False, head_dim=128),
+    "keys of older files": LlamaConfig.from_dict({"rope_scaling": None, "rope_theta": 1e5, "torch_dtype": "bfloat16"}),
+    "SmolLM3 of the hub": SmolLM3Config.from_dict(
+        {"pretraining_tp": 2, "max_window_layers": 28, "sliding_window": None, "use_sliding_window": False}
+    ),
     "SmolLM3": SmolLM3Config(no_rope_layers=[1, 0] * 18),
     "linear RoPE": LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
     "wide window": Qwen2Config(use_sliding_window=True, sliding_window=SEQ_LENGTH, max_window_layers=0),
@@ -114,7 +118,7 @@ def test_window_shorter_than_the_sequences_is_refused():
 
 
 def test_code_of_the_repository_is_refused():
-    class LlamaConfigOfAnotherAuthor(LlamaConfig):
+    class LlamaConfigOfAnotherAuthor(LlamaConfig):  # type: ignore[misc]
         pass
 
     assert "do not compute the architecture" in fused_obstacle(LlamaConfigOfAnotherAuthor(), SEQ_LENGTH)

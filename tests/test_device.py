@@ -7,7 +7,7 @@ from pdf2lora.model.device import compute_dtype, limit_gpu_memory
 
 
 def test_memory_limit_is_a_share_of_the_gpu_and_at_most_all_of_it(monkeypatch):
-    shares = []
+    shares: list[float] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * 2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)

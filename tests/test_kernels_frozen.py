@@ -1,7 +1,7 @@
 import bitsandbytes as bnb
 import pytest
 import torch
-from interpreted import cpu_kernels, linear4bit, needs_interpreter, random, relative_error, scaled_product  # noqa: F401
+from interpreted import cpu_kernels, linear4bit, needs_interpreter, present, random, relative_error, scaled_product  # noqa: F401
 
 from pdf2lora.model.kernels import frozen
 from pdf2lora.model.kernels.rows import Rows, quantize
@@ -47,9 +47,9 @@ def test_fp8_products_in_both_directions(monkeypatch):
 
     weights.to_fp8()
 
-    forward, backward = weights.fp8
-    assert (forward.fp8.shape, forward.scale.shape) == ((64, 128), (64, 1))
-    assert (backward.fp8.shape, backward.scale.shape) == ((128, 64), (128, 1))
+    forward, backward = present(weights.fp8)
+    assert (present(forward.fp8).shape, present(forward.scale).shape) == ((64, 128), (64, 1))
+    assert (present(backward.fp8).shape, present(backward.scale).shape) == ((128, 64), (128, 1))
     assert forward.values is backward.values is None
     assert 0.01 < relative_error(weights.forward(quantize(x)), x @ exact.t()) < 0.06
     assert 0.01 < relative_error(weights.backward(quantize(grad)), grad @ exact) < 0.06

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from interpreted import cpu_kernels, needs_interpreter, random  # noqa: F401
+from interpreted import cpu_kernels, needs_interpreter, present, random  # noqa: F401
 
 from pdf2lora.model.dropout import DropoutRate, keep_mask
 from pdf2lora.model.kernels import lora
@@ -46,7 +46,7 @@ def test_lora_and_its_gradients_are_those_of_the_explicit_mask(tokens, features,
 
 
 def test_mask_of_a_projection_has_a_bit_for_each_feature():
-    mask = lora.down(random(70, 44), random(32, 44, seed=1), 16, counter(0.3, 5)).mask
+    mask = present(lora.down(random(70, 44), random(32, 44, seed=1), 16, counter(0.3, 5)).mask)
 
     assert (mask.shape, mask.dtype) == ((2, 70, 6), torch.uint8)
     bits = (mask[..., None] >> torch.arange(8)) & 1

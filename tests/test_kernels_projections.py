@@ -1,20 +1,23 @@
 import pytest
 import torch
-from interpreted import cpu_kernels, linear4bit, needs_interpreter, random  # noqa: F401
+from interpreted import cpu_kernels, linear4bit, needs_interpreter, present, random  # noqa: F401
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from pdf2lora.model.gradient_checkpointing import GradientCheckpointing
 from pdf2lora.model.kernels.attention import Heads
 from pdf2lora.model.kernels.context import ForwardContext
+from pdf2lora.model.kernels.offload import Offload
 from pdf2lora.model.kernels.projections import Projections
+from pdf2lora.model.kernels.rotary import Angles
 from pdf2lora.model.kernels.rows import Rows
 
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
 
 
 HEADS = Heads(1, 1, 8, 1)
-EVALUATION = ForwardContext(GradientCheckpointing.NONE, HEADS, None, None, False, None)
+ANGLES = Angles(torch.ones(1, 4), torch.zeros(1, 4))
+EVALUATION = ForwardContext(GradientCheckpointing.NONE, HEADS, ANGLES, None, False, Offload())
 
 
 def test_projections_stack_the_matrices_of_those_with_lora():
@@ -30,7 +33,8 @@ def test_projections_stack_the_matrices_of_those_with_lora():
 
     with torch.no_grad():
         projections.refresh()
-        y, low_rank = projections.forward(Rows(x), EVALUATION)
+        y, product = projections.forward(Rows(x), EVALUATION)
+        low_rank = present(product)
 
     assert (projections.rank, low_rank.values.shape, low_rank.mask) == (16, (9, 32), None)
     torch.testing.assert_close(y, torch.cat([module(x) for module in modules], dim=1).detach(), rtol=1e-4, atol=1e-4)

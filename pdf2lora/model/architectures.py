@@ -7,7 +7,7 @@ n1 and n2 are RMSNorms. All projections may have a bias. Qwen3 has `norm`, an RM
 SmolLM3 have no `rotary`. Attention is causal over the whole sequence, has scale 1 / sqrt(head_dim) and no dropout.
 
 fused_obstacle() accepts a configuration if it knows every key in it, with its value. Any other architecture, key or
-value runs on the reference kernels. To add a family, add an entry to FAMILIES and one to tests/families.py.
+value runs on the reference kernels. To add a family, add an entry to FAMILIES and one to tests/test_kernels_fused.py.
 """
 
 from collections.abc import Callable

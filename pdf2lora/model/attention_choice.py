@@ -21,7 +21,7 @@ def choose_attention(compute: Compute, model_class: type[PreTrainedModel]) -> st
     Raises:
         InputError: the value of compute.attention cannot run.
     """
-    obstacles = {
+    obstacles: dict[str, str] = {
         "flash_attention_2": _flash_attention_obstacle(compute, model_class),
         "sdpa": "" if model_class._supports_sdpa else f"{model_class.__name__} does not support it",
     }
@@ -33,12 +33,10 @@ def choose_attention(compute: Compute, model_class: type[PreTrainedModel]) -> st
             f"compute.attention is {compute.attention!r}, which cannot run here: {obstacle}. "
             f"Use {', or '.join(remedies)}."
         )
-    if compute.attention != "auto":
-        choice: str = compute.attention
-        reason = ""
-    else:
-        names: list[str] = [name for name in obstacles if not obstacles[name]]
-        choice = names[0] if names else "eager"
+    choice: str = compute.attention
+    reason = ""
+    if choice == "auto":
+        choice = next((name for name in obstacles if not obstacles[name]), "eager")
         reason = "".join(f" ({name}: {obstacle})" for name, obstacle in obstacles.items() if obstacle)
     log.info("attention: %s (compute.attention: %s)%s", choice, compute.attention, reason)
     return choice
