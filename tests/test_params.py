@@ -59,7 +59,7 @@ def test_params_cannot_be_changed() -> None:
         ("extract.max_pages", True, "must be an integer"),
         ("extract.clean", "yes", "must be a boolean"),
         ("extract.engines", "pypdf2", "must be a list"),
-        ("corpus", "20.24", "must be made of letters, digits, '_' and '-' (DVC cannot parse a dot)"),
+        ("corpus", "20.24", "must have only letters, digits, '_' and '-'"),
         ("train.learning_rate", "1e-5", "must be a number"),
         ("extract.max_pages", 0, "must be greater than or equal to 1"),
         ("extract.timeout_s", 0, "must be greater than 0"),

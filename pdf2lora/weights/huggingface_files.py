@@ -67,9 +67,9 @@ class HuggingFaceFiles:
 
     @property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """{name in a block (q_proj): (input features, output features)}, of the first block."""
+        """{path in a block (self_attn.q_proj): (input features, output features)}, of the first block."""
         names = {
-            name: name.removesuffix(".weight").rpartition(".")[2]
+            name: name[match.end() :].removesuffix(".weight")
             for name, weight in self.weights.items()
             if (match := LAYER.search(name)) and match[1] == "0" and name.endswith(".weight") and len(weight.shape) == 2
         }
