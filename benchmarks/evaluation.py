@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from pdf2lora.training.trainer import build_model
 
 from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.model.device import device
@@ -19,6 +18,7 @@ from pdf2lora.model.forward import build_forward
 from pdf2lora.params import read_params
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.tokens import Window
+from pdf2lora.training.job import build_model
 
 BASE = Path("models/base")
 
@@ -31,7 +31,7 @@ def main() -> None:
     alone = Processes.alone(device())
     windows = [Window(0, row, np.roll(row, -1)) for row in rows]
     started = time.perf_counter()
-    model = build_model(BASE, params.quantization, params.lora, params.compute, seed=params.train.seed)
+    model = build_model(BASE, params)
     print(f"load: {time.perf_counter() - started:.1f} s")
     for name in kernels or ["fused"]:
         forward = build_forward(model, name)

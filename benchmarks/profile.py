@@ -7,13 +7,11 @@ benchmarks.step lists the systems. One line sums all matrix products, including 
 
 import re
 from collections import Counter
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import TrainerCallback
 
-from benchmarks.step import STEPS_TO_WARM_UP, trainers
+from benchmarks.step import STEPS_TO_WARM_UP, cases
 from pdf2lora.params import read_params
 
 STEPS = 3
@@ -21,19 +19,20 @@ LINES = 24
 MATRIX_PRODUCT = re.compile("nvjet|gemm|cutlass|xmma", re.IGNORECASE)
 
 
-class Profiler(TrainerCallback):
+class Profiler:
+    """Records STEPS steps after those that warm up."""
+
     def __init__(self) -> None:
         self.profile = profile(activities=[ProfilerActivity.CUDA])
         self.start = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == STEPS_TO_WARM_UP:
+    def after_step(self, step: int) -> None:
+        if step == STEPS_TO_WARM_UP:
+            torch.cuda.synchronize()
             self.profile.start()
             self.start.record()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == STEPS_TO_WARM_UP + STEPS:
+        if step == STEPS_TO_WARM_UP + STEPS:
             self.end.record()
             torch.cuda.synchronize()
             self.profile.stop()
@@ -48,14 +47,12 @@ class Profiler(TrainerCallback):
 
 
 def main() -> None:
-    params = read_params()
-    for gradient_checkpointing, batch, trainer, _ in trainers(params):
+    for case in cases(read_params()):
         profiler = Profiler()
-        trainer.add_callback(profiler)
-        trainer.train()
+        case.run(profiler.after_step)
         step_ms, kernels = profiler.milliseconds()
         idle_ms = step_ms - kernels.total()
-        print(f"{gradient_checkpointing}:{batch}: {step_ms:.1f} ms per step, {idle_ms:.1f} ms of it idle")
+        print(f"{case.gradient_checkpointing}:{case.batch}: {step_ms:.1f} ms per step, {idle_ms:.1f} ms of it idle")
         for name, milliseconds in kernels.most_common(LINES):
             print(f"{milliseconds:9.2f} ms  {name}")
 

@@ -10,11 +10,9 @@ same test windows.
 import json
 import sys
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
-from pdf2lora.training.trainer import build_model, build_trainer
 
 from benchmarks.table import machine
 from pdf2lora.documents.records import read_documents
@@ -23,12 +21,16 @@ from pdf2lora.evaluation.metrics import token_counts
 from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.evaluation.windows import text_windows
 from pdf2lora.model.forward import build_forward
+from pdf2lora.model.kernel_choice import Kernels
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.tokens import Encoder
+from pdf2lora.training.data_order import DataOrder
+from pdf2lora.training.job import build_model
+from pdf2lora.training.loop import BatchPlan, Learner
 
 BASE, SPLITS = Path("models/base"), Path("data/split")
-KERNELS = ("reference", "fused", "fp8")
+KERNELS: tuple[Kernels, ...] = ("reference", "fused", "fp8")
 
 
 def test_perplexity(model: Any, params: Params, encoder: Encoder) -> float:
@@ -41,28 +43,30 @@ def test_perplexity(model: Any, params: Params, encoder: Encoder) -> float:
     return perplexity(nats, token_counts(sizes)).value
 
 
-def trained_perplexity(params: Params, kernels: str, seed: int, encoder: Encoder) -> float:
-    train = params.train.model_copy(update={"seed": seed})
+def trained_perplexity(params: Params, kernels: Kernels, seed: int, encoder: Encoder) -> float:
+    params = params.model_copy(update={"train": params.train.model_copy(update={"seed": seed})})
     texts = [document.text for document in read_documents(SPLITS / "train.jsonl")]
-    model = build_model(BASE, params.quantization, params.lora, params.compute, seed=train.seed)
-    trainer = build_trainer(
+    sequences = encoder.sequences(texts, seq_length=params.compute.seq_length)
+    batch = int(params.train.effective_batch)
+    order = DataOrder(len(sequences), batch, params.train.num_train_epochs, seed)
+    model = build_model(BASE, params)
+    learner = Learner(
         model,
-        encoder.sequences(texts, seq_length=params.compute.seq_length),
-        train=train,
-        kernels=kernels,
-        gradient_checkpointing="none",
-        per_device_batch=int(train.effective_batch),
-        gradient_accumulation_steps=1,
-        checkpoints=Path(mkdtemp()),
+        train=params.train,
+        compute=params.compute,
+        plan=BatchPlan(kernels, "none", batch, batch),
+        num_steps=order.num_steps,
+        processes=Processes(),
     )
-    trainer.train()
+    for step in range(order.num_steps):
+        learner.step(sequences, order.rows(step), step)
     return test_perplexity(model, params, encoder)
 
 
 def main() -> None:
     file, *seeds = sys.argv[1:]
     params, encoder = read_params(), Encoder.load(BASE)
-    model = build_model(BASE, params.quantization, params.lora, params.compute, seed=params.train.seed)
+    model = build_model(BASE, params)
     parameters = json.loads(Path("metrics/convert.json").read_text())["num_parameters"]
     results: dict[str, Any] = {
         "machine": machine(),

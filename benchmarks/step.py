@@ -8,20 +8,23 @@ liger             transformers and PEFT with Liger's kernels, bfloat16, no k-bit
 unsloth           Unsloth's FastLanguageModel; `full` is its checkpointing with offload
 reference, fused, fp8   this project's compute.kernels
 
-All train LoRA (params.yaml: r, alpha, dropout, targets) on NF4 weights by transformers' Trainer with paged 8-bit AdamW
-on random tokens; the first STEPS_TO_WARM_UP steps are not timed. One line of JSON for each batch. The peers
-are built for one way of gradient checkpointing in a process.
+All train LoRA (params.yaml: r, alpha, dropout, targets) on NF4 weights with paged 8-bit AdamW on random tokens: this
+project by the step of its training loop, the others by transformers' Trainer. The first STEPS_TO_WARM_UP steps are not
+timed. Prints one line of JSON for each batch. A process builds a peer for one value of gradient checkpointing.
 """
 
+import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, NamedTuple
 
-SYSTEM, *CASES = sys.argv[1:]
+SYSTEM, *CASES = sys.argv[1:] or [""]
 if SYSTEM == "unsloth":
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     import unsloth  # noqa: F401  # it wants to be imported first
@@ -29,24 +32,38 @@ if SYSTEM == "unsloth":
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from pdf2lora.params import read_params
+from pdf2lora.params import Params, read_params
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.monitor import device_name
-from pdf2lora.tokens import Sequences
-from pdf2lora.training.probe import StepClock
+from pdf2lora.tokens import Sequences, Tokens
+from pdf2lora.training.job import build_model
+from pdf2lora.training.loop import BatchPlan, Learner
 from pdf2lora.training.throughput import model_flops_utilization
 
 BASE = Path(os.environ.get("BASE", "models/base"))
 STEPS, STEPS_TO_WARM_UP = 10, 4
 
 
-def random_sequences(num_sequences: int, seq_length: int, vocabulary: int) -> Sequences:
-    rows = np.random.default_rng(0).integers(0, vocabulary, size=(num_sequences, seq_length))
-    return Sequences(rows, rows.copy())
+AfterStep = Callable[[int], None]  # receives the number of finished steps
 
 
-def peer_model(params: Any, checkpointed: bool) -> Any:
+class Case(NamedTuple):
+    """run: does STEPS optimizer steps of `batch` sequences."""
+
+    gradient_checkpointing: str
+    batch: int
+    config: Any
+    run: Callable[[AfterStep], None]
+
+
+def random_tokens(num_sequences: int, seq_length: int) -> Tokens:
+    vocabulary = json.loads((BASE / "config.json").read_text())["vocab_size"]
+    return np.random.default_rng(0).integers(0, vocabulary, size=(num_sequences, seq_length))
+
+
+def peer_model(params: Params, is_checkpointed: bool) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -60,7 +77,7 @@ def peer_model(params: Any, checkpointed: bool) -> Any:
             local_files_only=True,
         )
         return FastLanguageModel.get_peft_model(
-            model, use_gradient_checkpointing="unsloth" if checkpointed else False, random_state=0, **lora
+            model, use_gradient_checkpointing="unsloth" if is_checkpointed else False, random_state=0, **lora
         )
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -79,21 +96,29 @@ def peer_model(params: Any, checkpointed: bool) -> Any:
     model.config.use_cache = False
     if SYSTEM == "report":
         model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=checkpointed, gradient_checkpointing_kwargs={"use_reentrant": False}
+            model, use_gradient_checkpointing=is_checkpointed, gradient_checkpointing_kwargs={"use_reentrant": False}
         )
     else:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         model.requires_grad_(False)
-        if checkpointed:
+        if is_checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         _apply_liger_kernel_to_instance(model=model)
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
-def peer_trainer(model: Any, sequences: Sequences, batch: int, clock: StepClock, checkpointed: bool) -> Trainer:
-    checkpointed &= SYSTEM != "unsloth"  # which has its own
+class CallAfterStep(TrainerCallback):
+    def __init__(self, after_step: AfterStep):
+        self.after_step = after_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.after_step(state.global_step)
+
+
+def run_peer(model: Any, params: Params, gradient_checkpointing: str, batch: int, after_step: AfterStep) -> None:
+    is_checkpointed = gradient_checkpointing != "none" and SYSTEM != "unsloth"  # which has its own
     arguments = TrainingArguments(
         output_dir=mkdtemp(),
         per_device_train_batch_size=batch,
@@ -106,67 +131,78 @@ def peer_trainer(model: Any, sequences: Sequences, batch: int, clock: StepClock,
         save_strategy="no",
         remove_unused_columns=False,
         disable_tqdm=True,
-        gradient_checkpointing=checkpointed,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointed else None,
+        gradient_checkpointing=is_checkpointed,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if is_checkpointed else None,
     )
-    return Trainer(model=model, args=arguments, train_dataset=sequences, data_collator=collate_all, callbacks=[clock])
+    rows = torch.from_numpy(random_tokens(batch * STEPS, params.compute.seq_length))
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in rows],
+        data_collator=lambda examples: {key: torch.stack([e[key] for e in examples]) for key in examples[0]},
+        callbacks=[CallAfterStep(after_step)],
+    )
+    trainer.train()
 
 
-def collate_all(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    from pdf2lora.training.trainer import collate
+def run_learner(model: Any, params: Params, gradient_checkpointing: str, batch: int, after_step: AfterStep) -> None:
+    """Steps of the training loop, with a CUDA graph where train uses one."""
+    tokens = random_tokens(batch * STEPS, params.compute.seq_length + 1)
+    sequences = Sequences(tokens[:, :-1], tokens[:, 1:].copy())
+    learner = Learner(
+        model,
+        train=params.train,
+        compute=params.compute,
+        plan=BatchPlan(SYSTEM, gradient_checkpointing, batch, batch),  # type: ignore[arg-type]
+        num_steps=STEPS,
+        processes=Processes(),
+    )
+    for number, rows in enumerate(np.arange(batch * STEPS).reshape(STEPS, batch)):
+        learner.step(sequences, rows, number)
+        after_step(number + 1)
 
-    batch = collate(rows)
-    return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
 
-
-def trainers(params: Any) -> Iterator[tuple[str, int, Trainer, StepClock]]:
-    """One for each batch, on one model that is loaded once."""
-    vocabulary = json.loads((BASE / "config.json").read_text())["vocab_size"]
-    if SYSTEM in ("report", "liger", "unsloth"):
-        checkpointed = not CASES[0].startswith("none")
-        assert all(case.startswith("none") != checkpointed for case in CASES)
-        model = peer_model(params, checkpointed)
+def cases(params: Params) -> Iterator[Case]:
+    """The cases of the command line, on one model."""
+    is_peer = SYSTEM in ("report", "liger", "unsloth")
+    if is_peer:
+        is_checkpointed = not CASES[0].startswith("none")
+        assert all(case.startswith("none") != is_checkpointed for case in CASES)
+        model = peer_model(params, is_checkpointed)
     else:
-        from pdf2lora.training.trainer import build_model, build_trainer
-
-        model = build_model(BASE, params.quantization, params.lora, params.compute, seed=params.train.seed)
-    for checkpointing, batch in ((name, int(number)) for name, number in (case.split(":") for case in CASES)):
+        model = build_model(BASE, params)
+    for gradient_checkpointing, batch in (case.split(":") for case in CASES):
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        sequences = random_sequences(batch * STEPS, params.compute.seq_length, vocabulary)
-        clock = StepClock(STEPS_TO_WARM_UP)
-        if SYSTEM in ("report", "liger", "unsloth"):
-            yield checkpointing, batch, peer_trainer(model, sequences, batch, clock, checkpointed), clock
-        else:
-            trainer = build_trainer(
-                model,
-                sequences,
-                train=params.train,
-                compute=params.compute,
-                kernels=SYSTEM,
-                gradient_checkpointing=checkpointing,
-                per_device_batch=batch,
-                gradient_accumulation_steps=1,
-                checkpoints=Path(mkdtemp()),
-                callbacks=[clock],
-                max_steps=STEPS,
-            )
-            yield checkpointing, batch, trainer, clock
+        run = run_peer if is_peer else run_learner
+        yield Case(
+            gradient_checkpointing,
+            int(batch),
+            model.config,
+            partial(run, model, params, gradient_checkpointing, int(batch)),
+        )
 
 
 def main() -> None:
     params = read_params()
-    for checkpointing, batch, trainer, clock in trainers(params):
-        row = {"system": SYSTEM, "gradient_checkpointing": checkpointing, "batch": batch}
+    for case in cases(params):
+        row = {"system": SYSTEM, "gradient_checkpointing": case.gradient_checkpointing, "batch": case.batch}
+        ends: list[float] = []
+
+        def record_end(step: int, ends: list[float] = ends) -> None:
+            torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
         try:
-            trainer.train()
+            case.run(record_end)
         except torch.OutOfMemoryError:
             print(json.dumps(row | {"tokens_per_s": None}), flush=True)
             return
-        tokens_per_s = batch * params.compute.seq_length / clock.seconds_of_a_step
-        utilization = model_flops_utilization(
-            tokens_per_s, trainer.model.config, params.compute.seq_length, device_name()
-        )
+        seq_length = params.compute.seq_length
+        step_s = (ends[-1] - ends[STEPS_TO_WARM_UP - 1]) / (STEPS - STEPS_TO_WARM_UP)
+        tokens_per_s = case.batch * seq_length / step_s
+        utilization = model_flops_utilization(tokens_per_s, case.config, seq_length, device_name())
         row |= {
             "tokens_per_s": round(tokens_per_s),
             "model_flops_utilization": utilization and round(utilization, 3),
@@ -174,7 +210,6 @@ def main() -> None:
             "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         }
         print(json.dumps(row), flush=True)
-        del trainer
 
 
 if __name__ == "__main__":

@@ -1,24 +1,22 @@
-"""Every way of gradient checkpointing at every batch that divides train.effective_batch, against what find_batch chose.
+"""Measures each gradient_checkpointing at each micro-batch of train.effective_batch, beside find_batch's choice.
 
     python -m benchmarks.sweep <results.json>
 
-Reads metrics/batch.json, and measures within the same memory budget by the same training step; out of memory is a
-result. Prints how far the choice is from the best.
+Reads metrics/batch.json of one process and measures the same training step within the same memory budget. Prints the
+throughput of the choice as a share of the best one.
 """
 
-import gc
 import json
 import sys
 from pathlib import Path
-
-import torch
 
 from benchmarks.table import machine
 from pdf2lora.documents.records import read_documents
 from pdf2lora.model.gradient_checkpointing import SUPPORTED_GRADIENT_CHECKPOINTING
 from pdf2lora.params import read_params
 from pdf2lora.tokens import Encoder
-from pdf2lora.training.probe import prepare, training_step
+from pdf2lora.training.batch_search import Measurement, per_device_batch
+from pdf2lora.training.probe import Prober
 
 BASE, TRAIN, METRICS = Path("models/base"), Path("data/split/train.jsonl"), Path("metrics/batch.json")
 
@@ -28,23 +26,21 @@ def main() -> None:
     encoder = Encoder.load(BASE)
     texts = [document.text for document in read_documents(TRAIN)]
     sequences = encoder.sequences(texts, seq_length=params.compute.seq_length)
-    prepared = prepare(BASE, params, sequences, chosen["kernels"])
+    prober = Prober(params)
     effective = chosen["effective_batch"]
+    batches = sorted({per_device_batch(largest, effective, 1) for largest in range(1, effective + 1)})
     rows = []
-    for mode in SUPPORTED_GRADIENT_CHECKPOINTING[prepared.kernels]:
-        for batch in (batch for batch in range(1, effective + 1) if effective % batch == 0):
-            gc.collect()
-            torch.cuda.empty_cache()
-            try:
-                peak_gib, tokens_per_s = training_step(prepared, mode, batch, chosen["budget_gib"])
-            except torch.OutOfMemoryError:
+    for setting in SUPPORTED_GRADIENT_CHECKPOINTING[chosen["kernels"]]:
+        for batch in batches:
+            measurement = prober.measure(BASE, sequences, setting, batch, chosen["budget_gib"])
+            if not isinstance(measurement, Measurement):
                 break
             rows.append(
                 {
-                    "gradient_checkpointing": mode,
+                    "gradient_checkpointing": setting,
                     "batch": batch,
-                    "tokens_per_s": round(tokens_per_s),
-                    "peak_gib": peak_gib,
+                    "tokens_per_s": round(measurement.tokens_per_s),
+                    "peak_gib": measurement.peak_gib,
                 }
             )
             print(json.dumps(rows[-1]), flush=True)

@@ -1,16 +1,13 @@
 """Fixtures for all tests: generated PDFs, params.yaml with changes, Python in another process."""
 
 import logging
-import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from contextlib import chdir
 from functools import partial
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -169,15 +166,6 @@ def _section_of(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     for section in sections:
         values = values[section]
     return values, name
-
-
-@pytest.fixture(scope="session")
-def server_of_children() -> None:
-    """Starts the fork server of find_batch's probes with its imports done, so that probes start fast."""
-    if not has_cuda_driver():
-        with chdir(REPOSITORY):
-            multiprocessing.set_forkserver_preload(["pdf2lora.training.probe"])
-            forkserver.ensure_running()
 
 
 @pytest.fixture

@@ -1,269 +1,138 @@
+"""Checkpoints: what is kept, and which one a training resumes from after damage."""
+
 import json
-import multiprocessing
 import os
 import shutil
-import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from pdf2lora.training.trainer import build_model, build_trainer
-from tiny_llama import (
-    COMPUTE,
-    LORA,
-    QUANTIZATION,
-    TRAIN,
-    changed,
-    quiet,
-    random_sequences,
-    same,
-    trainable,
-    write_tiny_llama,
-)
-from transformers import TrainerCallback
+import torch
 
 from pdf2lora.runtime.manifest import MANIFEST
-from pdf2lora.training.checkpoints import CheckpointKeeper, latest_valid, step_of
+from pdf2lora.training.checkpoints import STATE, latest_valid, load_checkpoint, save_checkpoint, step_of
 
-pytestmark = [quiet, pytest.mark.usefixtures("server_of_children")]
-SETTINGS = changed(TRAIN, save_steps=2, logging_steps=3, num_train_epochs=2)  # 8 steps, 4 an epoch
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
+Damage = Callable[[Path], Any]
 
 
-def build(base, folder, train=SETTINGS):
-    return build_trainer(
-        build_model(base, QUANTIZATION, LORA, COMPUTE, seed=train.seed),
-        random_sequences(8),
-        train=train,
-        compute=COMPUTE,
-        kernels="reference",
-        gradient_checkpointing="full",
-        per_device_batch=2,
-        gradient_accumulation_steps=1,
-        checkpoints=folder,
-    )
+def state_of(step: int) -> dict[str, Any]:
+    return {
+        "parameters": torch.full((300,), float(step)),
+        "progress": {"step": step, "best_loss": float("inf"), "history": [{"step": 1, "train/loss": 5.5}]},
+        "best": None,
+    }
 
 
-def train_on(base, folder, train=SETTINGS):
-    """What the stage does: from the newest whole checkpoint, if there is one, to the end."""
-    trainer = build(base, folder, train)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With the checkpoints of steps 8 and 10, whose names sort in another order."""
+    for step in (6, 8, 10):
+        save_checkpoint(tmp_path / "checkpoints", step, state_of(step))
+    return tmp_path / "checkpoints"
+
+
+def steps_in(folder: Path) -> set[int]:
+    return {step_of(checkpoint) for checkpoint in folder.iterdir()}
+
+
+def test_the_newest_two_are_kept(folder: Path) -> None:
+    assert steps_in(folder) == {8, 10}
+
+    save_checkpoint(folder, 12, state_of(12))
+
+    assert steps_in(folder) == {10, 12}
+
+
+def test_a_state_is_loaded_as_it_was_saved(folder: Path) -> None:
     checkpoint = latest_valid(folder)
-    keeper = CheckpointKeeper(trainer, checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    keeper.exit_if_interrupted()
-    return trainer
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-10"
+
+    state, expected = load_checkpoint(checkpoint), state_of(10)
+
+    assert torch.equal(state.pop("parameters"), expected.pop("parameters"))
+    assert state == expected
 
 
-class SignalAt(TrainerCallback):
-    def __init__(self, step, *numbers):
-        self.step, self.numbers = step, numbers
+def test_a_checkpoint_of_the_same_step_is_replaced(folder: Path) -> None:
+    (folder / "checkpoint-10" / "half-written").touch()
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step - 1:
-            for number in self.numbers:
-                os.kill(os.getpid(), number)
+    save_checkpoint(folder, 10, state_of(11))
 
-
-def train_until(numbers, step, base, folder):
-    trainer = build(base, folder)
-    trainer.add_callback(SignalAt(step, *numbers))
-    keeper = CheckpointKeeper(trainer, None)
-    trainer.train()
-    try:
-        keeper.exit_if_interrupted()
-    except SystemExit as ended:
-        (folder / "said").write_text(str(ended.code))
-        raise
+    assert load_checkpoint(folder / "checkpoint-10")["progress"]["step"] == 11
+    assert sorted(os.listdir(folder / "checkpoint-10")) == sorted([MANIFEST, STATE])
 
 
-@pytest.fixture(scope="module")
-def undisturbed(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return train_on(base, folder), folder
-
-
-def losses(trainer):
-    return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-
-
-def exit_status_after(numbers, base, folder):
-    child = multiprocessing.get_context("forkserver").Process(target=train_until, args=(numbers, 5, base, folder))
-    child.start()
-    child.join()
-    return child.exitcode
-
-
-@pytest.mark.parametrize(
-    "numbers",
-    [
-        [signal.SIGTERM],
-        [signal.SIGINT],
-        [signal.SIGTERM, signal.SIGTERM],  # to all processes: the second one is from the watch of orphans.py
-        [signal.SIGINT, signal.SIGTERM],
-        [signal.SIGHUP, signal.SIGHUP],
-    ],
-)
-def test_a_signal_saves_a_checkpoint_and_training_goes_on_to_the_same_adapter_and_curve(
-    base, undisturbed, tmp_path, numbers
-):
-    assert exit_status_after(numbers, base, tmp_path) == 1
-    assert (tmp_path / "said").read_text() == (
-        f"train: ended by {numbers[0].name} after step 5, checkpoint saved; dvc repro goes on from there"
-    )
-    assert latest_valid(tmp_path) == str(tmp_path / "checkpoint-5")
-
-    resumed = train_on(base, tmp_path)
-
-    assert losses(resumed) == losses(undisturbed[0])  # step 5 lies between the log entries of 3 and 6
-    assert same(trainable(resumed.model), trainable(undisturbed[0].model))
-
-
-def test_a_second_ctrl_c_ends_at_once(base, tmp_path):
-    assert exit_status_after([signal.SIGINT, signal.SIGINT], base, tmp_path) == 1
-    assert not (tmp_path / "said").exists()
-    assert latest_valid(tmp_path) == str(tmp_path / "checkpoint-4")
-
-
-def test_a_signal_that_is_ignored_stays_ignored(base, tmp_path):
-    """nohup: the end of the terminal does not end the training."""
-    trainer = build(base, tmp_path)
-    trainer.add_callback(SignalAt(2, signal.SIGHUP))
-    CheckpointKeeper(trainer, None)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        trainer.train()
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-    assert trainer.state.global_step == 8
-
-
-def test_handlers_are_those_of_before_when_training_has_ended(base, tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-
-    train_on(base, tmp_path)
-
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-def copied(undisturbed, tmp_path):
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(undisturbed[1], folder)
-    assert {path.name for path in folder.iterdir()} == {"checkpoint-6", "checkpoint-8"}
-    return folder
-
-
-def flip(file):
+def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "name", ["optimizer.pt", "adapter_model.safetensors", "rng_state.pth", "trainer_state.json", "scheduler.pt"]
-)
-def test_a_flipped_bit_in_the_newest_falls_back_to_the_one_before(undisturbed, tmp_path, capsys, name):
-    folder = copied(undisturbed, tmp_path)
-    flip(folder / "checkpoint-8" / name)
-
-    assert latest_valid(folder) == str(folder / "checkpoint-6")
-
-    assert capsys.readouterr().out == (
-        f"train: checkpoint-8 is not used, {name} is corrupt (SHA-256 mismatch); goes on from checkpoint-6\n"
-    )
-    assert not (folder / "checkpoint-8").exists()
-
-
-def test_training_goes_on_from_the_one_before_to_the_same_adapter(base, undisturbed, tmp_path):
-    folder = copied(undisturbed, tmp_path)
-    flip(folder / "checkpoint-8/optimizer.pt")
-
-    resumed = train_on(base, folder)
-
-    assert same(trainable(resumed.model), trainable(undisturbed[0].model))
-    assert losses(resumed) == losses(undisturbed[0])
+DAMAGE: dict[str, Damage] = {
+    "a flipped bit": lambda checkpoint: flip_a_bit(checkpoint / STATE),
+    "a short file": lambda checkpoint: os.truncate(checkpoint / STATE, 100),
+    "an empty file": lambda checkpoint: os.truncate(checkpoint / STATE, 0),
+    "a missing file": lambda checkpoint: (checkpoint / STATE).unlink(),
+    "a file that is a folder": lambda checkpoint: ((checkpoint / STATE).unlink(), (checkpoint / STATE).mkdir()),
+    "no manifest": lambda checkpoint: (checkpoint / MANIFEST).unlink(),
+    "half a manifest": lambda checkpoint: os.truncate(checkpoint / MANIFEST, 20),
+    "a manifest that is a list": lambda checkpoint: (checkpoint / MANIFEST).write_text("[]"),
+    "a manifest without files": lambda checkpoint: (checkpoint / MANIFEST).write_text("{}"),
+    "a manifest of other types": lambda checkpoint: (checkpoint / MANIFEST).write_text('{"files": 3}'),
+    "another file's hash": lambda checkpoint: (checkpoint / MANIFEST).write_text(
+        json.dumps({"files": {STATE: "0" * 64}})
+    ),
+    "an empty folder": lambda checkpoint: (shutil.rmtree(checkpoint), checkpoint.mkdir()),
+}
 
 
-def test_training_goes_on_from_a_checkpoint_at_its_end(base, undisturbed, tmp_path):
-    resumed = train_on(base, copied(undisturbed, tmp_path))
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_removed_and_the_one_before_is_used(
+    folder: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    DAMAGE[damage](folder / "checkpoint-10")
 
-    assert resumed.state.global_step == 8
-    assert same(trainable(resumed.model), trainable(undisturbed[0].model))
-    assert losses(resumed) == losses(undisturbed[0])
+    assert latest_valid(folder) == folder / "checkpoint-8"
 
-
-def test_a_last_checkpoint_in_the_middle_of_an_epoch_is_not_gone_on_from(base, tmp_path, capsys):
-    """The Trainer takes one more step from there: its loop over an epoch's batches asks whether to stop afterwards."""
-    short = changed(SETTINGS, num_train_epochs=1.5)
-    whole = trainable(train_on(base, tmp_path, short).model)
-
-    resumed = train_on(base, tmp_path, short)
-
-    assert resumed.state.global_step == 6
-    assert same(trainable(resumed.model), whole)
-    assert "checkpoint-6 is not used, it is the last one" in capsys.readouterr().out
+    assert steps_in(folder) == {8}
+    assert load_checkpoint(folder / "checkpoint-8")["progress"]["step"] == 8
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("train: checkpoint-10 ")
 
 
-def test_the_trainer_still_adds_a_step_there(base, tmp_path):
-    """The reason for the rule above; where this fails the rule can go."""
-    short = changed(SETTINGS, num_train_epochs=1.5)
-    train_on(base, tmp_path, short)
-    trainer = build(base, tmp_path, short)
-
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-
-    assert trainer.state.global_step == 7
-
-
-def test_an_unfinished_checkpoint_is_removed(undisturbed, tmp_path, capsys):
-    folder = copied(undisturbed, tmp_path)
-    (folder / "checkpoint-8" / MANIFEST).unlink()
-
-    assert latest_valid(folder) == str(folder / "checkpoint-6")
-
-    assert capsys.readouterr().out == (
-        "train: checkpoint-8 is not used, it is incomplete (no manifest.json); goes on from checkpoint-6\n"
-    )
-
-
-@pytest.mark.parametrize("damage", ["cut", "missing", "other"])
-def test_a_checkpoint_that_cannot_be_read_is_not_used(undisturbed, tmp_path, damage):
-    folder = copied(undisturbed, tmp_path)
-    manifest = folder / "checkpoint-8" / MANIFEST
-    match damage:
-        case "cut":
-            manifest.write_text(manifest.read_text()[:40])
-        case "missing":
-            (folder / "checkpoint-8/optimizer.pt").unlink()
-        case "other":
-            manifest.write_text("[]")
-
-    assert latest_valid(folder) == str(folder / "checkpoint-6")
-
-
-def test_without_a_whole_checkpoint_training_starts_from_the_base_model(undisturbed, tmp_path, capsys):
-    folder = copied(undisturbed, tmp_path)
+def test_without_a_valid_checkpoint_there_is_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for checkpoint in folder.iterdir():
-        flip(checkpoint / "optimizer.pt")
+        flip_a_bit(checkpoint / STATE)
 
     assert latest_valid(folder) is None
 
-    assert capsys.readouterr().out.count("goes on from the base model") == 2
     assert list(folder.iterdir()) == []
-    assert latest_valid(Path("nowhere")) is None
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert latest_valid(folder / "nowhere") is None
 
 
-def test_a_manifest_knows_every_file(undisturbed):
-    checkpoint = undisturbed[1] / "checkpoint-8"
-    listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
+def test_other_files_of_the_folder_are_left_alone(folder: Path) -> None:
+    """The lock of the run is there, too."""
+    (folder / "lock").write_text("123")
 
-    assert {path.name for path in checkpoint.iterdir()} == {MANIFEST, *listed}
-    assert {"optimizer.pt", "adapter_model.safetensors", "trainer_state.json"} <= listed.keys()
+    save_checkpoint(folder, 12, state_of(12))
+
+    assert latest_valid(folder) == folder / "checkpoint-12"
+    assert (folder / "lock").read_text() == "123"
 
 
-@pytest.mark.parametrize(("checkpoint", "step"), [("a/checkpoint-40", 40), (Path("checkpoint-0"), 0), (None, 0)])
-def test_step_of(checkpoint, step):
-    assert step_of(checkpoint) == step
+def test_code_in_a_checkpoint_is_not_run(folder: Path, tmp_path: Path) -> None:
+    """A pickle can run any program when it is loaded."""
+
+    class Program:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "was-run"),)
+
+    torch.save(Program(), folder / "checkpoint-10" / STATE)
+
+    with pytest.raises(Exception, match=r"[Ww]eights"):
+        load_checkpoint(folder / "checkpoint-10")
+
+    assert not (tmp_path / "was-run").exists()

@@ -1,37 +1,36 @@
+"""Probes of the training step on a CPU, and the peak memory that they measure."""
+
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
-from pdf2lora.training.trainer import build_model, build_trainer
+from helpers import run_forked
 from ruamel.yaml import YAML
-from tiny_llama import (
-    COMPUTE,
-    LORA,
-    QUANTIZATION,
-    TRAIN,
-    changed,
-    quiet,
-    random_sequences,
-    same,
-    trainable,
-    write_tiny_llama,
-)
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, changed, quiet, same, trainable, write_tiny_llama
 
 from pdf2lora.errors import InputError
 from pdf2lora.params import Train
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.monitor import device_name
 from pdf2lora.tokens import pack
 from pdf2lora.training import probe
 from pdf2lora.training.batch_search import Measurement
-from pdf2lora.training.probe import PeakMemory, StepClock
+from pdf2lora.training.job import build_model
+from pdf2lora.training.loop import Learner
+from pdf2lora.training.probe import PeakMemory, Prober
+from pdf2lora.training.probe_processes import OutOfMemory
 
 MIB = 2**20
 TWO_ROWS = pack([np.arange(60)], bos=1, eos=2, seq_length=32)
+pytestmark = [quiet, pytest.mark.usefixtures("own_logging")]
 
 
-def params_of(**changes):
+def params_of(*, num_steps: int = 2, **changes: Any) -> Any:
     train = {key: value for key, value in changes.items() if key in TRAIN.model_dump()}
     compute = {key: value for key, value in changes.items() if key in COMPUTE.model_dump()}
     return SimpleNamespace(
@@ -39,78 +38,79 @@ def params_of(**changes):
         compute=changed(COMPUTE, **compute),
         lora=LORA,
         quantization=QUANTIZATION,
-        find_batch=SimpleNamespace(steps=3),
+        find_batch=SimpleNamespace(steps=num_steps),
     )
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("project") / "models/base")
+
+
+@pytest.fixture(autouse=True)
+def project(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(base.parents[1])
 
 
 @pytest.fixture
-def on_cpu(monkeypatch):
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-# possibilities
+# Capabilities
 
 
-def test_possibilities_are_those_of_the_machine_and_of_params():
+def test_capabilities_are_those_of_the_machine_and_of_params() -> None:
     params = params_of(kernels="reference", gradient_checkpointing="none")
 
-    assert probe.possibilities(params) == (device_name(), "reference", ("none",))
+    capabilities = Prober(params).capabilities()
+
+    assert (capabilities.device, capabilities.kernels) == (device_name(), "reference")
+    assert capabilities.gradient_checkpointing == ("none",)
+    assert (capabilities.free_gib > 0) == torch.cuda.is_available()
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(
-    ("asked", "refused"),
-    [({"kernels": "fused"}, "compute.kernels: 'fused'"), ({"gradient_checkpointing": "mlp"}, "checkpointing: 'mlp'")],
+    ("changes", "words"),
+    [({"kernels": "fused"}, "compute.kernels"), ({"gradient_checkpointing": "mlp"}, "gradient_checkpointing")],
 )
-def test_what_cannot_run_is_refused(on_cpu, asked, refused):
-    with pytest.raises(InputError, match=refused):
-        probe.possibilities(params_of(**asked))
+def test_settings_that_cannot_run_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Prober(params_of(**changes)).capabilities()
 
 
-# prepare, training_step
+# Probes
 
 
-@quiet
-def test_prepared_model_is_the_one_that_train_trains(base, own_logging):
-    prepared = probe.prepare(base, params_of(), TWO_ROWS, "reference")
-
-    assert same(trainable(prepared.model), trainable(build_model(base, QUANTIZATION, LORA, COMPUTE, seed=0)))
-    assert (probe.free_gib(prepared) > 0) == torch.cuda.is_available()
-
-
-def test_probe_is_of_full_steps_even_of_a_short_corpus(monkeypatch):
-    """And times all but the first, which compiles and warms up."""
+def test_a_probe_takes_full_steps_of_the_model_of_train(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a short corpus. All steps but the first are timed."""
     monkeypatch.setattr(PeakMemory, "gib", 0.5)
-    limits, built = [], []
     clock = iter([10.0, 12.0, 13.0])
-    monkeypatch.setattr(probe, "limit_gpu_memory", limits.append)
     monkeypatch.setattr(probe.time, "perf_counter", lambda: next(clock))
+    limits: list[float] = []
+    monkeypatch.setattr(probe, "limit_gpu_memory", limits.append)
+    steps: list[tuple[int, list[int]]] = []
+    at_start: list[Any] = []
 
-    def build(model, sequences, **arguments):
-        built.append((model, sequences, arguments))
-        (step_clock,) = arguments["callbacks"]
-        return SimpleNamespace(train=lambda: [step_clock.on_step_end(None, None, None) for _ in range(3)])
+    def step(learner: Learner, sequences: Any, rows: Any, number: int) -> None:
+        at_start.append(trainable(learner.model))
+        steps.append((number, rows.tolist()))
+        assert learner.plan.gradient_checkpointing == "none"
+        assert (learner.plan.per_device_batch, learner.plan.effective_batch) == (5, 5)
 
-    monkeypatch.setattr(probe, "build_trainer", build)
-    prepared = probe.Prepared(params_of(), TWO_ROWS, "reference", "the model", free_gib=0.0)
+    monkeypatch.setattr(Learner, "step", step)
 
-    measurement = probe.training_step(prepared, "none", 5, 7.5)
+    measurement = Prober(params_of(num_steps=3)).measure(base, TWO_ROWS, "none", 5, 7.5)
 
     assert measurement == Measurement(0.5, 5 * 32 / 1.5)
     assert limits == [7.5]
-    ((model, sequences, arguments),) = built
-    assert sequences.input_ids.shape == sequences.labels.shape == (5 * 3, 32)
-    assert (model, arguments["train"], arguments["kernels"]) == ("the model", TRAIN, "reference")
-    assert (arguments["per_device_batch"], arguments["max_steps"]) == (5, 3)
-    assert (arguments["gradient_checkpointing"], arguments["gradient_accumulation_steps"]) == ("none", 1)
+    assert steps == [(0, [0, 1, 0, 1, 0]), (1, [1, 0, 1, 0, 1]), (2, [0, 1, 0, 1, 0])]
+    assert same(at_start[0], trainable(build_model(base, params_of())))
 
 
-# every setting of train that dvc.yaml does not list for find_batch, and another value of it than in TRAIN
-ASIDE = {
+# Every setting of train that dvc.yaml does not list for find_batch, with another value than in TRAIN.
+OTHER_SETTINGS = {
     "num_train_epochs": 3,
     "learning_rate": 0.5,
     "lr_scheduler_type": "constant",
@@ -121,51 +121,128 @@ ASIDE = {
     "eval_steps": 7,
     "save_steps": 7,
     "seed": 5,
+    "keep": "best",
+    "early_stopping_patience": 3,
     "report_to": "wandb",
 }
 
 
-@quiet
-def test_settings_that_do_not_run_find_batch_again_change_no_probe(on_cpu, base, own_logging):
+@pytest.mark.usefixtures("on_cpu")
+def test_settings_that_do_not_run_find_batch_again_change_no_probe(base: Path) -> None:
     stages = YAML(typ="safe", pure=True).load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     listed = {key.removeprefix("train.") for key in stages["find_batch"]["params"] if key.startswith("train")}
 
-    def peak_gib(params):
-        prepared = probe.prepare(base, params, TWO_ROWS, "reference")
-        with PeakMemory() as peak:  # a measurement's is rounded
-            probe.training_step(prepared, "full", 2, budget_gib=1.0)
+    def peak_gib(params: Any) -> float:
+        prober = Prober(params)
+        prober.model = build_model(base, params)
+        with PeakMemory() as peak:  # a measurement's peak is rounded
+            prober.measure(base, TWO_ROWS, "full", 2, 1.0)
         return peak.gib
 
-    assert set(ASIDE) == set(Train.model_fields) - listed
-    assert peak_gib(params_of(**ASIDE)) == peak_gib(params_of()) != peak_gib(params_of(optim="adamw_torch"))
+    assert set(OTHER_SETTINGS) == set(Train.model_fields) - listed
+    expected = peak_gib(params_of())
+    assert peak_gib(params_of(**OTHER_SETTINGS)) == expected
+    assert peak_gib(params_of(optim="adamw_torch")) != expected
 
 
-def test_steps_to_warm_up_are_not_timed(on_cpu):
-    clock = StepClock(steps_to_warm_up=2)
-    clock.ends = [10.0, 20.0, 21.0, 22.5]
+@pytest.mark.usefixtures("on_cpu")
+def test_the_peak_of_a_probe_is_the_same_again_and_for_any_number_of_threads(base: Path) -> None:
+    """Also for later probes of the same model."""
+    prober = Prober(params_of())
+    prober.model = build_model(base, params_of())
 
-    assert clock.seconds_of_a_step == 1.25
+    def peak_gib(gradient_checkpointing: str, *, num_threads: int = 1, batch: int = 2) -> float:
+        torch.set_num_threads(num_threads)
+        with PeakMemory() as peak:  # a measurement's peak is rounded
+            prober.measure(base, TWO_ROWS, gradient_checkpointing, batch, 1.0)
+        return peak.gib
+
+    threads_before = torch.get_num_threads()
+    try:
+        full, none = peak_gib("full"), peak_gib("none")
+        assert peak_gib("full", num_threads=2) == full
+        assert peak_gib("none") == none > full
+        assert peak_gib("full", batch=4) > full
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def test_processes_measure_together(base: Path) -> None:
+    """The throughput counts the sequences of all; each process gets the same answer."""
+
+    def work(processes: Processes) -> Any:
+        return Prober(params_of()).measure(base, TWO_ROWS, "full", 3, 1.0)
+
+    first, second = run_forked(2, work)
+
+    assert isinstance(first, Measurement)
+    assert first.peak_gib == second.peak_gib
+    assert first.tokens_per_s > 0
+
+
+def fail_in_the_model(number: int) -> None:
+    def build(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    probe.build_model = build
+
+
+def fail_in_the_learner(number: int) -> None:
+    class NoLearner:
+        def __init__(self, *arguments: Any, **settings: Any):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    probe.Learner = NoLearner  # type: ignore[misc, assignment]
+
+
+def fail_in_a_step(number: int) -> None:
+    step = Learner.step
+
+    def fail(learner: Learner, sequences: Any, rows: Any, step_number: int) -> Any:
+        if step_number == number:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(learner, sequences, rows, step_number)
+
+    Learner.step = fail  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize(
+    ("fail", "number"),
+    [(fail_in_the_model, 0), (fail_in_the_learner, 0), (fail_in_a_step, 0), (fail_in_a_step, 1)],
+)
+def test_lack_of_memory_in_one_process_is_known_in_all(
+    base: Path, failing: int, fail: Callable[[int], None], number: int
+) -> None:
+    """No process waits for it in a collective."""
+
+    def work(processes: Processes) -> Any:
+        if processes.index == failing:
+            fail(number)
+        return Prober(params_of()).measure(base, TWO_ROWS, "full", 2, 1.0)
+
+    assert run_forked(2, work) == [OutOfMemory(is_clean=False)] * 2
 
 
 # PeakMemory
 
 
-def mib(num_mib):
+def mib(num_mib: int) -> torch.Tensor:
     return torch.empty(num_mib * MIB, dtype=torch.uint8)
 
 
-def peak_mib(action):
+def peak_mib(action: Callable[[], object]) -> float:
     with PeakMemory() as peak:
         action()
     return peak.gib * 1024
 
 
-def test_peak_of_nothing_is_zero(on_cpu):
+def test_peak_of_nothing_is_zero(on_cpu: None) -> None:
     assert peak_mib(lambda: None) == 0
 
 
-def test_peak_of_a_known_sequence(on_cpu):
-    def action():
+def test_peak_of_a_known_sequence(on_cpu: None) -> None:
+    def action() -> None:
         one = mib(1)
         two = mib(2)
         del one
@@ -178,8 +255,8 @@ def test_peak_of_a_known_sequence(on_cpu):
     assert peak_mib(action) == 8
 
 
-def test_views_and_changes_in_place_take_no_memory(on_cpu):
-    def action():
+def test_views_and_changes_in_place_take_no_memory(on_cpu: None) -> None:
+    def action() -> None:
         tensor = mib(4)
         tensor.view(2, -1)[1].add_(1)
         tensor.detach().reshape(-1)[: MIB // 2].zero_()
@@ -187,17 +264,17 @@ def test_views_and_changes_in_place_take_no_memory(on_cpu):
     assert peak_mib(action) == 4
 
 
-def test_tensor_from_before_the_block_counts_once_it_is_used(on_cpu):
+def test_tensor_from_before_the_block_counts_once_it_is_used(on_cpu: None) -> None:
     before = mib(3)
 
     assert peak_mib(lambda: before.add_(1)) == 3
     assert peak_mib(lambda: before + 1) == 6
 
 
-def test_what_an_autograd_graph_keeps_counts_until_backward_is_through(on_cpu):
+def test_what_an_autograd_graph_keeps_counts_until_backward_is_through(on_cpu: None) -> None:
     weight = torch.ones(MIB // 4)  # 1 MiB
 
-    def forward():
+    def forward() -> torch.Tensor:
         value = weight
         for _ in range(5):
             value = value.sin()  # its backward needs what went in
@@ -208,7 +285,7 @@ def test_what_an_autograd_graph_keeps_counts_until_backward_is_through(on_cpu):
     weight.requires_grad_()
     assert peak_mib(forward) == pytest.approx(1 + 5, abs=0.01)
 
-    def two_steps():
+    def two_steps() -> None:
         for _ in range(2):
             forward().backward()
             weight.grad = None
@@ -218,41 +295,10 @@ def test_what_an_autograd_graph_keeps_counts_until_backward_is_through(on_cpu):
     assert peak_mib(two_steps) == pytest.approx(one, abs=0.01)
 
 
-def test_error_in_the_block_comes_out_and_nothing_is_counted_after_it(on_cpu):
+def test_error_in_the_block_comes_out_and_nothing_is_counted_after_it(on_cpu: None) -> None:
     with pytest.raises(ZeroDivisionError), PeakMemory() as peak:  # noqa: PT012
         mib(1)
         1 / 0  # noqa: B018
     mib(9)
 
     assert peak.gib * 1024 == 1
-
-
-@quiet
-def test_peak_of_a_training_step_is_the_same_again_and_with_other_numbers_of_threads(on_cpu, base, tmp_path):
-    def step_gib(num_threads, *, batch=2, checkpointing="full"):
-        torch.set_num_threads(num_threads)
-        model = build_model(base, QUANTIZATION, LORA, COMPUTE, seed=0)
-        with PeakMemory() as peak:
-            build_trainer(
-                model,
-                random_sequences(2 * batch),
-                train=TRAIN,
-                compute=COMPUTE,
-                kernels="reference",
-                gradient_checkpointing=checkpointing,
-                per_device_batch=batch,
-                gradient_accumulation_steps=1,
-                checkpoints=tmp_path,
-                max_steps=2,
-            ).train()
-            return peak.gib
-
-    num_threads = torch.get_num_threads()
-    try:
-        first = step_gib(1)
-        assert step_gib(1) == first
-        assert step_gib(2) == first
-        assert step_gib(1, batch=4) > first
-        assert step_gib(1, checkpointing="none") > first
-    finally:
-        torch.set_num_threads(num_threads)

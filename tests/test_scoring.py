@@ -1,13 +1,17 @@
-"""Negative log-likelihood of documents: against a plain computation, and independent of batch, order and chunks."""
+"""Negative log-likelihood of documents: against a plain computation, and independent of batch, order and chunks.
+
+The number of processes changes no byte of it.
+"""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from helpers import run_forked
 from tiny_llama import BOS, COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, quiet, write_tiny_llama
 
-from pdf2lora.evaluation.scoring import nats_per_document
+from pdf2lora.evaluation.scoring import nats_per_document, nats_per_token, nats_per_window
 from pdf2lora.model import loss
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.loading import add_lora, load_base
@@ -43,19 +47,21 @@ def randomize_b(model):
             torch.nn.init.normal_(value, std=0.05)
 
 
-def nats_of(model, *, documents=DOCUMENTS, per_device_batch=4, **kwargs):
-    document_windows = [
+def windows_of(documents=DOCUMENTS):
+    return [
         window
         for number, tokens in enumerate(documents)
         for window in windows(number, tokens, bos=BOS, seq_length=SEQ_LENGTH, stride=STRIDE)
     ]
-    forward = build_forward(model, "reference")
+
+
+def nats_of(model, *, documents=DOCUMENTS, per_device_batch=4, **kwargs):
     return nats_per_document(
-        forward,
-        document_windows,
+        build_forward(model, "reference"),
+        windows_of(documents),
         num_documents=len(documents),
         per_device_batch=per_device_batch,
-        processes=Processes.alone(forward.head.device),
+        processes=Processes(),
         **kwargs,
     )
 
@@ -101,7 +107,7 @@ def test_order_of_documents_does_not_change_the_result(model):
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_chunk_size_of_the_logits_does_not_change_the_result(model, monkeypatch, chunk):
     expected = nats_of(model)
-    monkeypatch.setattr(loss, "LOGITS_OF_A_CHUNK", chunk * VOCABULARY_SIZE)
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", chunk * VOCABULARY_SIZE)
 
     assert nats_of(model) == pytest.approx(expected, rel=1e-6)
 
@@ -144,7 +150,51 @@ def test_progress_counts_windows(model):
     assert set(counts[:-1]) == {4}
 
 
-def test_a_uniform_model_has_the_perplexity_of_its_vocabulary_size(model):
+def test_a_uniform_model_gives_each_token_the_same_nats(model):
     torch.nn.init.zeros_(model.get_base_model().lm_head.weight)
 
-    assert nats_of(model).sum() / sum(LENGTHS) == pytest.approx(math.log(VOCABULARY_SIZE), rel=1e-6)
+    assert nats_of(model) == pytest.approx(np.array(LENGTHS) * math.log(VOCABULARY_SIZE), rel=1e-6)
+
+
+def test_nats_of_windows_add_up(model):
+    document_windows = windows_of()
+    forward = build_forward(model, "reference")
+    expected = nats_of(model)
+
+    per_window = nats_per_window(forward, document_windows, per_device_batch=4, processes=Processes())
+    per_token = nats_per_token(forward, document_windows, per_device_batch=4, processes=Processes())
+
+    assert per_window.shape == (len(document_windows),)
+    for document in range(len(DOCUMENTS)):
+        of_document = [nats for window, nats in zip(document_windows, per_window, strict=True)
+                       if window.document == document]  # fmt: skip
+        assert sum(of_document) == pytest.approx(expected[document], rel=1e-12)
+    assert per_token == pytest.approx(expected.sum() / sum(LENGTHS), rel=1e-12)
+
+
+@pytest.mark.parametrize("per_device_batch", [4, 100])
+def test_the_number_of_processes_changes_no_byte(base, per_device_batch):
+    """Also where there are fewer batches than processes. Each window is scored once over all processes."""
+    document_windows = windows_of()
+    model = adapted(base, bits=4)
+    randomize_b(model)
+    forward = build_forward(model, "reference")
+
+    def work(processes):
+        counts = []
+        nats = nats_per_window(
+            forward,
+            document_windows,
+            per_device_batch=per_device_batch,
+            processes=processes,
+            progress=counts.append,
+        )
+        return nats.tobytes(), sum(counts)
+
+    results = [run_forked(count, work) for count in (1, 2, 3)]
+
+    assert len({nats for of_count in results for nats, _ in of_count}) == 1
+    for of_count in results:
+        assert sum(num_windows for _, num_windows in of_count) == len(document_windows)
+    if per_device_batch == 4:
+        assert all(num_windows > 0 for of_count in results for _, num_windows in of_count)

@@ -103,6 +103,7 @@ def test_extract_records_every_pdf(pdfs: dict[str, Path], capsys: pytest.Capture
         "partial": 0,
         "pages_read": 2 + 1 + 3,
         "pages_unread": 0,
+        "pages_unreadable": 0,
         "pages_ocr": 0,
         "pages_reordered": 0,
         "characters_raw": sum(document.characters_raw for document in kept),

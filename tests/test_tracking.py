@@ -1,3 +1,5 @@
+"""Curves of dvclive, the log file, and accelerate's trackers."""
+
 import csv
 import json
 import logging
@@ -6,188 +8,292 @@ import re
 import shutil
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import REPOSITORY
-from pdf2lora.training.trainer import build_model, build_trainer
+from helpers import run_forked
 from ruamel.yaml import YAML
-from tiny_llama import BOS, COMPUTE, LORA, QUANTIZATION, TRAIN, changed, quiet, random_sequences, write_tiny_llama
-from transformers import LlamaConfig
+from tiny_llama import TRAIN, changed, quiet, write_tiny_llama
+from tiny_training import run_training
 
-from pdf2lora.tokens import windows
-from pdf2lora.training import tracking
-from pdf2lora.training.throughput import flop_per_token
-from pdf2lora.training.tracking import DvcliveCallback, log_to_file
+from pdf2lora.errors import InputError
+from pdf2lora.params import read_params
+from pdf2lora.runtime.distributed import Processes
+from pdf2lora.training.tracking import Tracker, Trackers, log_to_file, require_trackers
 
 pytestmark = quiet
-LOOKS = windows(0, np.arange(50), bos=BOS, seq_length=32, stride=32)
-CURVES = {f"{side}/{name}" for side in ("train", "validation") for name in ("loss", "perplexity")}
+Curves = dict[str, list[tuple[int, float]]]
+CURVES = {f"{split}/{name}" for split in ("train", "validation") for name in ("loss", "perplexity")}
 CURVES |= {"learning_rate", "gradient_norm"}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    for name in ("DVC_ROOT", "DVC_EXP_NAME", "WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 
 @pytest.fixture
-def build(base, project):
-    """A trainer of 4 steps that writes to a folder of this name, with checkpoints beside it."""
+def run(base: Path, project: Path) -> Callable[..., Any]:
+    """A training of 4 steps that writes to a folder of this name, with its checkpoints beside it."""
 
-    def build(name, **changes):
-        train = changed(TRAIN, **changes)
-        return build_trainer(
-            build_model(base, QUANTIZATION, LORA, COMPUTE, seed=train.seed),
-            random_sequences(8),
-            train=train,
-            compute=COMPUTE,
-            kernels="reference",
-            gradient_checkpointing="full",
-            per_device_batch=2,
-            gradient_accumulation_steps=1,
-            checkpoints=project / f"{name}-checkpoints",
-            validation_windows=LOOKS,
-            callbacks=[DvcliveCallback(project / name, tokens_per_step=2 * 32)],
+    def run(name: str, trackers: Any = None, **changes: Any) -> Any:
+        tracker = Tracker(project / name, Processes(), trackers, tokens_per_step=2 * 32)
+        training = run_training(
+            base, project / f"{name}-checkpoints", train_settings=changed(TRAIN, **changes), tracker=tracker
         )
+        return training, tracker
 
-    return build
+    return run
 
 
-def curves(folder):
+def curves_in(folder: Path) -> Curves:
     """Name of each curve -> its (step, value) in the order of the file."""
-    found = {}
+    curves = {}
     for file in (folder / "plots/metrics").rglob("*.tsv"):
         name = str(file.relative_to(folder / "plots/metrics").with_suffix(""))
         with file.open(newline="") as lines:
             rows = list(csv.DictReader(lines, delimiter="\t"))
-        found[name] = [(int(row["step"]), float(row[name.rpartition("/")[2]])) for row in rows]
-    return found
+        curves[name] = [(int(row["step"]), float(row[name.rpartition("/")[2]])) for row in rows]
+    return curves
 
 
-# DvcliveCallback
+# Tracker
 
 
-def test_curves_hold_what_the_trainer_logged(build, project):
-    trainer = build("train")
-    trainer.train()
+def test_curves_have_every_log_entry(run: Any, project: Path) -> None:
+    run("train")
 
-    found = curves(project / "train")
-    assert found.keys() == CURVES | ({"gpu_memory_gib"} if torch.cuda.is_available() else set())
-    for name, ours in {"loss": "train/loss", "eval_loss": "validation/loss", "grad_norm": "gradient_norm"}.items():
-        history = [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
-        assert found[ours] == pytest.approx(np.array(history), rel=1e-9)
-    assert [step for step, _ in found["learning_rate"]] == [step for step, _ in found["train/loss"]] == [1, 2, 3, 4]
-    assert [step for step, _ in found["validation/loss"]] == [0, 2, 4]
-    for side in ("train", "validation"):
-        for (_, loss), (_, perplexity) in zip(found[f"{side}/loss"], found[f"{side}/perplexity"], strict=True):
+    curves = curves_in(project / "train")
+    assert curves.keys() == CURVES | ({"gpu_memory_gib"} if torch.cuda.is_available() else set())
+    assert [step for step, _ in curves["learning_rate"]] == [step for step, _ in curves["train/loss"]] == [1, 2, 3, 4]
+    assert [step for step, _ in curves["validation/loss"]] == [0, 2, 4]
+    for split in ("train", "validation"):
+        for (_, loss), (_, perplexity) in zip(curves[f"{split}/loss"], curves[f"{split}/perplexity"], strict=True):
             assert perplexity == pytest.approx(math.exp(loss), rel=1e-9)
 
 
-def test_dvc_yaml_draws_every_curve_that_each_machine_has():
+def test_curves_have_the_values_of_the_loop(base: Path, run: Any, project: Path, tmp_path: Path) -> None:
+    run("train")
+
+    history = run_training(base, tmp_path / "other").history
+    curves = curves_in(project / "train")
+    for name in CURVES & {"train/loss", "validation/loss", "learning_rate", "gradient_norm"}:
+        assert curves[name] == [(entry["step"], entry[name]) for entry in history if name in entry]
+
+
+def test_dvc_yaml_plots_the_curves_that_each_machine_has() -> None:
     pipeline = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))
-    drawn = [Path(file) for entry in pipeline["plots"] for plot in entry.values() for file in plot["y"]]
+    plotted = [Path(file) for entry in pipeline["plots"] for plot in entry.values() for file in plot["y"]]
     folder = Path("metrics/train/plots/metrics")
 
-    of_train = [file.relative_to(folder) for file in drawn if file.is_relative_to(folder)]
+    of_train = [file.relative_to(folder) for file in plotted if file.is_relative_to(folder)]
     assert {str(file.with_suffix("")) for file in of_train} == CURVES
 
 
-def test_summary_holds_the_last_values(build, project):
-    build("train").train()
+def test_the_summary_has_the_last_values(run: Any, project: Path) -> None:
+    run("train")
 
     summary = json.loads((project / "train/metrics.json").read_text())
-    found = curves(project / "train")
+    curves = curves_in(project / "train")
     assert summary["step"] == 4
-    assert summary["train"]["loss"] == found["train/loss"][-1][1]
-    assert summary["validation"]["perplexity"] == found["validation/perplexity"][-1][1]
+    assert summary["train"]["loss"] == curves["train/loss"][-1][1]
+    assert summary["validation"]["perplexity"] == curves["validation/perplexity"][-1][1]
 
 
-def test_nothing_is_written_outside_the_folder(build, project):
-    build("train").train()
+def test_nothing_is_written_outside_the_folder(run: Any, project: Path) -> None:
+    run("train")
 
     assert {path.name for path in project.iterdir()} == {"dvc.yaml", "train", "train-checkpoints"}
     assert (project / "dvc.yaml").read_text() == "stages: {}\n"
     assert {path.name for path in (project / "train").iterdir()} == {"metrics.json", "plots"}
 
 
-def test_resumed_training_has_the_curves_of_a_whole_one(build, project):
-    build("whole").train()
-    shutil.copytree(project / "whole-checkpoints/checkpoint-2", project / "resumed-checkpoints/checkpoint-2")
+def test_a_resumed_training_has_the_files_of_a_complete_one(run: Any, project: Path) -> None:
+    """DVC removes the outputs of a stage before it runs again, so the folder is empty at the start."""
+    run("complete")
+    shutil.copytree(project / "complete-checkpoints/checkpoint-2", project / "resumed-checkpoints/checkpoint-2")
 
-    resumed = build("resumed")
-    resumed.args.eval_on_start = False  # as in the train stage: the history of the checkpoint holds it
-    resumed.train(resume_from_checkpoint=str(project / "resumed-checkpoints/checkpoint-2"))
+    training, _ = run("resumed")
 
-    assert curves(project / "resumed") == curves(project / "whole")
-    assert (project / "resumed/metrics.json").read_text() == (project / "whole/metrics.json").read_text()
+    assert training.result.first_step == 2
+    files = [file.relative_to(project / "complete") for file in (project / "complete").rglob("*") if file.is_file()]
+    assert len(files) == 1 + len(CURVES) + torch.cuda.is_available()
+    for file in files:
+        assert (project / "resumed" / file).read_bytes() == (project / "complete" / file).read_bytes(), file
 
 
-def test_each_step_is_a_line_of_the_log(build, caplog):
+def test_each_log_entry_is_a_line_of_the_log(run: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="train")
 
-    build("train", num_train_epochs=0.5).train()
+    run("train", num_train_epochs=0.5)
 
     lines = [message for message in caplog.messages if message.startswith("step ")]
-    begins = ["step 0 {'eval_loss':", "step 1 {'loss':", "step 2 {'loss':", "step 2 {'eval_loss':", "step 2 {}"]
-    assert [line[: len(begin)] for line, begin in zip(lines, begins, strict=True)] == begins
+    starts = ["step 0 {'validation/loss':", "step 1 {'train/loss':", "step 2 {'train/loss':"]
+    starts.append("step 2 {'validation/loss':")
+    assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
 
 
-def test_throughput_is_that_of_the_median_step(project, monkeypatch):
-    monkeypatch.setattr(tracking, "device_name", lambda: "NVIDIA H100 80GB HBM3")
-    tracker = DvcliveCallback(project / "train", tokens_per_step=30_000)
-    tracker.step_starts = [0.0, 50.0, 51.5, 60.0, 61.5, 63.0]  # compiles in the first, looks at documents in the third
-    config = LlamaConfig(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-                         num_key_value_heads=8, head_dim=128, vocab_size=128256)  # fmt: skip
+def test_other_processes_write_nothing(project: Path) -> None:
+    def work(processes: Processes) -> bool:
+        tracker = Tracker(project / str(processes.index), processes, None, tokens_per_step=1)
+        tracker.start([{"step": 0, "validation/loss": 1.0}], 0, 2)
+        tracker.log([], {"step": 1, "train/loss": 1.0})
+        tracker.end_step()
+        tracker.end()
+        return processes.is_main
 
-    numbers = tracker.throughput(config, 512)
-
-    assert numbers["step_tokens_per_s"] == 20_000
-    assert numbers["model_flops_utilization"] == pytest.approx(20_000 * flop_per_token(config, 512) / 989e12, abs=5e-4)
-    monkeypatch.setattr(tracking, "device_name", lambda: "cpu")
-    assert tracker.throughput(config, 512)["model_flops_utilization"] is None
+    assert run_forked(2, work) == [True, False]
+    assert (project / "0/metrics.json").exists()
+    assert not (project / "1").exists()
 
 
-def test_throughput_of_a_training_on_the_way(build, project):
-    trainer = build("train")
-    (tracker,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, DvcliveCallback)]
-    assert "step_tokens_per_s" not in tracker.throughput(trainer.model.config, 32)
-    began = time.time() - 100
-    assert tracker.start_up(began) == {}
+def test_the_median_step_leaves_out_the_first(project: Path) -> None:
+    tracker = Tracker(project / "train", Processes(), None, tokens_per_step=30_000)
 
-    trainer.train()
+    tracker.step_starts = [0.0, 50.0, 51.5, 60.0, 61.5, 63.0]  # the first compiles kernels, the third validates
 
-    assert len(tracker.step_starts) == 4
-    assert 100 <= tracker.start_up(began)["seconds_to_first_step"] <= time.time() - began + 0.1
-    assert tracker.throughput(trainer.model.config, 32)["step_tokens_per_s"] > 0
+    assert tracker.median_step_s == 1.5
 
 
 @pytest.mark.parametrize("step_starts", [[], [0.0], [0.0, 1.0]])
-def test_training_too_short_for_a_throughput_has_none(project, step_starts):
-    tracker = DvcliveCallback(project / "train", tokens_per_step=64)
+def test_a_training_too_short_for_a_median_has_none(project: Path, step_starts: list[float]) -> None:
+    tracker = Tracker(project / "train", Processes(), None, tokens_per_step=64)
+
     tracker.step_starts = step_starts
 
-    assert not {"step_tokens_per_s", "model_flops_utilization"} & tracker.throughput(LlamaConfig(), 32).keys()
+    assert tracker.median_step_s is None
 
 
-def test_accumulated_batches_are_one_step_of_the_throughput(build, project):
-    trainer = build("train")
-    trainer.args.gradient_accumulation_steps = 2
-    (tracker,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, DvcliveCallback)]
+def test_steps_are_timed(run: Any) -> None:
+    before = time.time()
 
-    trainer.train()
+    _, tracker = run("train")
 
-    assert len(tracker.step_starts) == trainer.state.global_step == 2
+    assert len(tracker.step_starts) == 4
+    assert before < tracker.first_step_at < time.time()
+    assert 0 < tracker.seconds < time.time() - before
+    assert 0 < tracker.median_step_s < tracker.seconds
+
+
+# Trackers
+
+
+@pytest.fixture
+def new_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = "pdf2lora.training.tracking.importlib.util.find_spec"
+    monkeypatch.setattr(find_spec, lambda name: None if name == "mlflow" else SimpleNamespace(origin="file"))
+
+    require_trackers([])
+    require_trackers(["wandb"])
+    with pytest.raises(InputError) as caught:
+        require_trackers(["wandb", "mlflow"])
+
+    assert "\n" not in str(caught.value)
+    for words in ("train.report_to", "'mlflow'", "pip install mlflow"):
+        assert words in str(caught.value)
+
+
+def test_a_folder_with_the_name_of_a_package_is_not_the_package(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trackers leave such folders in a project."""
+    (project / "trackio").mkdir()
+    monkeypatch.syspath_prepend(str(project))
+
+    with pytest.raises(InputError, match="pip install trackio"):
+        require_trackers(["trackio"])
+
+
+@pytest.mark.usefixtures("new_accelerator")
+def test_wandb_offline_has_settings_and_curves(
+    run: Any, project: Path, monkeypatch: pytest.MonkeyPatch, write_params: Any
+) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        (project / name).mkdir()
+        monkeypatch.setenv(name, str(project / name))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("DVC_EXP_NAME", "gyral-taco")
+    write_params({"lora.r": 5})
+
+    run("train", Trackers(read_params(), ["wandb"]))
+
+    (file,) = project.glob("WANDB_DIR/wandb/offline-run-*/run-*.wandb")
+    texts = (b"pdf2lora", b"gyral-taco", b"lora.r", b"train/loss", b"validation/loss", b"gradient_norm")
+    until = time.monotonic() + 20
+    while (missing := [text for text in texts if text not in file.read_bytes()]) and time.monotonic() < until:
+        time.sleep(0.1)  # another process writes the file
+    assert not missing
+    assert not (project / "wandb").exists()
+    assert curves_in(project / "train").keys() >= CURVES
+
+
+@pytest.mark.usefixtures("new_accelerator")
+def test_tensorboard_has_curves(run: Any, project: Path, write_params: Any) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_params()
+
+    run("train", Trackers(read_params(), ["tensorboard"]))
+
+    (events,) = (project / "logs").rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    curve = [(event.step, event.value) for event in accumulator.Scalars("train/loss")]
+    expected = curves_in(project / "train")["train/loss"]
+    assert [step for step, _ in curve] == [step for step, _ in expected]
+    assert [value for _, value in curve] == pytest.approx([value for _, value in expected])
+
+
+def test_the_end_of_the_trackers_leaves_the_process_group(project: Path, write_params: Any) -> None:
+    """The processes still have numbers to gather then."""
+    write_params()
+
+    def work(processes: Processes) -> list[int]:
+        if processes.is_main:
+            Trackers(read_params(), []).end()
+        return processes.gather(processes.index)
+
+    assert run_forked(2, work) == [[0, 1], [0, 1]]
+
+
+@pytest.mark.usefixtures("new_accelerator")
+def test_a_tracker_that_cannot_start_is_one_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch, write_params: Any
+) -> None:
+    def refuse(self: Any, *arguments: Any) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
+    write_params()
+
+    with pytest.raises(InputError) as caught:
+        Trackers(read_params(), ["wandb"])
+
+    assert "\n" not in str(caught.value)
+    for words in ("train.report_to: wandb", "no route to host", "wandb login"):
+        assert words in str(caught.value)
 
 
 # log_to_file
@@ -195,7 +301,7 @@ def test_accumulated_batches_are_one_step_of_the_throughput(build, project):
 
 @pytest.mark.usefixtures("own_logging")
 @pytest.mark.filterwarnings("default")
-def test_log_and_warnings_go_to_a_file(tmp_path):
+def test_log_and_warnings_go_to_a_file(tmp_path: Path) -> None:
     file = log_to_file(tmp_path / "logs")
     logging.getLogger("train").info("step %d", 1)
     logging.getLogger("train").debug("a detail")

@@ -27,10 +27,13 @@ PIPE = "PDF2LORA_STATUS_PIPE"  # the environment variable that holds the file de
 HEARTBEAT_S = 1.0
 SILENCE_S = 30.0  # a process without a heartbeat for so long does not answer
 GRACE_S = 5.0  # after a first failure, for the errors of the others
+SAVE_S = 45.0  # the same after a signal: the main process can still be saving a checkpoint
 ORPHAN_S = 45.0  # a process whose launcher has gone ends within this time
 FORWARD_AFTER_S = 0.3  # the terminal sends Ctrl-C to all processes itself
 
-Kind = Literal["input_error", "stopped", "failed", "lost_peer"]
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+Kind = Literal["input_error", "stopped", "interrupted", "failed", "lost_peer"]
 
 
 class PeerLost(Exception):
@@ -138,7 +141,7 @@ def _launch(module: str, count: int, locks: list[int]) -> None:
     name = module.rpartition(".")[2]
     workers = _start(module, count, locks)
     signals: list[tuple[float, int]] = []
-    handled = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores
     before = {number: signal.signal(number, lambda n, _: signals.append((time.monotonic(), n))) for number in handled}
     try:
         _watch(name, workers, signals)
@@ -174,11 +177,16 @@ def _watch(name: str, workers: list[_Worker], signals: list[tuple[float, int]]) 
     """Returns when all processes have ended well."""
     forwarded = False
     first_failure: float | None = None
+    last_look = time.monotonic()
     while True:
         select.select([worker.pipe for worker in workers if worker.process.poll() is None], [], [], 0.1)
         now = time.monotonic()
+        was_suspended = now - last_look > SILENCE_S / 2  # by Ctrl-Z: the other processes, too
+        last_look = now
         for worker in workers:
             worker.read()
+            if was_suspended:
+                worker.last_heartbeat = now
         codes = [worker.process.poll() for worker in workers]
         if all(code == 0 for code in codes):
             return
@@ -196,11 +204,11 @@ def _watch(name: str, workers: list[_Worker], signals: list[tuple[float, int]]) 
             )
         if any(code for code in codes):
             first_failure = first_failure or now
-            if all(code is not None for code in codes) or (now - first_failure > GRACE_S and not forwarded):
-                _raise_cause(name, workers)
+            if all(code is not None for code in codes) or now - first_failure > (SAVE_S if signals else GRACE_S):
+                _raise_cause(name, workers, signals)
 
 
-def _raise_cause(name: str, workers: list[_Worker]) -> None:
+def _raise_cause(name: str, workers: list[_Worker], signals: list[tuple[float, int]]) -> None:
     """Names the process whose failure came first, not those that failed because of it."""
     for worker in workers:
         worker.read()
@@ -211,13 +219,17 @@ def _raise_cause(name: str, workers: list[_Worker]) -> None:
             return 0
         if code is not None and code < 0:
             return 1
-        return {"input_error": 2, "failed": 3, "lost_peer": 5}.get(worker.kind or "", 4 if code else 6)
+        return {"interrupted": 1, "input_error": 2, "failed": 3, "lost_peer": 5}.get(
+            worker.kind or "", 4 if code else 6
+        )
 
     worker = min(workers, key=weight)
     code = worker.process.poll()
     who = f"process {worker.index} of {len(workers)} (pid {worker.process.pid})"
     if worker.kind == "stopped":
         sys.exit(worker.message)
+    if signals and (worker.kind == "interrupted" or (code and -code in STOP_SIGNALS)):
+        sys.exit(f"{name}: stopped by {signal.Signals(signals[0][1]).name} without a new checkpoint")
     if code is not None and code < 0:
         raise InputError(
             f"{name}: {who} was ended by {signal.Signals(-code).name} and the others were ended with it. If memory ran "
@@ -252,6 +264,8 @@ def _work_and_report(work: Callable[[], None]) -> None:
         kind, message = "stopped", str(error)
     except PeerLost as error:
         kind, message = "lost_peer", str(error)
+    except KeyboardInterrupt:
+        kind, message = "interrupted", ""
     except Exception as error:
         kind, message = "failed", f"{type(error).__name__}: {error}"
         sys.excepthook(type(error), error, error.__traceback__)

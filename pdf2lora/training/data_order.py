@@ -5,6 +5,7 @@ The order depends on the seed alone. The number of processes and the per-device 
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,8 @@ class DataOrder:
 
     @property
     def num_steps(self) -> int:
-        return math.ceil(self.num_train_epochs * self.steps_per_epoch)
+        # In decimal: 1.1 epochs of 110 steps are 121 steps, but 1.1 * 110 in floating point is above 121.
+        return math.ceil(Fraction(str(self.num_train_epochs)) * self.steps_per_epoch)
 
     def rows(self, step: int) -> Rows:
         """The numbers of the sequences of a step; steps count from 0."""

@@ -158,7 +158,7 @@ class Learner:
         return {
             "parameters": self.parameters.parameter.detach().cpu(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if not k.startswith("lr_lambda")},
+            "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
@@ -245,6 +245,8 @@ def train(
             save()
         if stopped_by:
             break
+    if is_last():  # the signal came in the last step
+        stopped_by = None
     kept_step = progress.step
     if settings.keep == "best" and best is not None and not stopped_by:
         with torch.no_grad():
@@ -252,8 +254,7 @@ def train(
         kept_step = progress.best_step
     processes.require_equal(parameters.parameter, "the trained adapter")
     tracker.end()
-    is_unfinished = stopped_by if not is_last() else None
-    return TrainingResult(progress.step, first_step, kept_step, num_targets, is_unfinished)
+    return TrainingResult(progress.step, first_step, kept_step, num_targets, stopped_by)
 
 
 def stop_signal(parameters: FlatParameters, processes: Processes, interrupt: Interrupt) -> str | None:

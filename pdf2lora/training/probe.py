@@ -9,6 +9,7 @@ import logging
 import time
 import warnings
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,34 +64,39 @@ class Prober:
     ) -> Measurement | OutOfMemory:
         """Peak of the fullest process, and throughput of all, of find_batch.steps optimizer steps."""
         limit_gpu_memory(budget_gib)
-        try:
+        with suppress(torch.OutOfMemoryError):
             if self.model is None:
                 self.model = build_model(base, self.params)
-            measurement = self._measure(sequences, gradient_checkpointing, batch)
-        except torch.OutOfMemoryError:
-            measurement = None
+        measurement = None
+        if all(self.processes.gather(self.model is not None)):
+            measurement = self._measure(base, sequences, gradient_checkpointing, batch)
         if measurement is not None:
             self.reserved_bytes = _reserved_bytes()
             return measurement
         is_clean = torch.cuda.is_available() and _reserved_bytes() - self.reserved_bytes < MAX_LEFT_BYTES
         return OutOfMemory(all(self.processes.gather(is_clean)))
 
-    def _measure(self, sequences: Sequences, gradient_checkpointing: str, batch: int) -> Measurement | None:
+    def _measure(self, base: Path, sequences: Sequences, gradient_checkpointing: str, batch: int) -> Measurement | None:
         params, processes = self.params, self.processes
         seq_length = params.compute.seq_length
         rows = np.arange(batch * processes.count * params.find_batch.steps) % len(sequences)
         ends = []
         with PeakMemory() as peak:
-            kernels = choose_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
+            kernels = choose_kernels(params.compute, params.quantization, params.lora, read_config(base))
             plan = BatchPlan(kernels, gradient_checkpointing, batch, batch * processes.count)
-            learner = Learner(
-                self.model,
-                train=params.train,
-                compute=params.compute,
-                plan=plan,
-                num_steps=params.find_batch.steps,
-                processes=processes,
-            )
+            learner: Learner | None = None
+            with suppress(torch.OutOfMemoryError):
+                learner = Learner(
+                    self.model,
+                    train=params.train,
+                    compute=params.compute,
+                    plan=plan,
+                    num_steps=params.find_batch.steps,
+                    processes=processes,
+                )
+            are_built = processes.gather(learner is not None)
+            if learner is None or not all(are_built):
+                return None
             buffer = learner.parameters.buffer
             failed = False
             try:

@@ -20,6 +20,7 @@ from pdf2lora.tokens import Sequences
 from pdf2lora.training.batch_search import Measurement
 
 ANSWER_S = 600.0  # the longest time for one answer, the import of torch included
+GRACE_S = 5.0  # after a first failure, for the answers of the others
 NUM_TRIES = 2  # a killed process may have been killed for another reason than memory
 
 
@@ -57,6 +58,9 @@ class OutOfMemory:
 
 class Killed(Exception):
     """A process was ended by SIGKILL: the kernel sends it where memory ends, but not only then."""
+
+
+Answer = Capabilities | Measurement | OutOfMemory | Exception
 
 
 class ProbeProcesses:
@@ -124,37 +128,52 @@ class ProbeProcesses:
             with suppress(BrokenPipeError):
                 for message in messages:
                     pipe.send(message)
-        answers = [self._receive(index) for index in range(self.count)]
+        answers = self._receive()
+        if any(isinstance(answer, Killed) for answer in answers):
+            self.end()
+            raise Killed
         if any(isinstance(answer, OutOfMemory) for answer in answers):  # the others may have failed because of it
-            if not all(isinstance(answer, OutOfMemory) and answer.is_clean for answer in answers):
+            are_clean = [isinstance(answer, OutOfMemory) and answer.is_clean for answer in answers]
+            if len(answers) < self.count or not all(are_clean):
                 self.end()
             return None
-        for answer in answers:
-            if isinstance(answer, Exception):
-                self.end()
-                raise answer
+        if errors := [answer for answer in answers if isinstance(answer, Exception)]:
+            self.end()
+            raise min(errors, key=lambda error: "PeerLost" in str(error))  # the cause, not what it caused
         first = answers[0]
         assert isinstance(first, (Capabilities, Measurement))
         return first
 
-    def _receive(self, index: int) -> Capabilities | Measurement | OutOfMemory | Exception:
-        """The answer of one process; finds the death of any of them."""
-        sentinels = {process.sentinel: process for process in self.processes}
-        ready = wait([self.pipes[index], *sentinels], ANSWER_S)
-        if self.pipes[index] in ready:
-            with suppress(EOFError, ConnectionError):
-                answer: Capabilities | Measurement | OutOfMemory | Exception = self.pipes[index].recv()
-                return answer
-        dead = [process for process in self.processes if process.sentinel in wait(list(sentinels), 1)]
-        self.end()
-        if not dead:
-            raise InputError(
-                f"find_batch: process {index} of {self.count} has not answered for {ANSWER_S:.0f} s. Look at its GPU "
-                "(nvidia-smi), then run dvc repro again."
-            )
-        if any(process.exitcode == -signal.SIGKILL for process in dead):
-            raise Killed
-        raise RuntimeError(f"find_batch: a probe ended its process with exit code {dead[0].exitcode}")
+    def _receive(self) -> list[Answer]:
+        """The answers of all processes. After a first failure the others have GRACE_S, because they may wait for it."""
+        answers: dict[int, Answer] = {}
+        timeout_s = ANSWER_S
+        while waiting := [index for index in range(self.count) if index not in answers]:
+            ready = wait([self.pipes[index] for index in waiting], timeout_s)
+            if not ready and timeout_s == GRACE_S:
+                break
+            if not ready:
+                self.end()
+                raise InputError(
+                    f"find_batch: process {waiting[0]} of {self.count} has not answered for {ANSWER_S:.0f} s. Look at "
+                    "its GPU (nvidia-smi), then run dvc repro again."
+                )
+            for index in [index for index in waiting if self.pipes[index] in ready]:
+                try:
+                    answers[index] = self.pipes[index].recv()
+                except (EOFError, ConnectionError):
+                    answers[index] = self._death(index)
+                if not isinstance(answers[index], (Capabilities, Measurement)):
+                    timeout_s = GRACE_S
+        return list(answers.values())
+
+    def _death(self, index: int) -> Exception:
+        """Why a process has ended without an answer."""
+        process = self.processes[index]
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            return Killed()
+        return RuntimeError(f"find_batch: a probe ended its process with exit code {process.exitcode}")
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")

@@ -26,7 +26,6 @@ from pdf2lora.runtime.scratch import project_root
 
 Entry = dict[str, float]  # one log entry: step, and values by the names of their curves
 
-PACKAGES = {"comet_ml": "comet_ml", "tensorboard": "tensorboard"}  # where the package's name is not the tracker's
 log = logging.getLogger("train")
 
 
@@ -46,11 +45,11 @@ def require_trackers(names: Sequence[str]) -> None:
     InputError: the package of a tracker is not installed.
     """
     for name in names:
-        package = PACKAGES.get(name, name)
-        if importlib.util.find_spec(package) is None:
+        package = importlib.util.find_spec(name)
+        if package is None or package.origin is None:  # no origin: a folder of this name, as trackers leave behind
             raise InputError(
-                f"train.report_to: the package {package} of tracker {name!r} is not installed. Install it with "
-                f"pip install {package}, or choose none."
+                f"train.report_to: the package of tracker {name!r} is not installed. Install it with "
+                f"pip install {name}, or choose none."
             )
 
 
@@ -90,7 +89,9 @@ class Trackers:
         self.accelerator.log(values, step=int(entry["step"]))
 
     def end(self) -> None:
-        self.accelerator.end_training()
+        """Not by Accelerator.end_training, which also destroys the process group."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

@@ -1,24 +1,24 @@
+"""The memory model, the search for the largest batch, and the choice."""
+
 import math
-import os
-import signal
-import time
-from contextlib import suppress
-from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pdf2lora.training.probe_process import Child
 
 from pdf2lora.errors import InputError
-from pdf2lora.training import probe_process
-from pdf2lora.training.batch_search import AS_FAST, Measurement, Mode, Probe, choose, memory_model, search, search_modes
-
-pytestmark = pytest.mark.usefixtures("server_of_children")
-
+from pdf2lora.training.batch_search import (
+    AS_FAST,
+    Measurement,
+    Mode,
+    Probe,
+    choose,
+    memory_model,
+    per_device_batch,
+    search,
+    search_modes,
+)
 
 # search
 
@@ -124,11 +124,11 @@ def test_memory_model_is_the_line_through_the_two_largest_that_ended():
     assert memory_model([Probe(1, True, 9.0), Probe(16, False, None)]) is None
 
 
-# search_modes: made-up modes, whose memory is a line over the batch
+# search_modes: random modes, whose memory is a line over the batch
 
 
 @st.composite
-def made_up_modes(draw):
+def random_modes(draw):
     """Name -> (GiB at batch 0, GiB a sequence), from the most to the least memory a sequence; speeds by name."""
     slopes = sorted(draw(st.lists(st.floats(0.01, 5), min_size=1, max_size=4)), reverse=True)
     lines = {f"mode {number}": (draw(st.floats(0, 10)), slope) for number, slope in enumerate(slopes)}
@@ -136,23 +136,23 @@ def made_up_modes(draw):
     return lines, {name: draw(speed) for name in lines}
 
 
-def measure_made_up(lines, speeds=None):
-    """Measures without a model; the batches that it was asked for, by mode, come with it."""
-    asked = {}
+def measure_lines(lines, speeds=None):
+    """Measures without a model; also returns the measured batches by mode."""
+    batches = {}
 
     def measure(mode, batch):
-        asked.setdefault(mode, []).append(batch)
+        batches.setdefault(mode, []).append(batch)
         return Measurement(lines[mode][0] + lines[mode][1] * batch, (speeds or {}).get(mode, 1.0) * batch**0.1)
 
-    return measure, asked
+    return measure, batches
 
 
 @settings(deadline=None)
-@given(modes=made_up_modes(), budget=st.floats(0.1, 60), bounds=st.sampled_from([(1, 64), (3, 9), (5, 5)]))
+@given(modes=random_modes(), budget=st.floats(0.1, 60), bounds=st.sampled_from([(1, 64), (3, 9), (5, 5)]))
 def test_each_mode_is_searched_until_the_largest_batch_fits(modes, budget, bounds):
     lines, _ = modes
     smallest, largest = bounds
-    measure, asked = measure_made_up(lines)
+    measure, batches = measure_lines(lines)
 
     searched = search_modes(measure, list(lines), smallest=smallest, largest=largest, budget_gib=budget)
 
@@ -166,7 +166,7 @@ def test_each_mode_is_searched_until_the_largest_batch_fits(modes, budget, bound
     assert {mode.gradient_checkpointing: mode.largest for mode in searched} == {
         name: fitting[name] for name in names[: first_that_fits + 1]
     }
-    assert asked == {mode.gradient_checkpointing: [probe.batch for probe in mode.probes] for mode in searched}
+    assert batches == {mode.gradient_checkpointing: [probe.batch for probe in mode.probes] for mode in searched}
 
 
 def test_mode_that_runs_out_of_memory_makes_way_for_the_next():
@@ -201,40 +201,54 @@ def never_timed(mode, batch):
 
 @settings(deadline=None)
 @given(
-    modes=made_up_modes(),
+    modes=random_modes(),
     budget=st.floats(1, 60),
     effective_batch=st.sampled_from([1, 4, 6, 13, 64, "auto"]),
+    num_processes=st.integers(1, 9),
 )
-def test_choice_is_the_fastest_of_what_fits_and_of_equals_the_smallest(modes, budget, effective_batch):
+def test_the_fastest_candidate_is_chosen_and_of_equals_the_smallest(modes, budget, effective_batch, num_processes):
     lines, speeds = modes
-    measure, _ = measure_made_up(lines, speeds)
+    measure, _ = measure_lines(lines, speeds)
     searched = search_modes(measure, list(lines), smallest=1, largest=32, budget_gib=budget)
-    if not any(mode.largest for mode in searched):
-        with pytest.raises(InputError):
-            choose(searched, effective_batch, never_timed)
-        return
 
     def tokens_per_s(mode, batch):
         return measure(mode, batch).tokens_per_s
 
-    choice = choose(searched, effective_batch, tokens_per_s)
+    if not any(mode.largest for mode in searched):
+        with pytest.raises(InputError):
+            choose(searched, effective_batch, tokens_per_s, num_processes)
+        return
+
+    choice = choose(searched, effective_batch, tokens_per_s, num_processes)
 
     def gib(mode, batch):
         return lines[mode][0] + lines[mode][1] * batch
 
-    candidates = {}
-    for mode in searched:
-        divides = [b for b in range(1, mode.largest + 1) if effective_batch == "auto" or effective_batch % b == 0]
-        if divides:
-            candidates[mode.gradient_checkpointing] = max(divides)
+    candidates = {
+        mode.gradient_checkpointing: per_device_batch(mode.largest, effective_batch, num_processes)
+        for mode in searched
+        if mode.largest
+    }
     chosen, batch = choice.gradient_checkpointing, choice.per_device_batch
     assert candidates[chosen] == batch
     assert gib(chosen, batch) <= budget
-    assert choice.gradient_accumulation_steps * batch == (batch if effective_batch == "auto" else effective_batch)
     fastest = max(tokens_per_s(*candidate) for candidate in candidates.items())
     as_fast = [candidate for candidate in candidates.items() if tokens_per_s(*candidate) >= AS_FAST * fastest]
     assert (chosen, batch) in as_fast
     assert gib(chosen, batch) == pytest.approx(min(gib(*candidate) for candidate in as_fast), rel=1e-9)
+
+
+@given(largest=st.integers(1, 70), effective_batch=st.integers(1, 200), num_processes=st.integers(1, 9))
+def test_a_step_has_the_fewest_micro_batches_that_fit_and_they_are_equal(largest, effective_batch, num_processes):
+    modes = [mode_with_largest(largest)]
+
+    _, batch, accumulation = choose(modes, effective_batch, never_timed, num_processes)
+
+    share = math.ceil(effective_batch / num_processes)  # of the process with the most sequences
+    assert 1 <= batch <= largest
+    assert accumulation == math.ceil(share / largest)
+    assert (accumulation - 1) * batch < share <= accumulation * batch
+    assert accumulation * batch - share < accumulation  # no smaller micro-batch is enough
 
 
 @pytest.mark.parametrize(
@@ -244,10 +258,10 @@ def test_less_memory_wins_only_among_equals(speed_of_full, chosen):
     modes = [mode_with_largest(8, "none", gib=4.0), mode_with_largest(64, "full", gib=4.0)]
     speeds = {("none", 4): 1000.0, ("full", 4): 1000.0 * speed_of_full}
 
-    assert choose(modes, 4, lambda *asked: speeds[asked]) == (chosen, 4, 1)
+    assert choose(modes, 4, lambda *candidate: speeds[candidate], 1) == (chosen, 4, 1)
 
 
-def test_mode_with_no_room_for_its_largest_divisor_is_timed_at_a_smaller_one():
+def test_each_mode_is_timed_at_its_micro_batch():
     timed = []
     modes = [mode_with_largest(3, "none"), mode_with_largest(0, "mlp"), mode_with_largest(9, "full")]
 
@@ -255,33 +269,36 @@ def test_mode_with_no_room_for_its_largest_divisor_is_timed_at_a_smaller_one():
         timed.append((mode, batch))
         return {"none": 1.0, "full": 2.0}[mode]
 
-    assert choose(modes, 8, tokens_per_s) == ("full", 8, 1)
-    assert timed == [("none", 2), ("full", 8)]
+    assert choose(modes, 8, tokens_per_s, 1) == ("full", 8, 1)
+    assert timed == [("none", 3), ("full", 8)]
 
 
 def test_mode_that_cannot_be_timed_is_not_chosen():
     modes = [mode_with_largest(8, "none"), mode_with_largest(16, "full")]
 
-    assert choose(modes, 8, lambda mode, batch: {"none": 7.0, "full": 0.0}[mode]) == ("none", 8, 1)
+    assert choose(modes, 8, lambda mode, batch: {"none": 7.0, "full": 0.0}[mode], 1) == ("none", 8, 1)
 
 
 @pytest.mark.parametrize(
-    ("largest", "effective_batch", "chosen"),
+    ("largest", "effective_batch", "num_processes", "chosen"),
     [
-        (9, 4, (4, 1)),
-        (3, 4, (2, 2)),
-        (9, 32, (8, 4)),
-        (19, 64, (16, 4)),
-        (64, 64, (64, 1)),
-        (7, 12, (6, 2)),
-        (12, 13, (1, 13)),  # prime
-        (13, 13, (13, 1)),
-        (1, 6, (1, 6)),
-        (19, "auto", (19, 1)),
+        (9, 4, 1, (4, 1)),
+        (3, 4, 1, (2, 2)),
+        (9, 32, 1, (8, 4)),
+        (19, 64, 1, (16, 4)),
+        (64, 64, 1, (64, 1)),
+        (12, 13, 1, (7, 2)),  # a prime: the second micro-batch has 6
+        (1, 6, 1, (1, 6)),
+        (64, 64, 4, (16, 1)),
+        (7, 64, 4, (6, 3)),
+        (64, 10, 4, (3, 1)),  # 2 of the processes compute 3 sequences, 2 compute 2
+        (64, 1, 4, (1, 1)),
+        (19, "auto", 1, (19, 1)),
+        (19, "auto", 4, (19, 1)),
     ],
 )
-def test_choice_is_the_largest_divisor_that_fits(largest, effective_batch, chosen):
-    assert choose([mode_with_largest(largest)], effective_batch, never_timed) == ("full", *chosen)
+def test_the_micro_batch_of_an_effective_batch(largest, effective_batch, num_processes, chosen):
+    assert choose([mode_with_largest(largest)], effective_batch, never_timed, num_processes) == ("full", *chosen)
 
 
 @pytest.mark.parametrize(("peak", "what_happens"), [(8.125, "needs 8.12 GiB"), (None, "runs out of memory")])
@@ -290,212 +307,10 @@ def test_choice_where_nothing_fits(peak, what_happens, effective_batch):
     modes = [Mode("none", [Probe(2, False, None)]), Mode("full", [Probe(2, False, peak)])]
 
     with pytest.raises(InputError) as caught:
-        choose(modes, effective_batch, never_timed)
+        choose(modes, effective_batch, never_timed, 1)
 
     assert str(caught.value) == (
         f"find_batch.min: 2 sequences do not fit: a training step {what_happens}; lower find_batch.min or "
         "compute.seq_length, set train.gradient_checkpointing to auto, or raise find_batch.cpu_memory_gib "
         "(on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)"
     )
-
-
-# Child: asked.py is what it imports
-
-
-@pytest.fixture
-def child():
-    with Child("asked") as child:
-        child.prepare(6, 7)
-        yield child
-
-
-def assert_gone(process):
-    """Ended, and no zombie of it is left."""
-    assert not psutil.pid_exists(process)
-
-
-def test_child_answers_of_what_it_prepared(child):
-    assert child.ask("product", 0.5) == 21.0
-
-
-def test_child_that_prepared_nothing_answers_of_the_arguments_alone():
-    with Child("asked") as child:
-        assert child.ask("double", 21) == 42
-
-
-def test_child_prepares_once_and_stays(child):
-    first = child.ask("process_id")
-
-    assert first != os.getpid()
-    assert [child.ask("count") for _ in range(3)] == [4, 5, 6]
-    assert child.ask("process_id") == first
-
-
-def test_child_prepares_anew_when_it_is_told_to(child):
-    first = child.ask("process_id")
-
-    child.prepare(5)
-
-    assert child.ask("product", 1) == 5
-    assert child.ask("process_id") == first
-
-
-def test_child_that_ends_leaves_nothing_and_may_be_asked_again(child):
-    first = child.ask("process_id")
-
-    child.end()
-
-    assert_gone(first)
-    child.end()  # a second time is no fault
-    assert child.ask("process_id") != first
-
-
-def test_child_of_a_gpu_imports_before_it_is_asked_and_may_be_ended_meanwhile(monkeypatch):
-    monkeypatch.setattr(probe_process, "has_cuda_driver", lambda: True)
-
-    with Child("asked") as child:
-        first = child.process.pid
-        assert psutil.pid_exists(first)
-
-    assert_gone(first)
-
-
-def test_child_of_a_gpu_answers_and_is_replaced(monkeypatch, tmp_path):
-    monkeypatch.setattr(probe_process, "has_cuda_driver", lambda: True)
-
-    with Child("asked") as child:
-        child.prepare(6, 7)
-        assert child.ask("be_killed", 1, tmp_path / "diary") == 42
-
-
-@pytest.mark.parametrize("kind", ["CPU", "GPU", "numpy"])
-def test_child_that_runs_out_of_memory_is_replaced(child, kind):
-    first = child.ask("process_id")
-    child.ask("count")
-
-    assert child.ask("run_out_of", kind) is None
-
-    if not torch.cuda.is_available():  # a GPU's memory may come back whole
-        assert_gone(first)
-        assert child.ask("count") == 4  # prepared anew
-    assert child.ask("process_id")
-
-
-def test_child_that_runs_out_of_memory_before_it_is_ready(child):
-    child.prepare("CPU")
-
-    assert child.ask("process_id") is None
-    assert child.ask("process_id") is None
-
-
-def test_child_that_is_killed_once_is_replaced_and_the_question_asked_again(child, tmp_path):
-    first = child.ask("process_id")
-
-    assert child.ask("be_killed", 1, tmp_path / "diary") == 42
-
-    asked = [int(line) for line in (tmp_path / "diary").read_text().splitlines()]
-    assert asked == [first, child.ask("process_id")]
-    assert_gone(first)
-
-
-def test_children_that_are_killed_twice_ran_out_of_memory(child, tmp_path):
-    child.ask("process_id")
-
-    assert child.ask("be_killed", 3, tmp_path / "diary") is None
-
-    asked = [int(line) for line in (tmp_path / "diary").read_text().splitlines()]
-    assert len(set(asked)) == 2
-    for process in asked:
-        assert_gone(process)
-    assert child.ask("product", 2) == 84
-
-
-def kill(process):
-    """And waits for its end."""
-    killed = psutil.Process(process)
-    killed.kill()
-    with suppress(psutil.NoSuchProcess):
-        while killed.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.01)
-
-
-def test_child_that_is_killed_between_two_questions_is_replaced(child):
-    first = child.ask("process_id")
-    kill(first)
-
-    assert child.ask("product", 2) == 84
-
-    assert child.ask("process_id") != first
-
-
-def test_child_that_is_killed_between_two_questions_and_again_ran_out_of_memory(child, tmp_path):
-    kill(child.ask("process_id"))
-
-    assert child.ask("be_killed", 1, tmp_path / "diary") is None
-
-
-def test_child_that_crashes_did_not_run_out_of_memory(child):
-    first = child.ask("process_id")
-
-    with pytest.raises(RuntimeError, match=r"asked\.die_of ended its process with exit code -11"):
-        child.ask("die_of", signal.SIGSEGV)
-    with pytest.raises(RuntimeError, match=r"asked\.leave ended its process with exit code 3"):
-        child.ask("leave")
-
-    assert_gone(first)
-    assert child.process is None
-
-
-def test_input_error_of_a_child_passes_through(child):
-    first = child.ask("process_id")
-
-    with pytest.raises(InputError) as caught:
-        child.ask("refuse")
-
-    assert str(caught.value) == "compute.attention: 'flash_attention_2' cannot run here"
-    assert_gone(first)
-
-
-def test_input_error_of_what_a_child_prepares_passes_through(child):
-    child.prepare("refuse")
-
-    with pytest.raises(InputError, match="'flash_attention_2' cannot run here"):
-        child.ask("process_id")
-
-
-def test_library_that_a_child_misses_is_known_by_name(child):
-    with pytest.raises(ModuleNotFoundError) as caught:
-        child.ask("miss_a_library")
-
-    assert caught.value.name == "peft.tuners"
-
-
-def test_other_errors_of_a_child_keep_their_text(child):
-    first = child.ask("process_id")
-
-    with pytest.raises(RuntimeError) as caught:
-        child.ask("stumble")
-
-    assert str(caught.value) == "asked.stumble failed: KeyError: 'lm_head'"
-    assert_gone(first)
-
-
-@pytest.mark.parametrize(("left_behind", "replaced"), [(2**20, False), (2**27, True)])
-def test_child_on_a_gpu_stays_where_a_failed_probe_gave_its_memory_back(monkeypatch, left_behind, replaced):
-    """The child's loop itself, with the answers of a GPU's allocator."""
-    after_a_probe = 2**30 + 2**27  # more than the model alone: workspaces
-    reserved = iter([2**30, after_a_probe, after_a_probe + left_behind, after_a_probe])
-    questions = [((), "process_id", ()), (None, "product", (5,)), (None, "run_out_of", ("GPU",)), (None, "count", ())]
-    answers = []
-
-    def recv():
-        if not questions:
-            raise EOFError
-        return questions.pop(0)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(probe_process, "_reserved_bytes", lambda: next(reserved))
-
-    probe_process._answer(SimpleNamespace(recv=recv, send=answers.append), "asked")
-
-    assert answers == [os.getpid(), 5, probe_process.OutOfMemory(takes_more=not replaced)] + ([] if replaced else [2])
