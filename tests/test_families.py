@@ -24,20 +24,22 @@ def test_an_entry_describes_the_model_of_transformers(family: Family) -> None:
     config = tiny_config(family.architecture, family.model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    modules = {name.rpartition(".")[2]: module for name, module in model.named_modules() if ".layers.0." in name}
+    modules = {
+        name.partition(".layers.0.")[2]: module for name, module in model.named_modules() if ".layers.0." in name
+    }
     linear = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
 
     assert type(model).__name__ == family.architecture
     assert linear.keys() == set(family.linear_layers)
-    q_like = linear.get("q_proj", linear.get("qkv_proj"))
+    q_like = linear.get("self_attn.q_proj", linear.get("self_attn.qkv_proj"))
     assert q_like is not None
     assert (q_like.bias is not None) == (family.qkv_bias is True)
     assert (family.qkv_bias == "attention_bias") == hasattr(config, "attention_bias")
     if family.qk_norm is None:
-        assert "q_norm" not in modules
+        assert "self_attn.q_norm" not in modules
     else:
         size = config.hidden_size if family.qk_norm == "features" else config.head_dim
-        assert modules["q_norm"].weight.shape == (size,)
+        assert modules["self_attn.q_norm"].weight.shape == (size,)
     assert family.explicit_head_dim == ("head_dim" in config.to_dict())
     assert family.sliding_window == ("sliding_window" in config.to_dict())
 

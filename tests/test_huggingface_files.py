@@ -11,6 +11,7 @@ from tiny_llama import VOCABULARY_SIZE, write_tiny_llama
 from tiny_meta import rewrite_json
 
 from pdf2lora.errors import InputError
+from pdf2lora.weights.families import LLAMA_LAYERS
 from pdf2lora.weights.huggingface_files import read_huggingface
 
 
@@ -32,8 +33,8 @@ def test_sizes_are_read_from_the_headers(source: Path) -> None:
     files = read_huggingface(source)
 
     assert files.num_layers == 2
-    assert files.linear_layers["down_proj"] == (128, 64)
-    assert list(files.linear_layers) == ["down_proj", "gate_proj", "up_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
+    assert files.linear_layers["mlp.down_proj"] == (128, 64)
+    assert files.linear_layers.keys() == set(LLAMA_LAYERS)
     assert files.num_parameters == sum(weight.numel() for weight in load_file(source / "model.safetensors").values())
 
 

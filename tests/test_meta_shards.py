@@ -71,7 +71,7 @@ def test_a_damaged_file_is_refused(source: Path, damage: Callable[[Path], object
 def test_code_in_a_pickle_is_not_run(source: Path, target: Path, zipped: bool) -> None:
     weights, _ = write_tiny_meta(source, "3.2")
     proof = target.parent / "code-ran"
-    weights["norm.weight"] = RunsCode(proof)  # type: ignore[assignment]
+    weights["norm.weight"] = RunsCode(proof)
     torch.save(weights, source / "consolidated.00.pth", _use_new_zipfile_serialization=zipped)
 
     with pytest.raises(InputError, match=r"00.pth: the file is refused, because it contains code \(.*mkdir\)"):

@@ -16,13 +16,13 @@ from pdf2lora.weights.inspection import inspect_source_model
 LLAMA_3B = ModelShape(
     28,
     {
-        "q_proj": (3072, 3072),
-        "k_proj": (3072, 1024),
-        "v_proj": (3072, 1024),
-        "o_proj": (3072, 3072),
-        "gate_proj": (3072, 8192),
-        "up_proj": (3072, 8192),
-        "down_proj": (8192, 3072),
+        "self_attn.q_proj": (3072, 3072),
+        "self_attn.k_proj": (3072, 1024),
+        "self_attn.v_proj": (3072, 1024),
+        "self_attn.o_proj": (3072, 3072),
+        "mlp.gate_proj": (3072, 8192),
+        "mlp.up_proj": (3072, 8192),
+        "mlp.down_proj": (8192, 3072),
     },
     3_212_749_824,
     6_425_499_648,
@@ -35,9 +35,9 @@ def shape_of(source):
 
 @quiet
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_lora_parameters_equal_those_of_peft(tmp_path, use_dora):
+@pytest.mark.parametrize("targets", [["q_proj", "mlp.down_proj"], "all-linear"])
+def test_lora_parameters_equal_those_of_peft(tmp_path, use_dora, targets):
     base = write_tiny_llama(tmp_path / "base")
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     write_tiny_adapter(tmp_path / "adapter", base, target_modules=targets, use_dora=use_dora)
     lora = changed(LORA, r=4, target_modules=targets, use_dora=use_dora)
 
@@ -50,8 +50,8 @@ def test_the_demo_s_shape_equals_that_of_convert():
     shape = shape_of(REPOSITORY / "models/source/demo")
     metrics = json.loads((REPOSITORY / "metrics/convert.json").read_text())
 
-    assert shape.layers["up_proj"] == (metrics["hidden_size"], metrics["intermediate_size"])
-    assert shape.layers["k_proj"] == (metrics["hidden_size"], metrics["hidden_size"] // 2)
+    assert shape.layers["mlp.up_proj"] == (metrics["hidden_size"], metrics["intermediate_size"])
+    assert shape.layers["self_attn.k_proj"] == (metrics["hidden_size"], metrics["hidden_size"] // 2)
     assert shape.num_parameters == pytest.approx(metrics["num_parameters"], rel=0.01)
 
 
@@ -60,9 +60,9 @@ def test_an_explicit_head_dim_counts(tmp_path):
 
     layers = shape_of(base).layers
 
-    assert layers["q_proj"] == (64, 128)
-    assert layers["k_proj"] == (64, 64)
-    assert layers["o_proj"] == (128, 64)
+    assert layers["self_attn.q_proj"] == (64, 128)
+    assert layers["self_attn.k_proj"] == (64, 64)
+    assert layers["self_attn.o_proj"] == (128, 64)
 
 
 def test_a_4bit_model_has_two_parameters_in_a_byte(tmp_path):

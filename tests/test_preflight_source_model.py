@@ -62,7 +62,7 @@ def test_a_licence_is_named(source, params_with):
     ("architecture", "model_type", "level", "words"),
     [
         ("Qwen3ForCausalLM", "qwen3", "ok", "Qwen3ForCausalLM, 0.00 GiB of weights"),
-        ("GemmaForCausalLM", "gemma", "ok", "; it runs on the reference kernels"),
+        ("GemmaForCausalLM", "gemma", "ok", "GemmaForCausalLM, 0.00 GiB of weights"),
         ("StableLmForCausalLM", "stablelm", "note", "; this family was not compared with transformers"),
     ],
 )
@@ -80,7 +80,8 @@ def test_target_modules_must_be_layers_of_the_model(source, params_with):
 
     with pytest.raises(InputError, match=r"q_proj is not a linear layer of tiny. Use some of .*qkv_proj"):
         inspect_for(params_with())
-    inspect_for(params_with(**{"lora.target_modules": ["qkv_proj", "o_proj"]}))
+    inspect_for(params_with(**{"lora.target_modules": ["qkv_proj", "self_attn.o_proj"]}))
+    inspect_for(params_with(**{"lora.target_modules": "all-linear"}))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pdf2lora.params import ALL_LINEAR, Lora, Quantization
 from pdf2lora.weights.config_json import ConfigSizes
+from pdf2lora.weights.families import is_target
 from pdf2lora.weights.huggingface_files import HuggingFaceFiles
 from pdf2lora.weights.params_json import ModelArgs
 
@@ -15,7 +16,7 @@ GIB = 2**30
 class ModelShape:
     num_layers: int
     layers: dict[str, tuple[int, int]]
-    """The linear layers of a block: (input features, output features)."""
+    """The linear layers of a block: {path in it (self_attn.q_proj): (input features, output features)}."""
     num_parameters: int
     num_bytes: int
     """of the files of weights"""
@@ -23,7 +24,12 @@ class ModelShape:
     def lora_parameters(self, lora: Lora) -> int:
         """A and B of each target: r x (in + out). DoRA adds `out` magnitudes."""
         names = self.layers if lora.target_modules == ALL_LINEAR else lora.target_modules
-        targets = [self.layers[name] for name in names if name in self.layers]
+        names = lora.target_modules
+        targets = [
+            shape
+            for layer, shape in self.layers.items()
+            if names == ALL_LINEAR or any(is_target(layer, name) for name in names)
+        ]
         return self.num_layers * sum(
             lora.r * (num_inputs + num_outputs) + (num_outputs if lora.use_dora else 0)
             for num_inputs, num_outputs in targets

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from pdf2lora.errors import InputError
-from pdf2lora.params import Params
+from pdf2lora.params import ALL_LINEAR, Params
 from pdf2lora.preflight.findings import Finding
 from pdf2lora.preflight.folders import SOURCE_MODELS
-from pdf2lora.weights.families import FAMILIES, LLAMA_LAYERS
+from pdf2lora.weights.families import FAMILIES, LLAMA_LAYERS, is_target
 from pdf2lora.weights.huggingface_files import HuggingFaceFiles
 from pdf2lora.weights.inspection import inspect_source_model
 from pdf2lora.weights.licences import find_licences
@@ -28,10 +28,8 @@ def source_model(params: Params) -> tuple[list[Finding], HuggingFaceFiles | Mode
     architecture = files.config["architectures"][0]
     text = f"{source}: {architecture}, {_gib(source, '*.safetensors'):.2f} GiB of weights"
     if architecture not in FAMILIES:
-        text += "; this family was not compared with transformers, and it runs on the reference kernels"
+        text += "; this family was not compared with transformers"
         return [Finding("note", "source model", text), _licence(source)], files
-    if FAMILIES[architecture].kernels == "reference":
-        text += "; it runs on the reference kernels"
     return [Finding("ok", "source model", text), _licence(source)], files
 
 
@@ -43,11 +41,13 @@ def inspect_for(params: Params) -> HuggingFaceFiles | ModelArgs:
     """
     files = inspect_source_model(SOURCE_MODELS / params.model, params.llama_version)
     layers = LLAMA_LAYERS if isinstance(files, ModelArgs) else tuple(files.linear_layers)
-    unknown = [name for name in params.lora.target_modules if name not in layers]
+    targets = [] if params.lora.target_modules == ALL_LINEAR else params.lora.target_modules
+    unknown = [target for target in targets if not any(is_target(layer, target) for layer in layers)]
     if unknown:
+        names = ", ".join(layer.rpartition(".")[2] for layer in layers)
         raise InputError(
-            f"lora.target_modules: {unknown[0]} is not a linear layer of {params.model}. "
-            f"Use some of {', '.join(layers)}."
+            f"lora.target_modules: {unknown[0]} is not a linear layer of {params.model}. Use some of {names}, or "
+            f"{ALL_LINEAR}."
         )
     if isinstance(files, HuggingFaceFiles) and files.is_4bit:
         _require_same_quantization(params, files)

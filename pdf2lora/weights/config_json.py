@@ -24,13 +24,13 @@ class ConfigSizes:
         hidden, intermediate = self.hidden_size, self.intermediate_size
         query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
-            "q_proj": (hidden, query),
-            "k_proj": (hidden, key),
-            "v_proj": (hidden, key),
-            "o_proj": (query, hidden),
-            "gate_proj": (hidden, intermediate),
-            "up_proj": (hidden, intermediate),
-            "down_proj": (intermediate, hidden),
+            "self_attn.q_proj": (hidden, query),
+            "self_attn.k_proj": (hidden, key),
+            "self_attn.v_proj": (hidden, key),
+            "self_attn.o_proj": (query, hidden),
+            "mlp.gate_proj": (hidden, intermediate),
+            "mlp.up_proj": (hidden, intermediate),
+            "mlp.down_proj": (intermediate, hidden),
         }
 
 

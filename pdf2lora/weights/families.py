@@ -1,13 +1,27 @@
 """The families of base models that were compared with transformers, and the special parts of each.
 
-Any other decoder-only model that transformers loads is accepted too; it runs on the reference kernels. To add a family,
-add an entry here and a tiny model in tests/tiny_families.py. The tests compare each entry with transformers.
+Any other decoder-only model that transformers loads is accepted too. To add a family, add an entry here and a tiny
+model in tests/tiny_families.py: the tests compare each entry with transformers. model/architectures.py lists the
+families and settings that the fused kernels compute.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LLAMA_LAYERS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+def is_target(layer: str, target: str) -> bool:
+    """Whether a name in lora.target_modules means a layer of a block, as PEFT decides it: q_proj, self_attn.q_proj."""
+    return layer == target or layer.endswith(f".{target}")
 
 
 @dataclass(frozen=True)
@@ -16,10 +30,8 @@ class Family:
     """Class of transformers, in config.json's `architectures`."""
     model_type: str
     """In config.json."""
-    kernels: Literal["fused", "reference"] = "reference"
-    """The fastest kernels that compute it with common settings."""
     linear_layers: tuple[str, ...] = LLAMA_LAYERS
-    """The linear layers of a block: what lora.target_modules can name."""
+    """The linear layers of a block, by their paths in it: what lora.target_modules can name."""
     qkv_bias: bool | Literal["attention_bias"] = False
     """Whether q, k and v have a bias, or the key in config.json that adds one."""
     qk_norm: Literal["head", "features"] | None = None
@@ -35,23 +47,21 @@ class Family:
 FAMILIES = {
     family.architecture: family
     for family in (
-        Family("LlamaForCausalLM", "llama", "fused", qkv_bias="attention_bias", explicit_head_dim=True),
+        Family("LlamaForCausalLM", "llama", qkv_bias="attention_bias", explicit_head_dim=True),
         Family(
             "SmolLM3ForCausalLM",
             "smollm3",
-            "fused",
             qkv_bias="attention_bias",
             sliding_window=True,
             tied_by_default=True,
         ),
-        Family("MistralForCausalLM", "mistral", "fused", explicit_head_dim=True, sliding_window=True),
+        Family("MistralForCausalLM", "mistral", explicit_head_dim=True, sliding_window=True),
         Family("MinistralForCausalLM", "ministral", explicit_head_dim=True, sliding_window=True),
         Family("Ministral3ForCausalLM", "ministral3", explicit_head_dim=True, sliding_window=True),
-        Family("Qwen2ForCausalLM", "qwen2", "fused", qkv_bias=True, sliding_window=True),
+        Family("Qwen2ForCausalLM", "qwen2", qkv_bias=True, sliding_window=True),
         Family(
             "Qwen3ForCausalLM",
             "qwen3",
-            "fused",
             qkv_bias="attention_bias",
             qk_norm="head",
             explicit_head_dim=True,
@@ -84,13 +94,13 @@ FAMILIES = {
         Family(
             "PhiForCausalLM",
             "phi",
-            linear_layers=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+            linear_layers=(*LLAMA_LAYERS[:3], "self_attn.dense", "mlp.fc1", "mlp.fc2"),
             qkv_bias=True,
         ),
         Family(
             "Phi3ForCausalLM",
             "phi3",
-            linear_layers=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+            linear_layers=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
             sliding_window=True,
         ),
         Family("GraniteForCausalLM", "granite", qkv_bias="attention_bias"),

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from pdf2lora.errors import InputError
 from pdf2lora.weights.config_json import read_sizes
 from pdf2lora.weights.json_files import read_json, whole_number
-from pdf2lora.weights.safetensors_header import StoredWeight, read_header
+from pdf2lora.weights.safetensors_header import StoredWeight
+from pdf2lora.weights.weight_files import read_weights
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' name -> torch's
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -67,9 +68,9 @@ class HuggingFaceFiles:
 
     @property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """{name in a block (q_proj): (input features, output features)}, of the first block."""
+        """{path in a block (self_attn.q_proj): (input features, output features)}, of the first block."""
         names = {
-            name: name.removesuffix(".weight").rpartition(".")[2]
+            name: name[match.end() :].removesuffix(".weight")
             for name, weight in self.weights.items()
             if (match := LAYER.search(name)) and match[1] == "0" and name.endswith(".weight") and len(weight.shape) == 2
         }
@@ -94,7 +95,7 @@ def read_huggingface(source: Path) -> HuggingFaceFiles:
     for key in SIZE_KEYS:
         if config.get(key) is not None and not isinstance(config[key], list):  # a list has a size for each layer
             whole_number(config, key, path)
-    weight_files, weights = _read_weights(source)
+    weight_files, weights = read_weights(source)
     _require_known_dtypes(source, weights, is_4bit="quantization_config" in config)
     _require_all_layers(source, config, weights)
     _require_rows_for_all_tokens(source, config, weights)
@@ -145,61 +146,6 @@ def _require_known_rope(path: Path, config: Mapping[str, Any]) -> None:
                     f"{path}: {key} has the type {json.dumps(rope_type)}, must be one of {', '.join(ROPE_TYPES)}. "
                     "Use another model, or correct the type."
                 )
-
-
-def _read_weights(source: Path) -> tuple[list[Path], dict[str, StoredWeight]]:
-    index = source / "model.safetensors.index.json"
-    weight_map = read_json(index).get("weight_map") if index.is_file() else {}
-    if not isinstance(weight_map, dict):
-        raise InputError(f"{index}: weight_map must map each weight to its file. Download the file again.")
-    names = sorted({str(name) for name in weight_map.values()}) or ["model.safetensors"]
-    if not weight_map and not (source / names[0]).is_file():
-        raise InputError(missing_weights_message(source))
-    weights: dict[str, StoredWeight] = {}
-    for name in names:
-        path = source / name
-        if "\0" in name or path.parent != source or not path.is_file():
-            named_by = f", but {index.name} names it" if weight_map else ""
-            raise InputError(
-                f"{path}: the file is not in the folder{named_by}. Download all files of the source model."
-            )
-        weights |= read_header(path)
-    absent = next((name for name in weight_map if name not in weights), None)
-    if absent is not None:
-        raise InputError(
-            f"{source}: {index.name} names the weight {absent}, but no file has it. Download all files of the model."
-        )
-    kept = {name: weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
-    return [source / name for name in names], kept
-
-
-def missing_weights_message(source: Path) -> str:
-    """The error message for a folder without model.safetensors."""
-    if any(source.glob("*.gguf")):
-        return (
-            f"{source}: the weights are only in GGUF files. Download the model in Hugging Face's layout (config.json, "
-            "*.safetensors, tokenizer.json), or convert it with transformers (from_pretrained has gguf_file)."
-        )
-    if any(source.glob("*.bin")) or any(source.glob("*.pt")):
-        return (
-            f"{source}: the weights are only in pickled *.bin files, which can run code when they are read. "
-            "Convert them to safetensors (transformers' save_pretrained does it) and put those there."
-        )
-    if (source / "adapter_config.json").is_file():
-        return adapter_message(source)
-    return f"{source}: model.safetensors is missing. Download all files of the source model."
-
-
-def adapter_message(source: Path) -> str:
-    """The error message for a folder that holds an adapter instead of a model."""
-    try:
-        base = read_json(source / "adapter_config.json").get("base_model_name_or_path")
-    except InputError:
-        base = None
-    return (
-        f"{source}: this is an adapter, not a base model. Download the model that it was trained on"
-        f"{f' ({base})' if base else ''}, or merge the adapter into it first."
-    )
 
 
 def _require_known_dtypes(source: Path, weights: Mapping[str, StoredWeight], *, is_4bit: bool) -> None:

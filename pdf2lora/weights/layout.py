@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from pdf2lora.errors import InputError
-from pdf2lora.weights.huggingface_files import adapter_message, missing_weights_message
+from pdf2lora.weights.weight_files import adapter_message, missing_weights_message
 
 
 def find_layout(source: Path) -> Literal["meta", "huggingface"]:

@@ -19,9 +19,9 @@ def find_bos(tokenizer: Tokenizer, tokenizer_config: Mapping[str, Any]) -> int |
     """
     if tokenizer_config.get("add_bos_token") is False:
         return None
-    ids = tokenizer.encode("", add_special_tokens=True).ids
-    if ids:
-        return int(ids[0])
+    with_special, without = (tokenizer.encode("a", add_special_tokens=add).ids for add in (True, False))
+    if with_special[: len(without)] != without:
+        return int(with_special[0])
     if tokenizer_config.get("add_bos_token") is True:
         return _token_id(tokenizer, tokenizer_config.get("bos_token"))
     return None
