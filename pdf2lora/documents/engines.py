@@ -13,7 +13,8 @@ from pdf2lora.documents.columns import Box, column_order, union
 
 PROSE_LETTERS = 8  # a line of a text column has at least 8 letters,
 PROSE_SHARE = 0.8  # in 80% of the lines
-MAX_LINE_STEP = 1.4  # of the median distance between two lines of a page; a longer one is a gap
+MAX_LINE_STEP = 1.4  # of the median distance between two lines of a page; a longer one is a gap,
+MAX_HEIGHT_STEP = 1.1  # if it is also longer than 1.1 of the height of the line, which is large in headings
 
 
 class Encrypted(Exception):
@@ -101,17 +102,19 @@ def _text_with_gaps(text_page: Any) -> str:
         return str(text_page.get_text_bounded())
     lines = text.replace("\r\n", "\n").split("\n")
     starts = [0, *(match.end() for match in re.finditer("\r\n|\n", text))]
-    bottoms = [
-        text_page.get_charbox(raw.FPDFText_GetCharIndexFromTextIndex(text_page, start), loose=True)[1]
+    boxes = [
+        Box(*text_page.get_charbox(raw.FPDFText_GetCharIndexFromTextIndex(text_page, start), loose=True))
         if line.strip()
         else None
         for start, line in zip(starts, lines, strict=True)
     ]
-    steps = [above - below for above, below in pairwise(b for b in bottoms if b is not None) if above > below]
-    max_step = MAX_LINE_STEP * median(steps) if steps else 0.0
+    bottoms = [box.bottom for box in boxes if box]
+    steps = [above - below for above, below in pairwise(bottoms) if above > below]
+    step = median(steps) if steps else 0.0
     result = lines[:1]
-    for (above, below), line in zip(pairwise(bottoms), lines[1:], strict=True):
-        is_gap = above is not None and below is not None and above - below > max_step
+    for (above, below), line in zip(pairwise(boxes), lines[1:], strict=True):
+        max_step = max(MAX_LINE_STEP * step, MAX_HEIGHT_STEP * (below.top - below.bottom)) if below else 0.0
+        is_gap = above is not None and below is not None and above.bottom - below.bottom > max_step
         result += ["", line] if is_gap and not line[:1].islower() else [line]
     return "\n".join(result)
 
