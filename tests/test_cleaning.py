@@ -296,3 +296,39 @@ def test_cleaning_takes_linear_time(text: str) -> None:
     clean([text, text])
 
     assert time.process_time() - start_s < 20
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        (
+            "模型模拟分析了降，风险将\n会增加农业。十年洪水",
+            "模型模拟分析了降，风险将会增加农业。十年洪水",
+        ),
+        ("データと\nモデル", "データとモデル"),
+        ("모델과 데이터를 사용하여 홍수 위험을\n분석했다", "모델과 데이터를 사용하여 홍수 위험을 분석했다"),
+        ("使用HBV\n模型", "使用HBV 模型"),
+    ],
+    ids=["chinese", "japanese", "korean", "latin_name"],
+)
+def test_lines_are_joined_without_a_space_where_words_are_not_separated(page: str, text: str) -> None:
+    assert clean([page]) == text
+
+
+def test_superscripts_and_full_width_punctuation_stay() -> None:
+    text = "10³ m³ per s, 2½ times x², CO₂ （观测）：数据，模型。"
+    assert clean([text]) == text.replace(" （", "（")
+
+
+def test_the_removed_parts_are_counted() -> None:
+    pages = [
+        f"The report\nThe {word} is warm\nand its adap-\ntation is\x01 ........ long.\nThe end of {word}\n{n}"
+        for n, word in enumerate(["sea", "ice", "river", "soil"])
+    ]
+    assert cleaning.clean(pages).removed == {
+        "characters": 4,
+        "dot_leaders": 4,
+        "headers": 4,
+        "hyphens": 4,
+        "page_numbers": 4,
+    }

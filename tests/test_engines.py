@@ -101,3 +101,12 @@ def test_pdfium_puts_right_to_left_lines_in_reading_order(tmp_path: Path) -> Non
     canvas.drawString(72, 720, " ".join(shown))
     canvas.save()
     assert ENGINES["pdfium"](tmp_path / "hebrew.pdf").read_page(0).text.split() == words
+
+
+def test_pdfium_reads_blank_lines_between_paragraphs(tmp_path: Path) -> None:
+    canvas = Canvas(str(tmp_path / "paragraphs.pdf"))
+    for y, line in ((760, "The sea"), (747, "rises."), (720, "The ice"), (707, "melts."), (694, "Slowly.")):
+        canvas.drawString(72, y, line)
+    canvas.save()
+    text = ENGINES["pdfium"](tmp_path / "paragraphs.pdf").read_page(0).text
+    assert [line.strip() for line in text.split("\n")] == ["The sea", "rises.", "", "The ice", "melts.", "Slowly."]

@@ -44,3 +44,9 @@ def test_leakage_equals_a_plain_count(train: list[str], test: list[str]) -> None
     train_ngrams, test_ngrams = set(ngrams(train)), ngrams(test)
     num_common = sum(ngram in train_ngrams for ngram in test_ngrams)
     assert leakage(train, test) == (num_common / len(test_ngrams) if test_ngrams else None)
+
+
+def test_leakage_of_chinese_text_counts_characters() -> None:
+    text = "未来几十年洪水风险将会增加农业灌溉需求上升"
+    assert leakage([text], [text]) == 1.0
+    assert leakage([text], ["城市供水面临压力数据和模型模拟分析"]) == 0.0

@@ -69,3 +69,16 @@ def test_a_similarity_of_one_groups_equal_texts(similarity: float) -> None:
     text = " ".join(f"word{n}" for n in range(300))
 
     assert near_duplicate_groups([text, text, text + " more"], similarity)[0][:2] == [0, 1]
+
+
+def chinese(seed: int, num_characters: int = 400) -> str:
+    """Random Chinese characters without spaces, in phrases of 12 characters."""
+    rng = random.Random(seed)
+    characters = "".join(chr(rng.randrange(0x4E00, 0x5000)) for _ in range(num_characters))
+    return "，".join(characters[start : start + 12] for start in range(0, num_characters, 12))
+
+
+def test_chinese_texts_are_compared_by_characters() -> None:
+    firsts = [chinese(seed) for seed in range(4)]
+    seconds = [first[:150] + "新版" + first[150:].replace("，", "、", 3) for first in firsts]
+    assert near_duplicate_groups(firsts + seconds, 0.7) == [[0, 4], [1, 5], [2, 6], [3, 7]]

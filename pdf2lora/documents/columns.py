@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+MAX_BOXES = 2000  # of a page; the time grows with the square
 MIN_ROWS = 6  # of both columns
 MIN_WIDTH = 0.35  # a column has at least 35% of the width of the page
 FULL_LINE = 0.7  # a line of text fills 70% of its column; the cells of a table are shorter
@@ -47,7 +48,8 @@ def column_order(boxes: Sequence[Box]) -> list[list[int]] | None:
     num_steps_right = sum(
         box.right <= following.left and same_row(box, following) for box, following in pairwise(boxes)
     )
-    gutter = _gutter(boxes) if num_steps_right >= MIN_ROWS else None
+    is_candidate = num_steps_right >= MIN_ROWS and len(boxes) <= MAX_BOXES
+    gutter = _gutter(boxes) if is_candidate else None
     if gutter is None:
         return None
     lines = _lines(boxes, gutter)

@@ -4,16 +4,15 @@ import ctypes
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from pdf2lora.documents.columns import Box, column_order, union
+from pdf2lora.documents.paragraphs import paragraph_starts
 
+LINE_END = re.compile("\r\n|\n|(?<=\ufffe)(?!\r?\n)")  # pdfium writes U+FFFE for a hyphen at a line end
 PROSE_LETTERS = 8  # a line of a text column has at least 8 letters,
 PROSE_SHARE = 0.8  # in 80% of the lines
-MAX_LINE_STEP = 1.4  # of the median distance between two lines of a page; a longer one is a gap
 
 
 class Encrypted(Exception):
@@ -93,26 +92,25 @@ def _text_in_reading_order(text_page: Any) -> tuple[str, bool]:
 
 
 def _text_with_gaps(text_page: Any) -> str:
-    """Returns the text with a blank line where the page has a vertical gap. Paragraphs and headings need it."""
+    """Returns the text with a blank line before each paragraph that has a vertical gap or an indent above it."""
     from pypdfium2 import raw
 
     text = str(text_page.get_text_range())
-    if text != text_page.get_text_bounded():  # some text is outside of the page, so the character indices differ
-        return str(text_page.get_text_bounded())
-    lines = text.replace("\r\n", "\n").split("\n")
-    starts = [0, *(match.end() for match in re.finditer("\r\n|\n", text))]
-    bottoms = [
-        text_page.get_charbox(raw.FPDFText_GetCharIndexFromTextIndex(text_page, start), loose=True)[1]
+    bounded = str(text_page.get_text_bounded())
+    if text.replace("\ufffe", "\x02") != bounded:  # some text is outside of the page, so the positions differ
+        return bounded
+    lines = LINE_END.split(text)
+    starts = [0, *(match.end() for match in LINE_END.finditer(text))]
+    first_letters = [
+        Box(*text_page.get_charbox(raw.FPDFText_GetCharIndexFromTextIndex(text_page, start), loose=True))
         if line.strip()
         else None
         for start, line in zip(starts, lines, strict=True)
     ]
-    steps = [above - below for above, below in pairwise(b for b in bottoms if b is not None) if above > below]
-    max_step = MAX_LINE_STEP * median(steps) if steps else 0.0
-    result = lines[:1]
-    for (above, below), line in zip(pairwise(bottoms), lines[1:], strict=True):
-        is_gap = above is not None and below is not None and above - below > max_step
-        result += ["", line] if is_gap and not line[:1].islower() else [line]
+    is_start = paragraph_starts(first_letters)
+    result = []
+    for line, starts_paragraph in zip(lines, is_start, strict=True):
+        result += ["", line] if starts_paragraph and not line[:1].islower() else [line]
     return "\n".join(result)
 
 

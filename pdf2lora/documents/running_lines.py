@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 EDGE_LINES = 3  # running lines are among the first and last three lines of a page
 RUNNING_SHARE = 0.4  # they are on at least 40% of the pages (left and right pages can differ)
@@ -39,23 +40,21 @@ def remove_running_lines(pages: list[list[str]]) -> tuple[list[list[str]], Count
         is_running = _key(line) in running and not _BARE_PAGE_NUMBER.fullmatch(line)
         return running_kind if is_running else None
 
+    def num_removed(lines: Iterable[str], page: int, numbers: list[set[int]], running_kind: str) -> int:
+        """Returns how many lines to remove, from the first on: at most three, and the blank lines between them."""
+        kinds: list[str] = []
+        for line in lines:
+            name = kind(line, page, numbers, running_kind)
+            if name is None or len(kinds) - kinds.count("blank_lines") == EDGE_LINES:
+                break
+            kinds.append(name)
+        removed.update(kinds)
+        return len(kinds)
+
     bodies = []
     for number, page in enumerate(pages):
-        first, last = 0, len(page)
-        num_lines = 0
-        while first < last and num_lines < EDGE_LINES and (name := kind(page[first], number, top_numbers, "headers")):
-            removed[name] += 1
-            num_lines += bool(page[first])
-            first += 1
-        num_lines = 0
-        while (
-            first < last
-            and num_lines < EDGE_LINES
-            and (name := kind(page[last - 1], number, bottom_numbers, "footers"))
-        ):
-            removed[name] += 1
-            num_lines += bool(page[last - 1])
-            last -= 1
+        first = num_removed(page, number, top_numbers, "headers")
+        last = len(page) - num_removed(reversed(page[first:]), number, bottom_numbers, "footers")
         bodies.append(page[first:last])
     del removed["blank_lines"]
     return bodies, removed

@@ -1,0 +1,42 @@
+"""Paragraphs of a page by the positions of its lines: a paragraph starts after a vertical gap or with an indent."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
+
+from pdf2lora.documents.columns import Box
+
+MAX_LINE_STEP = 1.4  # of the median distance between two lines of a page; a longer one is a gap,
+MAX_HEIGHT_STEP = 1.1  # if it is also longer than 1.1 of the height of the line, which is large in headings
+MIN_INDENT = 0.5  # of the height of the line
+SAME_LEFT = 0.1  # of the height: the lines above and below an indented line start at the same x
+
+
+def paragraph_starts(first_letters: Sequence[Box | None]) -> list[bool]:
+    """Returns for each line if a paragraph starts with it.
+
+    first_letters: the box of the first character of each line, as high as its font; None for a blank line.
+    """
+    bottoms = [box.bottom for box in first_letters if box]
+    steps = [above - below for above, below in pairwise(bottoms) if above > below]
+    step = median(steps) if steps else 0.0
+    neighbors = zip([None, *first_letters], first_letters, [*first_letters[1:], None], strict=False)
+    return [
+        above is not None and box is not None and (_has_gap(above, box, step) or _is_indented(above, box, below))
+        for above, box, below in neighbors
+    ]
+
+
+def _has_gap(above: Box, box: Box, step: float) -> bool:
+    height = box.top - box.bottom
+    return above.bottom - box.bottom > max(MAX_LINE_STEP * step, MAX_HEIGHT_STEP * height)
+
+
+def _is_indented(above: Box, box: Box, below: Box | None) -> bool:
+    height = box.top - box.bottom
+    return (
+        below is not None
+        and above.bottom > box.bottom > below.bottom
+        and abs(above.left - below.left) < SAME_LEFT * height
+        and box.left - below.left > MIN_INDENT * height
+    )
