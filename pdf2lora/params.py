@@ -57,7 +57,7 @@ class Extract(Section):
     """PDF -> clean text."""
 
     engines: Annotated[list[Literal["pypdf2", "pdfium"]], Field(min_length=1)]
-    """PDF engines in order. The next engine runs only if the text of the one before is not readable."""
+    """PDF engines. Each one reads each document; the better text is kept. If both are similar, the first one wins."""
     max_pages: Positive
     """Pages per document, from the first. Later pages are not read."""
     timeout_s: Annotated[float, Field(gt=0)]
