@@ -167,8 +167,8 @@ def test_missing_key_is_an_error(write_params: WriteParams, key: str) -> None:
 
 
 def test_model_name_that_looks_like_a_type_is_complete_in_the_message(write_params: WriteParams) -> None:
-    [line] = error_lines(write_params({"models.internlm": {"llama_version": "4"}}))
-    assert line.startswith("models.internlm.llama_version is '4'; it must be '1', '2', '3', '3.1' or '3.2'.")
+    [line] = error_lines(write_params({"models.internlm": {"llama_version": "9"}}))
+    assert line.startswith("models.internlm.llama_version is '9'; it must be ")
 
 
 @pytest.mark.parametrize(
