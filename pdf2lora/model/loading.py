@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 
 import bitsandbytes as bnb
+import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -38,8 +39,12 @@ def read_config(base: Path) -> PreTrainedConfig:
         raise InputError(f"{base}/config.json: transformers cannot read it: {text}. Use another base model.") from error
 
 
-def load_base(base: Path, quantization: Quantization, compute: Compute) -> PreTrainedModel:
+def load_base(
+    base: Path, quantization: Quantization, compute: Compute, device_map: dict[str, torch.device | str] | None = None
+) -> PreTrainedModel:
     """The frozen base model on the device, its linear layers in 4, 8 or 16 bits.
+
+    device_map: the device of each module; None puts the whole model on the device of this process.
 
     Raises:
         InputError: bitsandbytes cannot quantize on this machine, or not this model; or the model is not a decoder-only
@@ -55,7 +60,7 @@ def load_base(base: Path, quantization: Quantization, compute: Compute) -> PreTr
             base,
             config=config,
             dtype=dtype,
-            device_map={"": device()},
+            device_map=device_map or {"": device()},
             attn_implementation=attention,
             quantization_config=quantization_config,
             local_files_only=True,
