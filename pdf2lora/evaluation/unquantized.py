@@ -3,24 +3,51 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pdf2lora.model.device import compute_dtype
-from pdf2lora.model.loading import load_base
+from pdf2lora.model.device import compute_dtype, device
+from pdf2lora.model.loading import load_base, read_config
 from pdf2lora.params import Compute, Quantization
 
 FREE_SHARE = 0.8  # of the free GPU memory that weights can use; the rest is for activations and logits
+
+Placement = dict[str, torch.device | str]  # name of a module -> its device
 
 
 def load_unquantized(folder: Path, quantization: Quantization, compute: Compute) -> PreTrainedModel:
     """The model in compute.compute_dtype, frozen.
 
-    Layers that do not fit on the GPU stay in host memory. accelerate copies each of them to the GPU when a forward
-    pass needs it.
+    Decoder layers that do not fit on the GPU stay in host memory. accelerate copies each of them to the GPU when a
+    forward pass needs it.
     """
     unquantized = Quantization(**(quantization.model_dump() | {"bits": 16}))
-    fits = not torch.cuda.is_available() or _weights_gib(folder, compute) < _free_gib()
-    return load_base(folder, unquantized, compute, max_gpu_gib=None if fits else _free_gib())
+    fits = not torch.cuda.is_available() or _weights_gib(folder, compute) < _free_gpu_gib()
+    return load_base(folder, unquantized, compute, None if fits else _placement(folder, compute))
+
+
+def _placement(folder: Path, compute: Compute) -> Placement:
+    """The first decoder layers and all other modules on the GPU, the remaining layers in host memory."""
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(read_config(folder))
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    layers_name, layers = max(lists, key=lambda entry: len(entry[1]))
+    num_on_gpu = int(len(layers) * _free_gpu_gib() / _weights_gib(folder, compute))
+    placement: Placement = {
+        f"{layers_name}.{number}": device() if number < num_on_gpu else "cpu" for number in range(len(layers))
+    }
+
+    def place_others(module: nn.Module, prefix: str) -> None:
+        for child_name, child in module.named_children():
+            name = f"{prefix}{child_name}"
+            if layers_name.startswith(f"{name}."):
+                place_others(child, f"{name}.")
+            elif name != layers_name:
+                placement[name] = device()
+
+    place_others(model, "")
+    return placement
 
 
 def _weights_gib(folder: Path, compute: Compute) -> float:
@@ -29,5 +56,5 @@ def _weights_gib(folder: Path, compute: Compute) -> float:
     return num_weights * compute_dtype(compute).itemsize / 2**30
 
 
-def _free_gib() -> float:
+def _free_gpu_gib() -> float:
     return FREE_SHARE * torch.cuda.mem_get_info()[0] / 2**30

@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 
 import bitsandbytes as bnb
+import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -39,12 +40,11 @@ def read_config(base: Path) -> PreTrainedConfig:
 
 
 def load_base(
-    base: Path, quantization: Quantization, compute: Compute, *, max_gpu_gib: float | None = None
+    base: Path, quantization: Quantization, compute: Compute, device_map: dict[str, torch.device | str] | None = None
 ) -> PreTrainedModel:
     """The frozen base model on the device, its linear layers in 4, 8 or 16 bits.
 
-    max_gpu_gib: weights beyond this stay in host memory, and accelerate copies a layer to the GPU when a forward pass
-        needs it. None: all on the device.
+    device_map: the device of each module; None puts the whole model on the device of this process.
 
     Raises:
         InputError: bitsandbytes cannot quantize on this machine, or not this model; or the model is not a decoder-only
@@ -55,15 +55,12 @@ def load_base(
     config = read_config(base)
     attention = choose_attention(compute, _model_class(config))
     quantization_config = _quantization_config(config, quantization, bitsandbytes_config(quantization, dtype))
-    placement: dict[str, object] = {"device_map": {"": device()}}
-    if max_gpu_gib is not None:
-        placement = {"device_map": "auto", "max_memory": {device().index: f"{max_gpu_gib:.2f}GiB", "cpu": "10000GiB"}}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base,
             config=config,
             dtype=dtype,
-            **placement,
+            device_map=device_map or {"": device()},
             attn_implementation=attention,
             quantization_config=quantization_config,
             local_files_only=True,
