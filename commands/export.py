@@ -1,10 +1,12 @@
 """export: models/base, models/adapter -> models/merged/, models/adapter_release/
 
 models/merged is an ordinary model for transformers, vLLM and llama.cpp's converter: the unquantized base with the
-merged adapter. export measures its test perplexity. models/adapter_release is the adapter with its model card.
-models/adapter stays as train wrote it, because dvc.lock has its hash.
+merged adapter. export measures its test perplexity. models/adapter_release is the adapter for other projects: it has
+the tokenizer, a model card and the name of the base model. models/adapter stays as train wrote it, because dvc.lock
+has its hash.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -34,6 +36,11 @@ ADAPTER = Path("models/adapter")
 TEST = Path("data/split/test.jsonl")
 MERGED = Path("models/merged")
 RELEASE = Path("models/adapter_release")
+CONFIG = "adapter_config.json"
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*")
+GGUF_COMMANDS = f"""\
+  python llama.cpp/convert_hf_to_gguf.py {MERGED} --outtype f16 --outfile {MERGED}-f16.gguf
+  llama.cpp/build/bin/llama-quantize {MERGED}-f16.gguf {MERGED}-Q4_K_M.gguf Q4_K_M"""
 
 
 @report_input_errors
@@ -44,25 +51,40 @@ def main() -> None:
     results = read_results(source, [f"data/pdfs/{params.corpus}", str(source), "data/split", str(BASE), str(ADAPTER)])
     licences = [source / name for name in results.licence_files]
 
-    with atomic_directory(RELEASE) as folder:
-        copy_files(sorted(ADAPTER.iterdir()), folder)
-        (folder / "README.md").write_text(render_card(results, params), encoding="utf-8")
-        copy_files(licences, folder)
     with atomic_directory(MERGED) as folder:
         with tqdm(total=len(read_adapter(ADAPTER)), desc="export", unit="weight", disable=None) as progress:
             num_weights = merge(BASE, ADAPTER, folder, progress.update)
         copy_files(licences, folder)
-        perplexity = measure(folder, params)
-        write_json(folder / "perplexity.json", {"merged": perplexity, "adapted": results.evaluation["adapted"]})
-        (folder / "README.md").write_text(render_card(results, params, merged=perplexity), encoding="utf-8")
+        merged = measure(folder, params)
+        write_json(folder / "perplexity.json", {"merged": merged, "adapted": results.evaluation["adapted"]})
+        card = render_card(results, params, merged=merged, is_merged=True)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         write_manifest(folder)
+    with atomic_directory(RELEASE) as folder:
+        write_release(folder, params.hub_id or params.model)
+        copy_files(licences, folder)
+        (folder / "README.md").write_text(render_card(results, params, merged=merged), encoding="utf-8")
 
     adapted, bits = results.evaluation["adapted"]["perplexity"], params.quantization.bits
-    print(f"export: wrote the adapter and its model card to {RELEASE}")
+    print(f"export: wrote the adapter with tokenizer and model card to {RELEASE}")
+    if params.hub_id is None:
+        print(f"export: set models.{params.model}.hub_id to name the base model on the Hugging Face hub")
     print(
         f"export: wrote {MERGED}: {num_weights} merged weights in {results.convert['dtype']}; "
-        f"test perplexity {perplexity['perplexity']:.2f} (merged), {adapted:.2f} ({bits}-bit base with the adapter)"
+        f"test perplexity {merged['perplexity']:.2f} (merged), {adapted:.2f} ({bits}-bit base with the adapter)"
     )
+    print(f"export: to GGUF with llama.cpp:\n{GGUF_COMMANDS}")
+
+
+def write_release(folder: Path, base_name: str) -> None:
+    """The adapter with the name of its base model and the base model's tokenizer.
+
+    models/adapter names models/base, a folder that other projects do not have.
+    """
+    copy_files([file for file in sorted(ADAPTER.iterdir()) if file.name != CONFIG], folder)
+    copy_files([file for pattern in TOKENIZER_FILES for file in sorted(BASE.glob(pattern))], folder)
+    config = json.loads((ADAPTER / CONFIG).read_text(encoding="utf-8"))
+    write_json(folder / CONFIG, config | {"base_model_name_or_path": base_name})
 
 
 def require_current_adapter() -> None:

@@ -47,8 +47,10 @@ class Section(BaseModel):
 class SourceModel(Section):
     """Facts about one base model that its files do not contain."""
 
-    llama_version: Annotated[Literal["1", "2", "3", "3.1", "3.2"], BeforeValidator(_unquoted)]
+    llama_version: Annotated[Literal["1", "2", "3", "3.1", "3.2"], BeforeValidator(_unquoted)] | None = None
     """Selects RoPE scaling, context length and special tokens. Meta's params.json does not distinguish 3.1 from 3.2."""
+    hub_id: str | None = None
+    """The model's name on the Hugging Face hub, for users of the exported adapter."""
 
 
 class Extract(Section):
@@ -121,6 +123,9 @@ class Lora(Section):
     """Learns magnitude and direction separately (DoRA, Liu et al. 2024). Slower; often better at low rank."""
     use_rslora: bool
     """Scales by lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023). For high ranks."""
+    init_lora_weights: Literal[True, "gaussian"]
+    """PEFT's initialization of A: true draws from a uniform distribution, gaussian from a normal one. B is zero. PEFT's
+    other values change the weights of the base, which the adapter does not contain."""
 
 
 class Compute(Section):
@@ -254,6 +259,11 @@ class Params(Section):
     def llama_version(self) -> str | None:
         """Of the source model. Meta's layout needs it, Hugging Face's does not."""
         return self.models[self.model].llama_version if self.model in self.models else None
+
+    @property
+    def hub_id(self) -> str | None:
+        """The base model's name on the Hugging Face hub, if it is known."""
+        return self.models[self.model].hub_id if self.model in self.models else None
 
     @model_validator(mode="after")
     def _require_consistent_keys(self) -> Self:

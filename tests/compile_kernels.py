@@ -22,7 +22,15 @@ from pdf2lora.model.kernels import dropout, frozen, lora
 from pdf2lora.model.kernels.attention import Heads
 from pdf2lora.model.kernels.cross_entropy import cross_entropy_
 from pdf2lora.model.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, swiglu, swiglu_backward_
-from pdf2lora.model.kernels.rotary import MAX_FUSED_ROTARY_RANK, Angles, Up, rotary_backward, rotate_
+from pdf2lora.model.kernels.rotary import (
+    MAX_FUSED_ROTARY_RANK,
+    Angles,
+    HeadNorm,
+    Up,
+    normalize_and_rotate,
+    rotary_backward,
+    rotate_,
+)
 from pdf2lora.model.kernels.rows import quantize
 
 FEATURES, INTERMEDIATE, VOCABULARY = 3072, 8192, 128_256  # of Llama-3.2-3B
@@ -87,6 +95,9 @@ def adapter(rank: int) -> None:
     b = torch.zeros(heads.width, 3 * rank, dtype=torch.bfloat16)
     up = Up(b, (0, rank, 2 * rank), rank) if rank <= MAX_FUSED_ROTARY_RANK else None
     rotary_backward(heads.split(rows), angles, heads, up)
+    norm = HeadNorm(torch.zeros(2, heads.head_dim, dtype=torch.bfloat16), 1e-6)
+    normalize_and_rotate(rows, angles, heads, norm)
+    rotary_backward(heads.split(rows), angles, heads, up, rows, norm)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,6 @@ def write_run(folder: Path, *, num_test: int = 4, num_validation: int = 1, impro
     source.mkdir(parents=True)
     (source / "LICENSE.txt").write_text("terms")
 
-    def interval(value: float) -> dict[str, float]:
-        return {"low_95": value - 0.1, "high_95": value + 0.1}
-
     rows = [[name, 100, 400, 80, 20.0 + n, (20.0 + n) * (1 - improvement), improvement] for n, name in enumerate(names)]
     probes = [
         {"gradient_checkpointing": "none", "batch": 1, "fits": True, "peak_gib": 6.0},
@@ -37,7 +34,6 @@ def write_run(folder: Path, *, num_test: int = 4, num_validation: int = 1, impro
         {"gradient_checkpointing": "full", "batch": 9, "fits": False, "peak_gib": 12.0},
         {"gradient_checkpointing": "full", "batch": 8, "fits": True, "peak_gib": 11.0},
     ]
-    scores = {"bits_per_byte": 1.0, "word_perplexity": 100.0}
     metrics = {
         "extract": {"documents": 8, "kept": 7, "left_out": {"no_text_layer": 1}, "engine": {"pdfium": 7}, "partial": 0,
                     "pages_read": 7, "characters_raw": 1100, "characters": 1000},
@@ -50,10 +46,9 @@ def write_run(folder: Path, *, num_test: int = 4, num_validation: int = 1, impro
                   "modes": {"none": {"largest_batch": 1},
                             "full": {"largest_batch": 8, "fixed_gib": 3.0, "gib_per_sequence": 1.0}},
                   "probes": probes},
-        "eval": {"base": {"perplexity": 20.0, **scores, **interval(20.0)},
-                 "adapted": {"perplexity": 20 * (1 - improvement), **scores, **interval(20 * (1 - improvement))},
-                 "improvement": {"share": improvement, **interval(improvement)},
-                 "documents": num_test, "tokens": 100 * num_test},
+        "eval": evaluation(20.0, improvement) | {"documents": num_test, "tokens": 100 * num_test,
+                 "interval": "jackknife", "general": evaluation(30.0, -0.02) | {"documents": 24, "tokens": 2400}},
+        "train/metrics": {"step": 3},
     }  # fmt: skip
     curves = {"train/loss": 3.0, "train/perplexity": 20.0, "learning_rate": 1e-4, "gradient_norm": 0.5}
     if num_validation:
@@ -76,6 +71,27 @@ def write_run(folder: Path, *, num_test: int = 4, num_validation: int = 1, impro
     (folder / "data/samples.json").write_text(json.dumps([sample | {"tokens": tokens}]))
     shutil.copy(REPOSITORY / "dvc.lock", folder / "dvc.lock")
     return folder
+
+
+def evaluation(base: float, improvement: float) -> dict[str, dict[str, float]]:
+    """The models of metrics/eval.json; quantization costs 2%."""
+
+    def interval(value: float) -> dict[str, float]:
+        return {"low_95": value - 0.1, "high_95": value + 0.1}
+
+    def model(perplexity: float) -> dict[str, float]:
+        scores = {"perplexity": perplexity, "bits_per_byte": 1.0, "word_perplexity": 100.0}
+        return scores | interval(perplexity)
+
+    over_unquantized = 1 - 1.02 * (1 - improvement)
+    return {
+        "base_unquantized": model(base / 1.02),
+        "base": model(base),
+        "adapted": model(base * (1 - improvement)),
+        "improvement": {"share": improvement, **interval(improvement)},
+        "improvement_over_unquantized": {"share": over_unquantized, **interval(over_unquantized)},
+        "quantization_cost": {"share": 0.02, **interval(0.02)},
+    }
 
 
 def write_machine(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """The model card of the adapter."""
 
+import ast
+
 import pytest
 from conftest import REPOSITORY
 from example_run import write_run
@@ -16,8 +18,9 @@ def project(tmp_path, monkeypatch):
     return write_run(tmp_path)
 
 
-def card_of(project):
-    return render_card(read_results(project / "models/source/demo", []), read_params(REPOSITORY / "params.yaml"))
+def card_of(project, **arguments):
+    params = read_params(REPOSITORY / "params.yaml")
+    return render_card(read_results(project / "models/source/demo", []), params, **arguments)
 
 
 def test_has_perplexities_settings_and_licence(project):
@@ -34,3 +37,11 @@ def test_names_a_missing_licence(project):
     (project / "models/source/demo/LICENSE.txt").unlink()
 
     assert "`models/source/demo` has no licence file" in card_of(project)
+
+
+def test_the_snippet_is_python(project):
+    for is_merged in (False, True):
+        snippet = card_of(project, is_merged=is_merged).split("```python\n")[1].split("```")[0]
+
+        ast.parse(snippet)
+        assert "models/base" not in snippet

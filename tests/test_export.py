@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import prose
@@ -49,18 +50,17 @@ def test_writes_a_model_that_transformers_loads_and_an_adapter_with_its_card(pro
     AutoModelForCausalLM.from_pretrained("models/merged")
     assert AutoTokenizer.from_pretrained("models/merged")("sea").input_ids
     measured = json.loads((project / "models/merged/perplexity.json").read_text())
-    assert measured["merged"]["low_95"] <= measured["merged"]["perplexity"] <= measured["merged"]["high_95"]
-    assert f"| this model | {measured['merged']['perplexity']:.2f} |" in (
-        project / "models/merged/README.md"
-    ).read_text(encoding="utf-8")
+    row = f"| unquantized base with the merged adapter | {measured['merged']['perplexity']:.2f} |"
+    assert row in (project / "models/merged/README.md").read_text(encoding="utf-8")
+    assert row in (project / "models/adapter_release/README.md").read_text(encoding="utf-8")
     assert f"test perplexity {measured['merged']['perplexity']:.2f} (merged), 15.00" in capsys.readouterr().out
     released = project / "models/adapter_release"
     card = (released / "README.md").read_text(encoding="utf-8")
     assert "# demo, adapted to demo\n" in card
     assert "library_name: peft" in card
     assert "More Information Needed" not in card
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (released / name).read_bytes() == (project / "models/adapter" / name).read_bytes()
+    weights = "adapter_model.safetensors"
+    assert (released / weights).read_bytes() == (project / "models/adapter" / weights).read_bytes()
     assert len({file.stat().st_mode for file in released.iterdir()}) == 1
 
 
@@ -104,3 +104,29 @@ def test_needs_an_adapter_of_the_current_settings(project):
 
     with pytest.raises(export.InputError, match=r"does not belong to the current params\.yaml"):
         export.require_current_adapter()
+
+
+def test_the_release_works_outside_the_project(project, current, tmp_path, monkeypatch, capsys):
+    export.main()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move("models/adapter_release", tmp_path / "elsewhere/adapter_release")
+    shutil.move("models/base", tmp_path / "elsewhere/base")
+    monkeypatch.chdir(tmp_path / "elsewhere/adapter_release")
+    card = Path("README.md").read_text(encoding="utf-8")
+    snippet = card.split("```python\n")[1].split("```")[0].replace("path/to/base", "../base")
+
+    exec(compile(snippet, "README.md", "exec"), {})
+
+    assert "The sea level" in capsys.readouterr().out
+    config = json.loads(Path("adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "demo"
+
+
+def test_the_release_names_the_hub_id_of_the_base(project, current, write_params):
+    write_params(SETTINGS | {"models.demo.hub_id": "someone/demo"})
+
+    export.main()
+
+    released = project / "models/adapter_release"
+    assert json.loads((released / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/demo"
+    assert 'BASE = "someone/demo"' in (released / "README.md").read_text(encoding="utf-8")

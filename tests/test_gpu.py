@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, prose
+from tiny_families import write_tiny_family
 from tiny_llama import (
     BOS,
     COMPUTE,
@@ -32,6 +33,7 @@ from tiny_llama import (
 )
 from tiny_training import build_learner, run_training
 from torch.nn import functional
+from transformers import LlamaConfig
 
 import stages  # noqa: F401  # before CUDA starts: the workspaces with which cuBLAS repeats its sums
 from pdf2lora.errors import InputError
@@ -41,6 +43,7 @@ from pdf2lora.model.dropout import DropoutRate, keep_mask
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.gradient_checkpointing import SUPPORTED_GRADIENT_CHECKPOINTING as SUPPORTED
 from pdf2lora.model.gradient_checkpointing import GradientCheckpointing, gradient_checkpointing_choices
+from pdf2lora.model.head import Head
 from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.model.loading import add_lora, load_adapter, load_base
 from pdf2lora.model.loss import linear_cross_entropy, nats_per_target
@@ -129,8 +132,7 @@ def hidden_and_gradients(forward, ids, *, seed=0, first_row=0):
     hidden = forward(ids)
     targets = ids.roll(-1, dims=1)
     targets[:, -1] = IGNORED
-    head = model.get_base_model().get_output_embeddings().weight
-    (linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten()) / targets.numel()).backward()
+    (linear_cross_entropy(hidden.flatten(0, 1), forward.head, targets.flatten()) / targets.numel()).backward()
     return hidden.detach(), {
         name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad
     }
@@ -144,8 +146,12 @@ def errors(found, expected):
     return {name: relative_error(found[name], expected[name]) for name in expected}
 
 
+def flat(gradients, names):
+    return torch.cat([gradients[name].flatten() for name in names])
+
+
 def total_error(found, expected):
-    return relative_error(*(torch.cat([grads[name].flatten() for name in expected]) for grads in (found, expected)))
+    return relative_error(flat(found, expected), flat(expected, expected))
 
 
 # against float32
@@ -177,6 +183,37 @@ def test_fused_is_as_exact_as_bfloat16_allows(one_layer, deterministic, targets,
     }
     assert not too_large
     assert all(value.dtype == torch.float32 and value.any() for value in found.values())
+
+
+FAMILIES = {
+    "biases": ("LlamaForCausalLM", "llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("MistralForCausalLM", "mistral", {"head_dim": 80, "sliding_window": 256}),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2", {}),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3", {"head_dim": 128}),
+    "smollm3": ("SmolLM3ForCausalLM", "smollm3", {}),
+}
+
+
+@pytest.mark.parametrize("kernels", ["fused", pytest.param("fp8", marks=needs_fp8)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_is_as_exact_as_bfloat16_allows(tmp_path, name, kernels):
+    architecture, model_type, changes = FAMILIES[name]
+    base = write_tiny_family(tmp_path / "base", architecture, model_type, **SHAPE, **changes)
+    lora = changed(NO_DROPOUT, target_modules=ALL_LINEAR)
+    model = adapted(base, lora)
+    ids = some_ids(2, 250)
+    assert choose_kernels(BFLOAT16, QUANTIZATION, lora, model.config) == "fused"
+    expected_hidden, expected = hidden_and_gradients(build_forward(in_float32(base, model, lora), "reference"), ids)
+    peft_hidden, peft = hidden_and_gradients(build_forward(model, "reference"), ids)
+
+    hidden, found = hidden_and_gradients(build_forward(model, kernels), ids)
+
+    if kernels == "fused":
+        assert relative_error(hidden, expected_hidden) <= max(5e-3, 1.1 * relative_error(peft_hidden, expected_hidden))
+        assert total_error(found, expected) <= max(1e-2, 1.1 * total_error(peft, expected))
+    else:
+        assert relative_error(hidden, expected_hidden) < 0.2
+        assert functional.cosine_similarity(*(flat(values, expected) for values in (found, expected)), dim=0) > 0.97
 
 
 @pytest.mark.parametrize("r", [3, 20, 64, 100, 256])
@@ -439,14 +476,14 @@ def test_loss_of_chunks_is_that_of_whole_logits(monkeypatch, dtype, vocabulary, 
     expected = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
     expected.sum().mul(0.5).backward()
 
-    total = linear_cross_entropy(hidden, head, targets)
+    total = linear_cross_entropy(hidden, Head(head), targets)
     (total * 0.5).backward()
 
     near = 1e-5 if dtype == torch.float32 else 1e-2
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(expected.sum().item(), rel=near)
     assert relative_error(hidden.grad, exact.grad) < near
-    nats = nats_per_target(hidden.detach(), head, targets)
+    nats = nats_per_target(hidden.detach(), Head(head), targets)
     torch.testing.assert_close(nats, expected.detach(), rtol=near, atol=near * 10)
     assert not nats[::7].any()
 
@@ -457,7 +494,7 @@ def test_loss_of_chunks_is_that_of_whole_logits(monkeypatch, dtype, vocabulary, 
 def test_auto_is_fused_and_every_value_of_gradient_checkpointing(caplog):
     caplog.set_level(logging.INFO)
 
-    assert choose_kernels(BFLOAT16, QUANTIZATION, LORA) == "fused"
+    assert choose_kernels(BFLOAT16, QUANTIZATION, LORA, LlamaConfig()) == "fused"
 
     assert caplog.messages == ["kernels: fused (compute.kernels: auto)"]
     auto = changed(TRAIN, gradient_checkpointing="auto")
@@ -470,7 +507,7 @@ def test_base_models_of_8_and_16_bits_train_on_the_reference(one_layer, caplog, 
     caplog.set_level(logging.INFO)
     quantization = changed(QUANTIZATION, bits=bits)
 
-    kernels = choose_kernels(BFLOAT16, quantization, LORA)
+    kernels = choose_kernels(BFLOAT16, quantization, LORA, LlamaConfig())
 
     assert kernels == "reference"
     assert caplog.messages == [
@@ -479,7 +516,7 @@ def test_base_models_of_8_and_16_bits_train_on_the_reference(one_layer, caplog, 
     _, gradients = hidden_and_gradients(build_forward(adapted(one_layer, bits=bits), kernels), some_ids(2, 64))
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients.values())
     with pytest.raises(InputError, match="cannot run here: they need a base model of 4 bits"):
-        choose_kernels(changed(BFLOAT16, kernels="fused"), quantization, LORA)
+        choose_kernels(changed(BFLOAT16, kernels="fused"), quantization, LORA, LlamaConfig())
 
 
 # training

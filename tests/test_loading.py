@@ -3,6 +3,7 @@ import json
 import bitsandbytes as bnb
 import pytest
 import torch
+from tiny_families import write_tiny_family
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, quiet, trainable, write_tiny_llama
 from torch import Tensor, nn
 
@@ -223,3 +224,77 @@ def test_model_with_layers_that_dequantize_wrongly_is_refused(no_gpu, monkeypatc
         load(base)
     for bits in (8, 16):
         load(base, bits=bits)
+
+
+# other architectures
+
+
+@pytest.fixture(scope="module")
+def phi3(tmp_path_factory):
+    return write_tiny_family(tmp_path_factory.mktemp("phi3") / "base", "Phi3ForCausalLM", "phi3")
+
+
+def lora_names(model) -> set[str]:
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["qkv_proj"]])
+def test_target_modules_are_names_of_the_model(phi3, tmp_path, targets):
+    model = add_lora(load(phi3), changed(LORA, target_modules=targets))
+
+    expected = ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"] if targets == "all-linear" else targets
+    assert lora_names(model) == set(expected)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == expected
+    redraw_b(model)
+    assert all(gradient.any() for gradient in gradients(model).values())
+
+
+def test_target_module_that_the_model_does_not_have_is_refused(phi3):
+    with pytest.raises(InputError) as caught:
+        add_lora(load(phi3), changed(LORA, target_modules=["o_proj", "q_proj"]))
+
+    assert str(caught.value) == (
+        "lora.target_modules has 'q_proj'; the model has no linear layer of that name. Use down_proj, gate_up_proj, "
+        "o_proj, qkv_proj or all-linear."
+    )
+
+
+def test_all_linear_excludes_the_head(base):
+    assert lora_names(add_lora(load(base), changed(LORA, target_modules="all-linear"))) == BLOCK_LINEARS
+
+
+def test_quantized_source_model_is_used_as_it_is(base, tmp_path):
+    expected = load(base)
+    expected.save_pretrained(tmp_path)
+
+    assert torch.equal(logits(load(tmp_path)), logits(expected))
+    with pytest.raises(InputError, match=r"quantization\.bits is 8; the source model is quantized to 4 bits"):
+        load(tmp_path, bits=8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "models/base is quantized by gptq; only bitsandbytes works"),
+        ({"quant_method": "awq"}, "models/base is quantized by awq"),
+    ],
+)
+def test_other_quantization_methods_are_refused(base, tmp_path, settings, reason):
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(InputError, match=reason):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("t5", "'t5', which is not a causal language model"), ("no_such_model", "transformers cannot read it")],
+)
+def test_other_architectures_are_refused_in_one_line(tmp_path, model_type, reason):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+
+    with pytest.raises(InputError, match=reason) as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -65,6 +65,7 @@ def test_the_outcomes_of_all_engines_are_recorded() -> None:
         ([Attempt("pypdf2", Reason.TIMED_OUT, 9, ["Sea level"])], "timed_out"),
         ([Attempt("pypdf2", Reason.DAMAGED), Attempt("pdfium", Reason.ENCRYPTED)], "encrypted"),
         ([Attempt("pypdf2", Reason.OUT_OF_MEMORY), Attempt("pdfium", Reason.CRASHED)], "out_of_memory"),
+        ([Attempt("pypdf2", Reason.ENCRYPTED), Attempt("pdfium", Reason.DAMAGED)], "encrypted"),
         ([Attempt("pypdf2", Reason.CRASHED), Attempt("pdfium", Reason.CRASHED)], "crashed"),
     ],
 )
@@ -145,9 +146,17 @@ def test_a_short_document_with_attachments_has_its_own_reason(page: str, reason:
 
 
 def test_pages_without_readable_text_need_ocr() -> None:
-    attempts = [complete("pdfium", prose(1, 600), "", "12 13 14", CODES, " ")]
+    attempts = [complete("pdfium", prose(1), "", "12 13 14", CODES, " ")]
     assert pages_for_ocr(attempts, best_attempt(attempts), 30) == [1, 3, 4]
     assert pages_for_ocr(attempts, best_attempt(attempts), 2) == [1]
+
+
+def test_pages_of_codes_are_left_out_and_counted() -> None:
+    extraction = select_from(
+        complete("pdfium", prose(1), CODES, prose(2)), complete("pypdf2", prose(1), CODES, prose(2))
+    )
+    assert flat(extraction.text) == flat(f"{prose(1)} {prose(2)}")
+    assert extraction.pages_unreadable == 1
 
 
 @pytest.mark.parametrize("page", ["", CODES])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import prose, write_pdf
+from conftest import REPOSITORY, prose, write_pdf
 
 from pdf2lora.documents import corpus, ocr
 from pdf2lora.documents.extraction import extract as extract_pdfs
@@ -103,6 +103,7 @@ def test_extract_records_every_pdf(pdfs: dict[str, Path], capsys: pytest.Capture
         "partial": 0,
         "pages_read": 2 + 1 + 3,
         "pages_unread": 0,
+        "pages_unreadable": 0,
         "pages_ocr": 0,
         "pages_reordered": 0,
         "characters_raw": sum(document.characters_raw for document in kept),
@@ -245,11 +246,20 @@ def test_check_refuses_an_unknown_model(project: WriteParams) -> None:
     assert has_no_outputs()
 
 
+def test_check_refuses_a_source_model_that_cannot_be_used(project: WriteParams) -> None:
+    Path("data/pdfs/demo").mkdir(parents=True)
+    shutil.copytree(REPOSITORY / "models/source/demo", "models/source/demo")
+    Path("models/source/demo/tokenizer.model").unlink()
+    project({"corpus": "demo"})
+    assert error_message(check.main).startswith("error: models/source/demo/tokenizer.model: the file is missing.")
+    assert has_no_outputs()
+
+
 def test_the_output_of_check_does_not_depend_on_the_corpus(project: WriteParams) -> None:
     outputs = set()
     for name in ("reports", "climate"):
         Path("data/pdfs", name).mkdir(exist_ok=True)
-        Path("models/source/demo").mkdir(parents=True, exist_ok=True)
+        shutil.copytree(REPOSITORY / "models/source/demo", "models/source/demo", dirs_exist_ok=True)
         project({"corpus": name, "model": "demo"})
         check.main()
         outputs.add(Path("data/checked").read_text())

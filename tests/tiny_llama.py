@@ -31,6 +31,7 @@ LORA = Lora(
     target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
     use_dora=False,
     use_rslora=False,
+    init_lora_weights=True,
 )
 COMPUTE = Compute(
     num_processes=1,

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 MIN_ROWS = 6  # of both columns
-MIN_WIDTH = 0.3  # a column has at least 30% of the width of the page
+MIN_WIDTH = 0.35  # a column has at least 35% of the width of the page
 FULL_LINE = 0.7  # a line of text fills 70% of its column; the cells of a table are shorter
 FULL_LINES_SHARE = 0.6  # of the lines of each column
 ALTERNATION_SHARE = 0.8  # of the rows: the drawing order goes from left to right and back to left

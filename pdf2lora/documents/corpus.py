@@ -94,6 +94,7 @@ def summarize(documents: Sequence[Document]) -> dict[str, Any]:
         "partial": sum(d.attempts[str(d.engine)] != COMPLETE for d in kept),
         "pages_read": sum(d.pages_read for d in kept),
         "pages_unread": sum((d.num_pages or d.pages_read) - d.pages_read for d in kept),
+        "pages_unreadable": sum(d.pages_unreadable for d in kept),
         "pages_ocr": sum(d.pages_ocr for d in kept),
         "pages_reordered": sum(d.pages_reordered for d in kept),
         "characters_raw": sum(d.characters_raw for d in kept),

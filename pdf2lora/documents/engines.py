@@ -1,12 +1,19 @@
 """The PDF engines. Each opens a file and reads the text of single pages."""
 
 import ctypes
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pdf2lora.documents.columns import Box, column_order, union
+
+PROSE_LETTERS = 8  # a line of a text column has at least 8 letters,
+PROSE_SHARE = 0.8  # in 80% of the lines
+MAX_LINE_STEP = 1.4  # of the median distance between two lines of a page; a longer one is a gap
 
 
 class Encrypted(Exception):
@@ -77,9 +84,36 @@ def _text_in_reading_order(text_page: Any) -> tuple[str, bool]:
     boxes = [Box(*text_page.get_rect(number)) for number in range(text_page.count_rects())]
     order = column_order(boxes)
     if order is None:
-        return str(text_page.get_text_bounded()), False
-    lines = [union([boxes[piece] for piece in pieces]) for pieces in order]
-    return "\n".join(text_page.get_text_bounded(*line) for line in lines), True
+        return _text_with_gaps(text_page), False
+    lines = [text_page.get_text_bounded(*union([boxes[piece] for piece in pieces])) for pieces in order]
+    num_prose_lines = sum(sum(map(str.isalpha, line)) >= PROSE_LETTERS for line in lines)
+    if num_prose_lines < PROSE_SHARE * len(lines):  # a table of contents also has full lines, of dots
+        return _text_with_gaps(text_page), False
+    return "\n".join(lines), True
+
+
+def _text_with_gaps(text_page: Any) -> str:
+    """Returns the text with a blank line where the page has a vertical gap. Paragraphs and headings need it."""
+    from pypdfium2 import raw
+
+    text = str(text_page.get_text_range())
+    if text != text_page.get_text_bounded():  # some text is outside of the page, so the character indices differ
+        return str(text_page.get_text_bounded())
+    lines = text.replace("\r\n", "\n").split("\n")
+    starts = [0, *(match.end() for match in re.finditer("\r\n|\n", text))]
+    bottoms = [
+        text_page.get_charbox(raw.FPDFText_GetCharIndexFromTextIndex(text_page, start), loose=True)[1]
+        if line.strip()
+        else None
+        for start, line in zip(starts, lines, strict=True)
+    ]
+    steps = [above - below for above, below in pairwise(b for b in bottoms if b is not None) if above > below]
+    max_step = MAX_LINE_STEP * median(steps) if steps else 0.0
+    result = lines[:1]
+    for (above, below), line in zip(pairwise(bottoms), lines[1:], strict=True):
+        is_gap = above is not None and below is not None and above - below > max_step
+        result += ["", line] if is_gap and not line[:1].islower() else [line]
+    return "\n".join(result)
 
 
 def _form_values(document: Any, page: Any) -> list[str]:

@@ -27,20 +27,20 @@ def is_readable(text: str) -> bool:
     A font without widths spaces out whole words (t h e  r i v e r). Variables of a formula stand between words.
     """
     words = _WORD.findall(text)
-    if not words:
+    if not words or has_codes(text):
         return False
-    unreadable = len(_UNREADABLE.findall(text)) / len(text)
     spaced_out = _num_spaced_out_letters(text) / len(words)
     glued = sum(len(word) for word in re.findall(r"[A-Za-zÀ-ɏͰ-ӿ]{26,}", text)) / sum(map(len, words))
+    return spaced_out < MAX_SPACED_OUT_LETTERS and glued < MAX_GLUED_LETTERS
+
+
+def has_codes(text: str) -> bool:
+    """Returns True for a text or page of codes: its font has no Unicode map, so it looks right only on paper."""
+    if len(_UNREADABLE.findall(text)) >= MAX_UNREADABLE_RUNS * max(1, len(text)):
+        return bool(text)
     plain = unicodedata.normalize("NFD", text).lower()
     num_latin = sum(map(plain.count, string.ascii_lowercase))
-    has_vowels = num_latin <= 200 or sum(map(plain.count, "aeiouy")) / num_latin > MIN_VOWELS
-    return (
-        unreadable < MAX_UNREADABLE_RUNS
-        and spaced_out < MAX_SPACED_OUT_LETTERS
-        and glued < MAX_GLUED_LETTERS
-        and has_vowels
-    )
+    return num_latin > 200 and sum(map(plain.count, "aeiouy")) / num_latin <= MIN_VOWELS
 
 
 def _num_spaced_out_letters(text: str) -> int:

@@ -52,6 +52,7 @@ class Extraction:
     reason: str | None
     pages_ocr: int = 0
     pages_reordered: int = 0
+    pages_unreadable: int = 0
     removed: dict[str, int] = field(default_factory=dict)
 
 
@@ -71,6 +72,7 @@ class Document:
     text: str
     pages_ocr: int = 0  # read by OCR
     pages_reordered: int = 0  # two columns that are drawn row by row, put in reading order
+    pages_unreadable: int = 0  # left out, because their font has no Unicode map
     removed: dict[str, int] = field(default_factory=dict)  # by cleaning: kind -> count
 
 

@@ -28,8 +28,8 @@ def remove_running_lines(pages: list[list[str]]) -> tuple[list[list[str]], Count
     if len(pages) < 2:
         return pages, removed
     running = _running_keys(pages)
-    top_numbers = [_bare_numbers(page[:EDGE_LINES]) for page in pages]
-    bottom_numbers = [_bare_numbers(page[-EDGE_LINES:]) for page in pages]
+    tops, bottoms = zip(*map(_edges, pages), strict=True)
+    top_numbers, bottom_numbers = list(map(_bare_numbers, tops)), list(map(_bare_numbers, bottoms))
 
     def kind(line: str, page: int, numbers: list[set[int]], running_kind: str) -> str | None:
         if not line:
@@ -42,16 +42,29 @@ def remove_running_lines(pages: list[list[str]]) -> tuple[list[list[str]], Count
     bodies = []
     for number, page in enumerate(pages):
         first, last = 0, len(page)
-        while first < min(EDGE_LINES, last) and (name := kind(page[first], number, top_numbers, "headers")):
+        num_lines = 0
+        while first < last and num_lines < EDGE_LINES and (name := kind(page[first], number, top_numbers, "headers")):
             removed[name] += 1
+            num_lines += bool(page[first])
             first += 1
-        start = max(first, len(page) - EDGE_LINES)
-        while last > start and (name := kind(page[last - 1], number, bottom_numbers, "footers")):
+        num_lines = 0
+        while (
+            first < last
+            and num_lines < EDGE_LINES
+            and (name := kind(page[last - 1], number, bottom_numbers, "footers"))
+        ):
             removed[name] += 1
+            num_lines += bool(page[last - 1])
             last -= 1
         bodies.append(page[first:last])
     del removed["blank_lines"]
     return bodies, removed
+
+
+def _edges(page: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the first and the last lines of a page, without blank lines."""
+    lines = [line for line in page if line]
+    return lines[:EDGE_LINES], lines[-EDGE_LINES:]
 
 
 def _running_keys(pages: list[list[str]]) -> set[str]:
@@ -62,9 +75,8 @@ def _running_keys(pages: list[list[str]]) -> set[str]:
     """
     pages_of_key: defaultdict[str, dict[int, str]] = defaultdict(dict)
     for number, page in enumerate(pages):
-        for line in [*page[:EDGE_LINES], *page[-EDGE_LINES:]]:
-            if line:
-                pages_of_key[_key(line)].setdefault(number, line)
+        for line in [line for edge in _edges(page) for line in edge]:
+            pages_of_key[_key(line)].setdefault(number, line)
     return {
         key
         for key, lines in pages_of_key.items()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pdf2lora.documents import cleaning
-from pdf2lora.documents.quality import is_readable, is_right_to_left, num_word_errors
+from pdf2lora.documents.quality import has_codes, is_readable, is_right_to_left, num_word_errors
 from pdf2lora.documents.records import COMPLETE, Attempt, Extraction, Reason
 
 RIGHT_TO_LEFT_ENGINE = "pdfium"  # the only one that puts right-to-left lines in reading order
@@ -18,6 +18,7 @@ def best_attempt(attempts: Sequence[Attempt]) -> Attempt | None:
     A complete attempt is better than a partial one. Of partial attempts the longest is best. Of complete attempts the
     one with the fewest word errors is best; the first engine wins if the difference is small.
     """
+    attempts = [_without_codes(attempt) for attempt in attempts]
     readable = [attempt for attempt in attempts if is_readable(_text(attempt))]
     complete = [attempt for attempt in readable if attempt.outcome == COMPLETE]
     if not complete:
@@ -27,6 +28,12 @@ def best_attempt(attempts: Sequence[Attempt]) -> Attempt | None:
         if _is_better(candidate, best):
             best = candidate
     return _fill_empty_pages(best, complete)
+
+
+def _without_codes(attempt: Attempt) -> Attempt:
+    """Empties the pages whose font has no Unicode map. The others can be readable."""
+    pages = ["" if has_codes(page) else page for page in attempt.pages]
+    return Attempt(**vars(attempt) | {"pages": pages})
 
 
 def _is_better(candidate: Attempt, best: Attempt) -> bool:
@@ -59,12 +66,7 @@ def pages_for_ocr(attempts: Sequence[Attempt], best: Attempt | None, max_pages: 
     numbers = range(min(num_pages, max_pages))
     if best is None:
         return list(numbers)
-    return [number for number in numbers if not _has_text(best.pages[number] if best.pages[number:] else "")]
-
-
-def _has_text(page: str) -> bool:
-    """A page of numbers has text. A page of codes does not."""
-    return any(map(str.isalnum, page)) and (is_readable(page) or not any(map(str.isalpha, page)))
+    return [number for number in numbers if not best.pages[number:] or not any(map(str.isalnum, best.pages[number]))]
 
 
 def add_ocr(best: Attempt | None, ocr: Attempt, numbers: Sequence[int]) -> Attempt:
@@ -95,12 +97,13 @@ def judge(
         reason=reason,
         pages_ocr=pages_ocr,
         pages_reordered=best.pages_reordered if best else 0,
+        pages_unreadable=_num_unreadable(attempts, best) if best else 0,
         removed=cleaned.removed,
     )
 
 
 def _reason(attempts: Sequence[Attempt], best: Attempt | None, *, is_long_enough: bool) -> Reason | None:
-    """Returns why a document is left out. A complete attempt decides, then the last engine that did not crash."""
+    """Returns why a document is left out. The first engine that did not crash decides, encryption before damage."""
     if any(attempt.is_placeholder for attempt in attempts):
         return Reason.PLACEHOLDER
     if best and is_long_enough:
@@ -114,7 +117,15 @@ def _reason(attempts: Sequence[Attempt], best: Attempt | None, *, is_long_enough
         has_text = any(page.strip() for attempt in complete for page in attempt.pages)
         return Reason.UNREADABLE_FONT if has_text else Reason.NO_TEXT_LAYER
     reasons = [Reason(attempt.outcome) for attempt in attempts]
-    return next((reason for reason in reversed(reasons) if reason != Reason.CRASHED), Reason.CRASHED)
+    return min(reasons, key=lambda reason: (reason != Reason.ENCRYPTED, reason == Reason.CRASHED))
+
+
+def _num_unreadable(attempts: Sequence[Attempt], best: Attempt) -> int:
+    """Returns the number of pages without text in the best attempt that have codes in another attempt."""
+    return sum(
+        not page.strip() and any(has_codes(attempt.pages[number]) for attempt in attempts if attempt.pages[number:])
+        for number, page in enumerate(best.pages)
+    )
 
 
 def _text(attempt: Attempt) -> str:

@@ -34,9 +34,11 @@ def choose_attention(compute: Compute, model_class: type[PreTrainedModel]) -> st
             f"Use {', or '.join(remedies)}."
         )
     if compute.attention != "auto":
-        choice, reason = compute.attention, ""
+        choice: str = compute.attention
+        reason = ""
     else:
-        choice = next((name for name in obstacles if not obstacles[name]), "eager")
+        names: list[str] = [name for name in obstacles if not obstacles[name]]
+        choice = names[0] if names else "eager"
         reason = "".join(f" ({name}: {obstacle})" for name, obstacle in obstacles.items() if obstacle)
     log.info("attention: %s (compute.attention: %s)%s", choice, compute.attention, reason)
     return choice

@@ -17,13 +17,18 @@ LINE_COLOURS = (LIGHT["adapted"], LIGHT["base"], LIGHT["validation"], LIGHT["tra
 Figures = dict[str, Figure]
 
 
-def over_steps(title: str, y_label: str, curves: Mapping[str, Curve]) -> Figure:
-    """A line for each curve over the optimizer steps; validation has a mark for each point."""
+def over_steps(title: str, y_label: str, curves: Mapping[str, Curve], kept_step: int | None = None) -> Figure:
+    """A line for each curve over the optimizer steps; validation has a mark for each point.
+
+    kept_step: the step whose adapter train kept, as a vertical line.
+    """
     with axes(title, "optimizer step", y_label) as (figure, area):
         for name, (steps, values) in curves.items():
             marker = "o" if name == "validation" or len(steps) == 1 else ""
             area.plot(steps, values, label=name, color=LIGHT.get(name, LIGHT["adapted"]), marker=marker, markersize=3.5)
-        if len(curves) > 1:
+        if kept_step is not None:
+            area.axvline(kept_step, color=LIGHT["ink"], linewidth=1, linestyle="--", label="kept")
+        if len(curves) > 1 or kept_step is not None:
             area.legend()
         area.xaxis.set_major_locator(MaxNLocator(integer=True))
         return figure
@@ -93,27 +98,24 @@ def batch_bounds(probes: Sequence[dict[str, Any]], gradient_checkpointing: str) 
         return figure
 
 
-def test_perplexity(metrics: Mapping[str, Any]) -> Figure:
-    """The perplexities with their 95% intervals."""
-    with axes("Test perplexity", "perplexity (lower is better)", "", height=1.7) as (figure, area):
-        for row, name in enumerate(("adapted", "base")):
-            numbers = metrics[name]
+def perplexities(title: str, metrics: Mapping[str, Any]) -> Figure:
+    """The perplexity of each model with its 95% interval."""
+    models = {"adapted": "adapted", "base": "base", "base_unquantized": "unquantized base"}
+    rows = [(name, label) for name, label in models.items() if name in metrics]
+    height = 0.9 + 0.4 * len(rows)
+    with axes(title, "perplexity (lower is better)", "", height=height) as (figure, area):
+        for row, (name, _) in enumerate(rows):
+            numbers, colour = metrics[name], LIGHT.get(name, LIGHT["muted"])
             value = numbers["perplexity"]
-            area.errorbar(
-                value,
-                row,
-                xerr=[[value - numbers["low_95"]], [numbers["high_95"] - value]],
-                fmt="o",
-                color=LIGHT[name],
-                capsize=4,
-                markersize=7,
-            )
+            if numbers["low_95"] is not None:
+                area.plot((numbers["low_95"], numbers["high_95"]), (row, row), color=colour, marker="|", markersize=8)
+            area.plot(value, row, color=colour, marker="o", markersize=7)
             area.annotate(
-                f"{value:,.2f}", (value, row), xytext=(0, 8), textcoords="offset points", ha="center", color=LIGHT[name]
+                f"{value:,.2f}", (value, row), xytext=(0, 8), textcoords="offset points", ha="center", color=colour
             )
         area.xaxis.set_major_formatter("{x:,g}")
-        area.set_yticks([0, 1], ["adapted", "base"])
-        area.set_ylim(-0.5, 1.6)
+        area.set_yticks(range(len(rows)), [label for _, label in rows])
+        area.set_ylim(-0.5, len(rows) - 0.4)
         area.grid(axis="y", visible=False)
         return figure
 
@@ -146,7 +148,8 @@ def improvement(rows: Sequence[dict[str, Any]], metrics: Mapping[str, Any]) -> F
     with axes("Improvement by document", "improvement", "documents") as (figure, area):
         area.hist([row["improvement"] for row in rows], bins=20, color=LIGHT["adapted"], alpha=0.7)
         total = metrics["improvement"]
-        area.axvspan(total["low_95"], total["high_95"], color=LIGHT["ink"], alpha=0.12, linewidth=0, label="95%")
+        if total["low_95"] is not None:
+            area.axvspan(total["low_95"], total["high_95"], color=LIGHT["ink"], alpha=0.12, linewidth=0, label="95%")
         area.axvline(total["share"], color=LIGHT["ink"], linewidth=1.2, label="all documents")
         area.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         area.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -14,6 +14,7 @@ from pdf2lora.params import Params
 from pdf2lora.report import figures, style
 from pdf2lora.report.results import Results
 from pdf2lora.report.templates import environment
+from pdf2lora.report.warnings import run_warnings
 
 NUM_EXTREMES = 5  # documents in the tables of the best and of the worst
 
@@ -25,7 +26,7 @@ def result_figures(results: Results) -> figures.Figures:
     for name, title, y_label in (("loss", "Loss", "nats a token"), ("perplexity", "Perplexity", "perplexity")):
         splits = {split: curves[f"{split}/{name}"] for split in ("train", "validation") if f"{split}/{name}" in curves}
         if splits:
-            drawings[name] = figures.over_steps(title, y_label, splits)
+            drawings[name] = figures.over_steps(title, y_label, splits, results.kept_step)
     for name, title, y_label in (
         ("learning_rate", "Learning rate", "learning rate"),
         ("gradient_norm", "Gradient norm", "norm before clipping"),
@@ -37,11 +38,20 @@ def result_figures(results: Results) -> figures.Figures:
     if probes:
         drawings["batch_memory"] = figures.batch_memory(probes, memory_models(batch), batch["budget_gib"])
         drawings["batch_bounds"] = figures.batch_bounds(probes, chosen_checkpointing(batch))
-    drawings["test_perplexity"] = figures.test_perplexity(results.evaluation)
+    drawings["test_perplexity"] = figures.perplexities("Test documents", results.evaluation)
+    drawings["general_perplexity"] = figures.perplexities("General text", results.evaluation["general"])
     drawings["documents"] = figures.documents(results.test_documents)
     if len(results.test_documents) > 2 * figures.NUM_DOCUMENTS:
         drawings["improvement"] = figures.improvement(results.test_documents, results.evaluation)
     return drawings
+
+
+def model_rows(results: Results, params: Params) -> list[tuple[str, str, str]]:
+    """The models of metrics/eval.json: key, label, role of its colour."""
+    rows = [("base", f"{params.quantization.bits}-bit base", "base"), ("adapted", "adapted", "adapted")]
+    if "base_unquantized" in results.evaluation:
+        rows.insert(0, ("base_unquantized", "unquantized base", "muted"))
+    return rows
 
 
 def memory_models(batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -71,6 +81,8 @@ def render_page(results: Results, params: Params, svgs: Mapping[str, str]) -> st
             r=results,
             params=params,
             settings=params.model_dump(exclude={"models"}),
+            warnings=run_warnings(results, params),
+            models=model_rows(results, params),
             figures={name: Markup(svg) for name, svg in svgs.items()},
             palette=style.palette(),
             excluded=dict(sorted(excluded.items())),

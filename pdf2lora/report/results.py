@@ -37,6 +37,7 @@ class Results:
     batch: dict[str, Any]
     evaluation: dict[str, Any]
     curves: dict[str, Curve]  # train/loss, validation/loss, learning_rate, ... -> steps, values
+    kept_step: int | None  # whose adapter train kept; None where it is the last one
     test_documents: list[dict[str, Any]]  # rows of eval_documents.csv
     documents: list[Document]  # all of the corpus
     split_of: dict[str, str]  # id of a kept document -> train, validation or test
@@ -59,6 +60,7 @@ def read_results(source: Path, paths: Iterable[str]) -> Results:
         curves={
             str(file.relative_to(PLOTS).with_suffix("")): read_curve(file) for file in sorted(PLOTS.rglob("*.tsv"))
         },
+        kept_step=_json("metrics/train/metrics.json").get("kept_step"),
         test_documents=_rows(Path("metrics/eval_documents.csv")),
         documents=read_documents(Path("data/documents.jsonl")),
         split_of={d.id: split for split in SPLITS for d in read_documents(Path(f"data/split/{split}.jsonl"))},

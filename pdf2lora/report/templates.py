@@ -1,6 +1,7 @@
 """The templates of pages and model card, with the filters that format numbers, sizes and settings."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,24 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     templates.filters |= {"percent": percent, "number": number, "size": size, "setting": setting}
+    templates.filters |= {"interval": interval, "signed_percent": signed_percent}
     return templates
 
 
 def percent(share: float, digits: int = 1) -> str:
     return f"{share:.{digits}%}"
+
+
+def signed_percent(share: float, digits: int = 1) -> str:
+    return f"{share:+.{digits}%}"
+
+
+def interval(metrics: Mapping[str, Any], as_percent: bool = False) -> str:
+    """The 95% interval of an entry of metrics/eval.json."""
+    low, high = metrics["low_95"], metrics["high_95"]
+    if low is None:
+        return "no interval"
+    return f"{percent(low)} to {percent(high)}" if as_percent else f"{number(low)} to {number(high)}"
 
 
 def number(value: float | int | None, digits: int = 2) -> str:

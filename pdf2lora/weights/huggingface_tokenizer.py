@@ -11,9 +11,12 @@ from pdf2lora.errors import InputError
 from pdf2lora.runtime.files import write_json
 from pdf2lora.weights.huggingface_files import load_tokenizer
 from pdf2lora.weights.json_files import read_json
-from pdf2lora.weights.params_json import require_version
+from pdf2lora.weights.params_json import require_version, version_key
 from pdf2lora.weights.sentencepiece_files import convert_sentencepiece
 from pdf2lora.weights.tiktoken_files import convert_tiktoken, is_tiktoken
+
+# transformers 5 rebuilds a LlamaTokenizer from its vocabulary. It loads this class from tokenizer.json.
+OVERRIDES = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,13 @@ def read_huggingface_tokenizer(source: Path, llama_version: str | None, vocab_si
 
     file = source / "tokenizer.model"
     content = file.read_bytes()
+    require_tokenizer_version(source, llama_version)
     if is_tiktoken(content):
         converted = convert_tiktoken(content, file, require_version(source, llama_version))
     else:
         converted = convert_sentencepiece(content, file)
         if config.get("add_bos_token") is False:
-            converted.tokenizer.post_processor = None  # type: ignore[assignment]
+            converted.tokenizer.post_processor = None
     _add_tokens(converted.tokenizer, config, source)
     size = converted.tokenizer.get_vocab_size()
     if size > vocab_size:
@@ -63,8 +67,18 @@ def read_huggingface_tokenizer(source: Path, llama_version: str | None, vocab_si
     return HuggingFaceTokenizer(converted.tokenizer, converted.config() | config | OVERRIDES, is_converted=True)
 
 
-# transformers 5 rebuilds a LlamaTokenizer from its vocabulary. It loads this class from tokenizer.json.
-OVERRIDES = {"tokenizer_class": "PreTrainedTokenizerFast"}
+def require_tokenizer_version(source: Path, llama_version: str | None) -> None:
+    """Raises InputError if the folder has only Llama 3's tokenizer.model, and the version is not known."""
+    file = source / "tokenizer.model"
+    if llama_version is not None or (source / "tokenizer.json").is_file():
+        return
+    with file.open("rb") as content:
+        has_ranks = is_tiktoken(content.readline())
+    if has_ranks:
+        raise InputError(
+            f"{file}: this is Llama 3's tiktoken file, which does not contain the special tokens. Download "
+            f"tokenizer.json too, or add the version to params.yaml: {version_key(source)}"
+        )
 
 
 def _add_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], source: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pdf2lora.errors import InputError
 from pdf2lora.weights.huggingface_files import HuggingFaceFiles, read_huggingface
+from pdf2lora.weights.huggingface_tokenizer import require_tokenizer_version
 from pdf2lora.weights.layout import find_layout
 from pdf2lora.weights.params_json import ModelArgs, read_model_args, require_version
 from pdf2lora.weights.tokenizer import require_tokenizer_kind
@@ -16,7 +17,9 @@ def inspect_source_model(source: Path, llama_version: str | None) -> HuggingFace
         InputError: the model cannot be used. The message names the file or key and what to do.
     """
     if find_layout(source) == "huggingface":
-        return read_huggingface(source)
+        files = read_huggingface(source)
+        require_tokenizer_version(source, llama_version)
+        return files
     version = require_version(source, llama_version)
     args = read_model_args(source / "params.json", version)
     require_tokenizer_kind(source / "tokenizer.model", version)

@@ -61,7 +61,7 @@ def parse_model(content: bytes) -> SentencePieceModel:
             pieces.append(_piece(_as_bytes(value)))
         elif number == 2:
             trainer = dict(_fields(_as_bytes(value)))
-            settings |= {"algorithm": Algorithm(trainer.get(3, Algorithm.UNIGRAM))}
+            settings |= {"algorithm": Algorithm(int(trainer.get(3, Algorithm.UNIGRAM)))}
             settings |= {"treat_whitespace_as_suffix": bool(trainer.get(24, False))}
             settings |= {"byte_fallback": bool(trainer.get(35, False))}
         elif number == 3:
@@ -79,7 +79,7 @@ def parse_model(content: bytes) -> SentencePieceModel:
 def _piece(content: bytes) -> Piece:
     fields = dict(_fields(content))
     (score,) = struct.unpack("<f", _as_bytes(fields.get(2, bytes(4))))
-    return Piece(_as_bytes(fields[1]).decode(), score, PieceType(fields.get(3, PieceType.NORMAL)))
+    return Piece(_as_bytes(fields[1]).decode(), score, PieceType(int(fields.get(3, PieceType.NORMAL))))
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:

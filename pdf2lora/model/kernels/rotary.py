@@ -197,14 +197,16 @@ def rotary_backward(
     first_head = 0
     for number, grad in enumerate(gradients):
         has_norm, is_rotated = norm is not None and number < 2, angles is not None and number < 2
-        _rotary_backward[(triton.cdiv(tokens, BLOCK_TOKENS),)](
+        block_half = max(16, triton.next_power_of_2(half))
+        # The tiles of gradient, product and B must fit into 99 KiB of shared memory, the limit of consumer GPUs.
+        block_tokens = BLOCK_TOKENS * 64 // max(64, block_half) // (2 if has_norm else 1)
+        _rotary_backward[(triton.cdiv(tokens, block_tokens),)](
             grad, rows, qkv if has_norm else None, angles and angles.cos, angles and angles.sin,
             norm.weight[number] if norm and has_norm else None, norm.eps if norm else 0.0, up and up.b, grad_low_rank,
             tokens, heads.seq_length, *grad.stride()[:3], rows.stride(0),
             FIRST_HEAD=first_head, NUM_HEADS=grad.shape[1], NORM=has_norm, ROTATE=is_rotated, HALF=half,
             FIRST_RANK=up.first_ranks[number] if up else -1, R=up.rank if up else 16, WIDTH=up.b.shape[1] if up else 0,
-            BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_HALF=max(16, triton.next_power_of_2(half)),
-            num_warps=8 if has_norm else 4,
+            BLOCK_TOKENS=block_tokens, BLOCK_HALF=block_half, num_warps=4,
         )  # fmt: skip
         first_head += grad.shape[1]
     return rows, grad_low_rank

@@ -1,0 +1,108 @@
+"""Findings about the source model, and settings that must fit it."""
+
+import pytest
+from conftest import REPOSITORY
+from tiny_families import write_tiny_family
+from tiny_llama import write_tiny_llama
+from tiny_meta import rewrite_json, write_tiny_meta
+
+from pdf2lora.errors import InputError
+from pdf2lora.params import read_params
+from pdf2lora.preflight.source_model import inspect_for, source_model
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """The folder of the model `tiny`, which does not exist yet."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/source").mkdir(parents=True)
+    return tmp_path / "models/source/tiny"
+
+
+@pytest.fixture
+def params_with(write_params):
+    return lambda **changes: read_params(write_params({"model": "tiny", **changes}))
+
+
+def levels(findings):
+    return [(finding.level, finding.subject) for finding in findings]
+
+
+def test_a_hugging_face_folder_needs_no_entry_in_models(source, params_with):
+    write_tiny_llama(source)
+
+    findings, files = source_model(params_with())
+
+    assert levels(findings) == [("ok", "source model"), ("note", "licence")]
+    assert findings[0].text == "models/source/tiny: LlamaForCausalLM, 0.00 GiB of weights"
+    assert files is not None
+
+
+def test_meta_s_layout_needs_the_version(source, params_with):
+    write_tiny_meta(source, "3.1")
+
+    findings, files = source_model(params_with())
+    assert (findings[0].level, files) == ("problem", None)
+    assert "models.tiny.llama_version: missing, but models/source/tiny is in Meta's layout" in findings[0].text
+
+    findings, files = source_model(params_with(**{"models.tiny": {"llama_version": "3.1"}}))
+    assert findings[0].text == "models/source/tiny: Meta's layout, 0.00 GiB of weights"
+
+
+def test_a_licence_is_named(source, params_with):
+    write_tiny_llama(source)
+    (source / "LICENSE").touch()
+
+    findings, _ = source_model(params_with())
+
+    assert findings[1].text == "LICENSE in models/source/tiny"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "level", "words"),
+    [
+        ("Qwen3ForCausalLM", "qwen3", "ok", "Qwen3ForCausalLM, 0.00 GiB of weights"),
+        ("GemmaForCausalLM", "gemma", "ok", "; it runs on the reference kernels"),
+        ("StableLmForCausalLM", "stablelm", "note", "; this family was not compared with transformers"),
+    ],
+)
+def test_the_family_is_named(source, params_with, architecture, model_type, level, words):
+    write_tiny_family(source, architecture, model_type)
+
+    findings, _ = source_model(params_with())
+
+    assert findings[0].level == level
+    assert words in findings[0].text
+
+
+def test_target_modules_must_be_layers_of_the_model(source, params_with):
+    write_tiny_family(source, "Phi3ForCausalLM", "phi3")
+
+    with pytest.raises(InputError, match=r"q_proj is not a linear layer of tiny. Use some of .*qkv_proj"):
+        inspect_for(params_with())
+    inspect_for(params_with(**{"lora.target_modules": ["qkv_proj", "o_proj"]}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("bits", 8, "quantization.bits: 8 in params.yaml, but the source model tiny is stored with 4. Set it to 4"),
+        ("bnb_4bit_quant_type", "fp4", "stored with nf4"),
+        ("bnb_4bit_use_double_quant", False, "stored with True"),
+    ],
+)
+def test_a_4bit_model_must_have_its_own_quantization(source, params_with, key, value, words):
+    write_tiny_llama(source)
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    rewrite_json(source / "config.json", quantization_config=stored | {"bnb_4bit_use_double_quant": True})
+
+    with pytest.raises(InputError, match=words):
+        inspect_for(params_with(**{f"quantization.{key}": value}))
+    inspect_for(params_with())
+
+
+def test_the_demo_can_be_used(monkeypatch, write_params):
+    params = read_params(write_params())
+    monkeypatch.chdir(REPOSITORY)
+
+    assert source_model(params)[0][0].level == "ok"
