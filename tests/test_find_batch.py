@@ -102,6 +102,7 @@ def fake_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the budget is that of a CPU")
+@pytest.mark.timeout(300)  # two processes import torch
 @pytest.mark.usefixtures("project")
 def test_real_probes_of_two_processes(project: Any, capsys: pytest.CaptureFixture[str]) -> None:
     project.configure({"train.effective_batch": 6, "compute.seq_length": 128, "compute.num_processes": 2})

@@ -459,6 +459,7 @@ def test_two_processes_write_what_one_writes(project: Any, outputs: Path, traine
         torch.testing.assert_close(results[2][1][name], value, rtol=0, atol=2e-3)
 
 
+@pytest.mark.timeout(300)  # two processes import torch
 def test_the_stage_starts_its_processes_itself(project: Any) -> None:
     """As `python -m stages.train`, with the launcher; the same bytes as processes that another launcher starts."""
     project.configure({"compute.num_processes": 2, "train.num_train_epochs": 0.2})
@@ -471,7 +472,7 @@ def test_the_stage_starts_its_processes_itself(project: Any) -> None:
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
     )
 
     assert done.returncode == 0, done.stderr
