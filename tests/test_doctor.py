@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from tiny_llama import write_texts, write_tiny_llama
 
 from commands import doctor
-from pdf2lora.model import capabilities
+from pdf2lora.model import quantization
 from pdf2lora.preflight import environment
 from pdf2lora.preflight.environment import Gpu
 from pdf2lora.preflight.findings import Finding
@@ -234,7 +234,7 @@ class TestFourBitWeights:
     def test_a_correct_round_trip_is_ok(self, of_width, capsys, monkeypatch):
         of_width(96)
         calls = []
-        monkeypatch.setattr(capabilities, "check_4bit_round_trip", lambda *arguments: calls.append(arguments))
+        monkeypatch.setattr(quantization, "check_4bit_round_trip", lambda *arguments: calls.append(arguments))
 
         assert "ok       4-bit weights this machine reads them back correctly\n" in printed(capsys)
         assert calls == [({96, 128}, "nf4", torch.float32)]

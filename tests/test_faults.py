@@ -22,7 +22,7 @@ from pdf2lora.documents.records import Extraction, Reason, read_documents
 from pdf2lora.documents.worker import Worker
 from pdf2lora.errors import report_input_errors
 from pdf2lora.runtime.manifest import MANIFEST
-from stages import evaluate, sample, train
+from stages import evaluate, train
 from stages import extract as extract_stage
 
 SETTINGS = {
@@ -270,7 +270,7 @@ def test_pdf_that_kills_its_worker_twice_has_crashed(project: Path, monkeypatch:
     assert len(killed) == 2
 
 
-@pytest.mark.parametrize("stage", [train, evaluate, sample])
+@pytest.mark.parametrize("stage", [train, evaluate])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_flipped_bit_in_the_base_is_found(with_base: Path, stage: Any, name: str) -> None:
     """The file's times do not change, as with a disk error, so DVC does not hash the file."""
