@@ -583,7 +583,8 @@ def test_deterministic_training_gives_the_same_bytes(train, kernels):
 
     assert uses_graph(one) == (kernels != "reference")
     assert same(one.adapter, again.adapter)
-    assert one.history == again.history
+    for name in ("train/loss", "gradient_norm"):  # the peak of memory also holds what earlier tests left
+        assert one.values(name) == again.values(name)
 
 
 @pytest.mark.parametrize("kernels", ALL_KERNELS)
@@ -779,7 +780,7 @@ def project(tmp_path, four_layers, write_params):
         "train.gradient_checkpointing": "auto",
         "find_batch.min": 1,
         "find_batch.max": 256,
-        "find_batch.memory_gib": 0.6,
+        "find_batch.memory_gib": 0.9,
         "find_batch.gpu_headroom_gib": 0.1,
     }
 
@@ -820,14 +821,14 @@ def test_largest_batch_of_each_mode_fits_and_the_next_does_not(project):
     assert done.returncode == 0, done.stderr
     found = json.loads((folder / "metrics/batch.json").read_text())
     assert (found["device"], found["kernels"]) == (torch.cuda.get_device_name(), "fused")
-    assert (found["memory_gib"], found["budget_gib"]) == (0.6, 0.5)
+    assert (found["memory_gib"], found["budget_gib"]) == (0.9, 0.8)
     largest = {}
     for mode in found["modes"]:
         fits = {probe["batch"]: probe["fits"] for probe in found["probes"] if probe["gradient_checkpointing"] == mode}
         largest[mode] = max(batch for batch in fits if fits[batch])
         assert found["modes"][mode]["largest_batch"] == largest[mode]
         assert largest[mode] == 256 or fits[largest[mode] + 1] is False
-    assert all(probe["peak_gib"] <= 0.5 for probe in found["probes"] if probe["fits"])
+    assert all(probe["peak_gib"] <= 0.8 for probe in found["probes"] if probe["fits"])
     assert 1 < largest["none"] < largest["mlp"] < largest["full"]
     assert found["per_device_batch"] == largest[found["gradient_checkpointing"]]
 
@@ -835,7 +836,7 @@ def test_largest_batch_of_each_mode_fits_and_the_next_does_not(project):
 
     assert done.returncode == 0, done.stderr
     machine = json.loads((folder / "metrics/machine.json").read_text())["train"]
-    assert machine["peak_reserved_gib"] <= 0.6
+    assert machine["peak_reserved_gib"] <= 0.9
     assert (folder / "models/adapter/adapter_model.safetensors").exists()
 
     configure(train__gradient_checkpointing="none")
