@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import prose, raw_pdf, shown
+from conftest import prose, raw_pdf, text_stream
 from reportlab.pdfgen.canvas import Canvas
 
 from pdf2lora.documents import worker as worker_module
@@ -112,7 +112,7 @@ def test_a_text_larger_than_any_document_is_stopped(tmp_path: Path, monkeypatch:
     """The worker has memory for more text than the parent can collect and clean."""
     line = "the sea rises and the ice melts " * 3000
     file = tmp_path / "large.pdf"
-    file.write_bytes(raw_pdf(shown(prose(1)), *[shown(line)] * 4))
+    file.write_bytes(raw_pdf(text_stream(prose(1)), *[text_stream(line)] * 4))
     messages: list[tuple[str, object]] = []
     monkeypatch.setattr(worker_module, "MAX_CHARACTERS", 150_000)
 
