@@ -25,7 +25,7 @@ from pathlib import Path
 from pdf2lora.errors import report_input_errors
 from pdf2lora.runtime import launcher
 
-launcher.SILENCE_S, launcher.GRACE_S, launcher.HEARTBEAT_S, launcher.ORPHAN_S = 1.5, 0.5, 0.2, 0.5
+launcher.SILENCE_S, launcher.GRACE_S, launcher.HEARTBEAT_S, launcher.ORPHAN_S = 6.0, 1.0, 0.2, 1.0
 index = os.environ.get("RANK", "launcher")
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 Path(f"started-{index}.partial").write_text(json.dumps({"pid": os.getpid(), **{n: os.environ.get(n) for n in names}}))
@@ -293,7 +293,7 @@ def test_a_job_that_was_suspended_continues(start: Start) -> None:
     job.wait_for("ready")
 
     os.killpg(job.process.pid, signal.SIGSTOP)
-    time.sleep(2.5)
+    time.sleep(7.5)
     os.killpg(job.process.pid, signal.SIGCONT)
 
     assert job.wait() == (0, "done\ndone\n", [])
