@@ -36,6 +36,7 @@ def test_layers_that_do_not_fit_stay_in_host_memory(base, monkeypatch, free_shar
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_offloaded_layers_give_the_same_hidden_states(base, monkeypatch):
     ids = torch.arange(20, device="cuda")[None]
     resident = unquantized.load_unquantized(base, QUANTIZATION, COMPUTE)(input_ids=ids).logits
