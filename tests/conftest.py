@@ -32,6 +32,13 @@ VOCABULARY = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests with the marker gpu where there is no GPU."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not has_cuda_driver():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 def prose(seed: int, num_words: int = 120) -> str:
     """Random common words, different for each seed, in lines of at most 12 words."""
     rng = random.Random(seed)

@@ -123,7 +123,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     def start(work: str, *, count: int = 2, environment: dict[str, str] | None = None) -> Job:
         (tmp_path / "work.py").write_text(IMPORTS + work)
         (tmp_path / "count").write_text(str(count))
-        names = ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "DVC_STAGE")
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION", "DVC_STAGE")
         inherited = {name: value for name, value in os.environ.items() if name not in names}
         process = subprocess.Popen(
             [sys.executable, "-m", "job.stage"],
@@ -187,6 +187,24 @@ def test_a_process_of_another_launcher_starts_no_others(start: Start) -> None:
 
     assert not (job.folder / "started-launcher").exists()
     assert not (job.folder / "started-0").exists()
+
+
+def test_accelerate_launch_that_starts_one_of_several_processes_is_refused(start: Start) -> None:
+    """As `accelerate launch --cpu --num_processes 2` does."""
+    variables = {"ACCELERATE_MIXED_PRECISION": "bf16", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    job = start("def work(index): print(index)", environment=variables)
+
+    status, output, errors = job.wait()
+
+    assert (status, output, len(errors)) == (1, "", 1)
+    for words in ("error: accelerate launch", "--num_processes", "--multi_gpu", "torchrun"):
+        assert words in errors[0]
+
+
+def test_accelerate_launch_of_one_process_works(start: Start) -> None:
+    job = start("def work(index): print(index)", environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
+
+    assert job.wait() == (0, "launcher\n", [])
 
 
 def test_threads_that_the_user_sets_stay(start: Start) -> None:

@@ -61,6 +61,7 @@ def test_no_stage_uses_the_network_or_writes_a_secret(
     for number in range(4):
         write_pdf(tmp_path / f"data/pdfs/reports/{number}.pdf", [prose(number)])
     shutil.copytree(base, tmp_path / "models/base")
+    shutil.copytree(REPOSITORY / "data/general", tmp_path / "data/general")
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics/batch.json").write_text(
         '{"device": "cpu", "memory_gib": "auto", "gradient_checkpointing": "full", '

@@ -59,6 +59,7 @@ def run_in_processes(module: str, work: Callable[[], None], num_processes: int |
         SystemExit: a signal stopped the job.
     """
     if is_worker():
+        _require_all_processes()
         _work_and_report(work)
         return
     with allot_devices(num_processes) as (count, locks):
@@ -69,6 +70,20 @@ def run_in_processes(module: str, work: Callable[[], None], num_processes: int |
             work()
         except Stopped as stopped:
             sys.exit(str(stopped))
+
+
+def _require_all_processes() -> None:
+    """
+    Raises:
+        InputError: accelerate launch was asked for several processes and started one.
+    """
+    variables = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    is_single = not any(name in os.environ for name in variables)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and is_single:
+        raise InputError(
+            "accelerate launch: --num_processes is more than 1, but one process was started: on a CPU accelerate needs "
+            "mpirun for several. Use --multi_gpu (on a CPU, too), torchrun, or compute.num_processes."
+        )
 
 
 @contextmanager
