@@ -162,6 +162,16 @@ def test_other_processes_write_nothing(project: Path) -> None:
     assert not (project / "1").exists()
 
 
+@pytest.mark.parametrize("kept_step", [2, None])
+def test_the_kept_step_is_in_the_metrics(project: Path, kept_step: int | None) -> None:
+    tracker = Tracker(project / "train", Processes.alone(torch.device("cpu")), None, tokens_per_step=1)
+    tracker.start([], 0, 4)
+    tracker.log([], {"step": 4, "validation/loss": 1.0})
+    tracker.end(kept_step)
+
+    assert json.loads((project / "train/metrics.json").read_text()).get("kept_step") == kept_step
+
+
 def test_the_median_step_leaves_out_the_first(project: Path) -> None:
     tracker = Tracker(project / "train", Processes(), None, tokens_per_step=30_000)
 

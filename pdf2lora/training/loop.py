@@ -254,7 +254,7 @@ def train(
             parameters.parameter.copy_(best)
         kept_step = progress.best_step
     processes.require_equal(parameters.parameter, "the trained adapter")
-    tracker.end()
+    tracker.end(kept_step if kept_step != progress.step else None)
     return TrainingResult(progress.step, first_step, kept_step, num_targets, stopped_by)
 
 

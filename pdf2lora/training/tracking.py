@@ -154,9 +154,13 @@ class Tracker:
     def end_step(self) -> None:
         self.progress.update()
 
-    def end(self) -> None:
+    def end(self, kept_step: int | None = None) -> None:
+        """kept_step: the step whose adapter train kept, for metrics/train/metrics.json; None: the last one."""
         self.progress.close()
         if self.live:
+            if kept_step is not None:
+                self.live.summary["kept_step"] = kept_step
+                self.live.make_summary()
             self.live.end()
         if self.trackers:
             self.trackers.end()
