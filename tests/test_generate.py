@@ -87,7 +87,7 @@ def test_make_does_not_expand_the_prompt(tmp_path, prompt, from_environment):
     (tmp_path / ".venv/.installed").touch()
 
     process = subprocess.run(
-        ["make", "--old-file=.venv/.installed", "generate", *arguments],
+        ["make", "--no-print-directory", "--old-file=.venv/.installed", "generate", *arguments],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
