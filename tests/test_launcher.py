@@ -157,7 +157,7 @@ Start = Callable[..., Job]
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_all_processes_end_well(start: Start, count: int) -> None:
-    job = start("def work(index): print('done')", count=count)
+    job = start("def work(index): os.write(1, b'done\\n')", count=count)
 
     assert job.wait() == (0, "done\n" * count, [])
 
@@ -307,7 +307,7 @@ def test_a_process_that_does_not_answer_is_found(start: Start) -> None:
 
 def test_a_job_that_was_suspended_continues(start: Start) -> None:
     """Ctrl-Z, and fg after longer than a process may be silent."""
-    job = start("def work(index):\n Path(f'ready-{index}').touch()\n time.sleep(1)\n print('done')")
+    job = start("def work(index):\n Path(f'ready-{index}').touch()\n time.sleep(1)\n os.write(1, b'done\\n')")
     job.wait_for("ready")
 
     os.killpg(job.process.pid, signal.SIGSTOP)
@@ -377,7 +377,7 @@ def test_a_signal_that_the_launcher_ignores_reaches_nobody(start: Start) -> None
         "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
         "os.execv(sys.executable, [sys.executable, '-m', 'job.stage'])"
     )
-    job = start("def work(index):\n Path(f'ready-{index}').touch()\n time.sleep(1)\n print('done')", count=2)
+    job = start("def work(index):\n Path(f'ready-{index}').touch()\n time.sleep(1)\n os.write(1, b'done\\n')", count=2)
     assert job.wait()[0] == 0
     for file in job.folder.glob("*-[01]"):
         file.unlink()
