@@ -66,7 +66,7 @@ def setting_names(params: Params) -> list[str]:
 
 
 def read_table(row: Row) -> pd.DataFrame | None:
-    """metrics/eval_documents.csv; None where the experiment is not evaluated."""
+    """metrics/eval_documents.csv; None before its evaluate stage ran."""
     if row["State"] not in FINISHED or not is_evaluated(row["rev"], Path()):
         return None
     text = read_at(row["rev"], DOCUMENTS, Path())

@@ -54,7 +54,7 @@ def read_prompts(file: Path | None) -> list[str]:
     """The lines of the file, or one prompt from PROMPT or standard input.
 
     Raises:
-        InputError: there is no prompt, or no such file.
+        InputError: the prompt is missing, or the file does not exist.
     """
     if file is not None:
         if not file.is_file():

@@ -161,7 +161,7 @@ class FindBatch(Section):
     memory_gib: Gib | Literal["auto"]
     """GPU memory budget in GiB. auto: all free memory. A number emulates a smaller GPU."""
     cpu_memory_gib: Gib
-    """Budget for the tensors of a step if there is no GPU, in GiB."""
+    """Budget for the tensors of a step on a machine without a GPU, in GiB."""
     gpu_headroom_gib: Annotated[float, Field(ge=0)]
     """Part of the GPU budget that stays free for CUDA and for fragmentation, in GiB."""
 

@@ -33,7 +33,7 @@ VOCABULARY = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests with the marker gpu where there is no GPU."""
+    """Skips the tests with the marker gpu on a machine without a GPU."""
     for item in items:
         if item.get_closest_marker("gpu") and not has_cuda_driver():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -1,6 +1,6 @@
 """Helpers of the tests that run the kernels on a CPU: Triton's interpreter in float32, and PyTorch's attention.
 
-conftest.py turns the interpreter on if there is no CUDA driver. With one, use `TRITON_INTERPRET=1 python -m pytest`.
+conftest.py turns the interpreter on without a CUDA driver. With a driver, use `TRITON_INTERPRET=1 python -m pytest`.
 """
 
 import os

@@ -30,7 +30,8 @@ def test_flash_attention_without_a_gpu_is_refused(monkeypatch):
         choose_attention(changed(COMPUTE, attention="flash_attention_2"), LlamaForCausalLM)
 
     assert str(caught.value) == (
-        "compute.attention is 'flash_attention_2', which cannot run here: there is no CUDA GPU. Use 'auto', or 'sdpa'."
+        "compute.attention is 'flash_attention_2', which cannot run here: this machine has no CUDA GPU. "
+        "Use 'auto', or 'sdpa'."
     )
 
 
@@ -71,7 +72,9 @@ def test_auto_logs_the_choice_and_the_reason(monkeypatch, caplog):
 
     assert choose_attention(changed(COMPUTE, attention="auto"), LlamaForCausalLM) == "sdpa"
 
-    assert caplog.messages == ["attention: sdpa (compute.attention: auto) (flash_attention_2: there is no CUDA GPU)"]
+    assert caplog.messages == [
+        "attention: sdpa (compute.attention: auto) (flash_attention_2: this machine has no CUDA GPU)"
+    ]
 
 
 def test_model_without_sdpa_computes_eagerly(monkeypatch):

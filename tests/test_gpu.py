@@ -760,7 +760,7 @@ def test_training_learns_and_its_adapter_works_elsewhere(train, four_layers, tmp
     assert nats.item() < losses[-1] + 0.3
 
 
-# stages, as processes of their own
+# stages, each in a new process
 
 
 @pytest.fixture

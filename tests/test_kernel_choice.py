@@ -42,13 +42,13 @@ def test_auto_is_the_reference_without_a_gpu(no_gpu, caplog):
 
     assert choose_kernels(changed(COMPUTE, kernels="auto"), QUANTIZATION, LORA, LLAMA) == "reference"
 
-    assert caplog.messages == ["kernels: reference (compute.kernels: auto) (there is no CUDA GPU)"]
+    assert caplog.messages == ["kernels: reference (compute.kernels: auto) (this machine has no CUDA GPU)"]
 
 
 @pytest.mark.parametrize("kernels", ["fused", "fp8"])
 def test_fused_kernels_are_refused_without_a_gpu(no_gpu, kernels):
     assert refusal(kernels) == (
-        f"compute.kernels is '{kernels}'; these kernels cannot run here: there is no CUDA GPU. Use 'auto' or "
+        f"compute.kernels is '{kernels}'; these kernels cannot run here: this machine has no CUDA GPU. Use 'auto' or "
         "'reference'."
     )
 

@@ -118,7 +118,7 @@ def test_gradient_checkpointing_changes_no_bit(run: Run, dropout: float) -> None
 
 @pytest.mark.parametrize("per_device_batch", [1, 2, 3, 8])
 def test_the_per_device_batch_does_not_change_the_losses(run: Run, per_device_batch: int) -> None:
-    """With dropout. Also where it does not divide the effective batch, or the effective batch the sequences."""
+    """With dropout. Also if the effective batch is not a multiple of it, or the sequences of the effective batch."""
     settings: dict[str, Any] = {
         "train_settings": changed(TRAIN, effective_batch=3, learning_rate=0.001),
         "validation_windows": [],

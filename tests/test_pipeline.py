@@ -32,7 +32,7 @@ DATA_STAGES = ("check", "extract", "split")
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
 
 
-# Code that stages import and that cannot change an output. It is no dependency of a stage.
+# Code that stages import and that cannot change an output. No stage depends on it.
 PLUMBING = {
     "pdf2lora/errors.py": "error messages",
     "pdf2lora/params.py": "validation; the values are params of the stage",

@@ -174,7 +174,7 @@ def test_nats_of_windows_add_up(model):
 
 @pytest.mark.parametrize("per_device_batch", [4, 100])
 def test_the_number_of_processes_changes_no_byte(base, per_device_batch):
-    """Also where there are fewer batches than processes. Each window is scored once over all processes."""
+    """Also with fewer batches than processes. Each window is scored once over all processes."""
     document_windows = windows_of()
     model = adapted(base, bits=4)
     randomize_b(model)

@@ -1,4 +1,4 @@
-"""The unquantized base, also where it does not fit on the GPU."""
+"""The unquantized base, also one larger than the GPU."""
 
 import pytest
 import torch

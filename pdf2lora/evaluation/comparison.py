@@ -28,7 +28,7 @@ class Comparison:
 
     @property
     def significant(self) -> bool | None:
-        """Whether the 95% interval excludes 0; None where there is no interval."""
+        """Whether the 95% interval excludes 0; None without an interval."""
         interval = self.improvement.interval
         return None if interval is None else not interval.low <= 0 <= interval.high
 
@@ -39,7 +39,7 @@ def parse_table(text: str) -> pd.DataFrame:
 
 
 def compare(current: pd.DataFrame, baseline: pd.DataFrame) -> Comparison | None:
-    """Compares two tables of evaluate; None where they share no document.
+    """Compares two tables of evaluate; None if they share no document.
 
     Two documents are the same where id, bytes and tokens agree. The interval covers the choice of test documents. It
     does not cover other training seeds: tests/long/noise_floor.py measures those (docs/reproducibility.md).

@@ -50,7 +50,7 @@ def improvement(before: Nats, after: Nats, tokens: Counts) -> Estimate:
 
 
 def interval_note(num_documents: int) -> str | None:
-    """A warning about the interval of so many documents; None where they are enough."""
+    """A warning about the interval of so many documents; None if they are enough."""
     documents = "1 document" if num_documents == 1 else f"{num_documents} documents"
     if num_documents < MIN_DOCUMENTS:
         return f"no interval: {documents}, at least {MIN_DOCUMENTS} are needed"

@@ -27,7 +27,7 @@ class Scores:
 
     base: Nats  # the quantized base, without the adapter
     adapted: Nats  # the quantized base with the adapter
-    base_unquantized: Nats | None  # None where the base is not quantized, or its scoring is turned off
+    base_unquantized: Nats | None  # None if the base is not quantized, or its scoring is turned off
 
     def part(self, documents: slice) -> "Scores":
         unquantized = None if self.base_unquantized is None else self.base_unquantized[documents]
@@ -110,7 +110,7 @@ def summary_lines(metrics: Metrics, bits: int) -> list[str]:
 
 
 def format_improvement(metrics: Metrics) -> str:
-    """2.0% lower [1.0%, 3.0%] or 2.0% higher [1.0%, 3.0%]; without an interval where there is none."""
+    """2.0% lower [1.0%, 3.0%] or 2.0% higher [1.0%, 3.0%]; only the share if the interval is missing."""
     share, low, high = metrics["share"], metrics["low_95"], metrics["high_95"]
     word = "lower" if share >= 0 else "higher"
     if low is None:
@@ -137,7 +137,7 @@ def rounded(value: float) -> float:
 
 
 def _bounds(estimate: Estimate) -> Metrics:
-    """low_95 and high_95; null in JSON where there is no interval."""
+    """low_95 and high_95; null in JSON without an interval."""
     if estimate.interval is None:
         return {"low_95": None, "high_95": None}
     return {"low_95": rounded(estimate.interval.low), "high_95": rounded(estimate.interval.high)}

@@ -37,7 +37,7 @@ def resolve_commit(name: str, project: Path) -> str:
 
 
 def read_at(commit: str, file: str, project: Path) -> str | None:
-    """The text of a file of the project in a commit; None where the commit does not have it.
+    """The text of a file of the project in a commit; None if the commit does not have it.
 
     `./` makes git read the path from the project's folder, which can be a sub-folder of the git repository.
     """
@@ -87,6 +87,6 @@ def _is_current(entry: Entry, outputs: list[Entry], cache: Path) -> bool:
 
 
 def _git(project: Path, *arguments: str) -> str | None:
-    """The output of a git command; None where it fails."""
+    """The output of a git command; None if it fails."""
     process = subprocess.run(["git", *arguments], cwd=project, capture_output=True, text=True, check=False)
     return process.stdout if process.returncode == 0 else None

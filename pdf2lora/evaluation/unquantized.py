@@ -1,4 +1,4 @@
-"""A model without quantization, also where it does not fit on the GPU."""
+"""A model without quantization, also one larger than the GPU."""
 
 from pathlib import Path
 

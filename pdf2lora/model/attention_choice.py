@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pdf2lora.errors import InputError
-from pdf2lora.model.device import compute_dtype
+from pdf2lora.model.device import NO_CUDA_GPU, compute_dtype
 from pdf2lora.params import Compute
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def choose_attention(compute: Compute, model_class: type[PreTrainedModel]) -> st
 def _flash_attention_obstacle(compute: Compute, model_class: type[PreTrainedModel]) -> str:
     """The reason why flash_attention_2 cannot run, or an empty string."""
     if not torch.cuda.is_available():
-        return "there is no CUDA GPU"
+        return NO_CUDA_GPU
     if importlib.util.find_spec("flash_attn") is None:
         return "the package flash-attn is not installed"
     if compute_dtype(compute) == torch.float32:

@@ -5,6 +5,8 @@ import torch
 from pdf2lora.errors import InputError
 from pdf2lora.params import Compute
 
+NO_CUDA_GPU = "this machine has no CUDA GPU"  # why kernels, attention or CUDA graphs cannot run
+
 
 def device() -> torch.device:
     """The current CUDA GPU, or the CPU."""

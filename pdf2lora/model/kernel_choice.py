@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from pdf2lora.errors import InputError
 from pdf2lora.model.architectures import fp8_obstacle, fused_obstacle
-from pdf2lora.model.device import compute_dtype
+from pdf2lora.model.device import NO_CUDA_GPU, compute_dtype
 from pdf2lora.params import ALL_LINEAR, Compute, Lora, Quantization
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def _obstacle(kernels: str, compute: Compute, quantization: Quantization, lora: 
 
 def _machine_obstacle(kernels: str) -> str:
     if not torch.cuda.is_available():
-        return "there is no CUDA GPU"
+        return NO_CUDA_GPU
     capability = torch.cuda.get_device_capability()
     required = (8, 9) if kernels == "fp8" else (8, 0)
     if capability < required:

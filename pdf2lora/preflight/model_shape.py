@@ -23,7 +23,6 @@ class ModelShape:
 
     def lora_parameters(self, lora: Lora) -> int:
         """A and B of each target: r x (in + out). DoRA adds `out` magnitudes."""
-        names = self.layers if lora.target_modules == ALL_LINEAR else lora.target_modules
         names = lora.target_modules
         targets = [
             shape

@@ -9,7 +9,7 @@ BLOCK_SIZE = 64  # weights that share a scale in 4 bits; only other widths can f
 
 
 def four_bit_weights(params: Params, shape: ModelShape, *, has_gpu: bool) -> list[Finding]:
-    """The check that the stages make of the model's widths; no finding where it cannot fail.
+    """The check that the stages make of the model's widths; no finding if it cannot fail.
 
     It imports torch, which takes about five seconds.
     """

@@ -47,7 +47,7 @@ class Measurements:
 
 
 def read_measurements(metrics: Path, folder: Path) -> Measurements:
-    """metrics/machine.json and the curves in metrics/machine; empty where no stage ran on this machine."""
+    """metrics/machine.json and the curves in metrics/machine; empty if no stage ran on this machine."""
     stages = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
     machine = stages.pop("machine", {})
     curves = {stage: read_columns(folder / f"{stage}.tsv") for stage in stages if (folder / f"{stage}.tsv").exists()}

@@ -60,7 +60,7 @@ def memory_models(batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def chosen_checkpointing(batch: Mapping[str, Any]) -> str:
-    """The gradient_checkpointing of train; empty where the probes do not name theirs."""
+    """The gradient_checkpointing of train; empty if the probes do not name theirs."""
     return str(batch["gradient_checkpointing"]) if "gradient_checkpointing" in batch["probes"][0] else ""
 
 

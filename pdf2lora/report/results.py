@@ -37,7 +37,7 @@ class Results:
     batch: dict[str, Any]
     evaluation: dict[str, Any]
     curves: dict[str, Curve]  # train/loss, validation/loss, learning_rate, ... -> steps, values
-    kept_step: int | None  # whose adapter train kept; None where it is the last one
+    kept_step: int | None  # whose adapter train kept; None if it kept the last one
     test_documents: list[dict[str, Any]]  # rows of eval_documents.csv
     documents: list[Document]  # all of the corpus
     split_of: dict[str, str]  # id of a kept document -> train, validation or test

@@ -81,7 +81,7 @@ class Processes:
 
 @contextmanager
 def _peer_errors() -> Iterator[None]:
-    """Raises PeerLost where a collective fails because another process has gone."""
+    """Raises PeerLost if a collective fails because another process has gone."""
     try:
         yield
     except torch.distributed.DistError as error:

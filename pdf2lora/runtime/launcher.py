@@ -52,7 +52,7 @@ def is_worker() -> bool:
 def run_in_processes(module: str, work: Callable[[], None], num_processes: int | Literal["auto"]) -> None:
     """Calls `work` in each process of the job: here if there is one, else in processes that run `module`.
 
-    num_processes: `auto` takes all visible GPUs, or one process where there is no GPU.
+    num_processes: `auto` starts one process per visible GPU, or one process without a GPU.
 
     Raises:
         InputError: there are fewer GPUs than processes, or a process failed.

@@ -1,6 +1,6 @@
 """Measurements of one machine: seconds, process memory, GPU memory, utilization and power.
 
-Two runs never measure the same numbers. Therefore metrics/machine.json and metrics/machine/ are no outputs of a stage.
+Two runs never measure the same numbers. Therefore metrics/machine.json and metrics/machine/ are not outputs of a stage.
 
 torch is imported inside functions: find_batch measures in a child process and imports torch while the child works.
 """

@@ -29,7 +29,7 @@ def prepare_process() -> None:
 
 
 def _widest_instructions() -> str:
-    """This processor's widest vector instructions under MKL's name; "" where they are not known."""
+    """This processor's widest vector instructions under MKL's name; "" if unknown."""
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         flags = next((line for line in lines if line.startswith("flags")), "").split()
         return "AVX512" if "avx512f" in flags else "AVX2" if "avx2" in flags else ""

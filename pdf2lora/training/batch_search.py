@@ -19,7 +19,7 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True)
 class Probe:
-    """A training step at one batch size; peak_gib is None where it did not come to its end."""
+    """A training step at one batch size; peak_gib is None if it did not come to its end."""
 
     batch: int
     fits: bool
@@ -39,7 +39,7 @@ class Mode:
         return max((probe.batch for probe in self.probes if probe.fits), default=0)
 
     def peak_gib(self, batch: int) -> float | None:
-        """Measured, or read off the memory model where this batch was not probed."""
+        """Measured, or read off the memory model if this batch was not probed."""
         measured = {probe.batch: probe.peak_gib for probe in self.probes}
         line = memory_model(self.probes)
         return measured.get(batch) or (line and line[0] + line[1] * batch)
@@ -57,7 +57,7 @@ Measure = Callable[[str, int], Measurement | None]
 def search(measure: Callable[[int], float | None], *, smallest: int, largest: int, budget_gib: float) -> list[Probe]:
     """Finds the largest batch of smallest..largest whose peak is within the budget; gives all probes, in order.
 
-    measure(batch) gives the peak in GiB, or None where the step ran out of memory. Memory is nearly a line over the
+    measure(batch) gives the peak in GiB, or None if the step ran out of memory. Memory is nearly a line over the
     batch, so two probes predict where it meets the budget, and the bounds close in around that point; a prediction
     outside the bounds makes way for their nearest end, and the longer the search, the nearer to the middle. The answer
     is exact: it fits, and the next batch does not.
@@ -122,7 +122,7 @@ def choose(
 ) -> Choice:
     """The fastest of what fits: of each mode the largest batch that divides effective_batch (`auto`: the largest).
 
-    tokens_per_s(mode, batch) is asked for only where there is more than one to choose from. Of those that are equally
+    tokens_per_s(mode, batch) is asked for only if several modes are left to choose from. Of those that are equally
     fast the one that takes the least memory.
 
     Raises:

@@ -73,7 +73,7 @@ def run(params: Params) -> None:
     if not validation_windows and (params.train.keep == "best" or params.train.early_stopping_patience != "none"):
         raise InputError(
             f"train.keep is {params.train.keep!r} and train.early_stopping_patience is "
-            f"{params.train.early_stopping_patience}, but there are no validation documents. Set "
+            f"{params.train.early_stopping_patience}, but the split has no validation documents. Set "
             "split.validation_fraction above 0, or keep the last adapter without early stopping."
         )
 
@@ -88,9 +88,7 @@ def run(params: Params) -> None:
                     f"train: {BATCH} was measured on {batch['device']}, and this is {device_name()}. "
                     "`dvc repro -f -s find_batch` finds the fastest batch here."
                 )
-        trackers = (
-            Trackers(params, [names] if isinstance(names, str) else names) if names and processes.is_main else None
-        )
+        trackers = Trackers(params, names) if names and processes.is_main else None
         plan = BatchPlan(
             kernels=choose_kernels(params.compute, params.quantization, params.lora, read_config(BASE)),
             gradient_checkpointing=batch["gradient_checkpointing"],

@@ -10,6 +10,7 @@ import gc
 import torch
 from torch import Tensor
 
+from pdf2lora.model.device import NO_CUDA_GPU
 from pdf2lora.model.forward import Forward
 from pdf2lora.model.loss import linear_cross_entropy
 from pdf2lora.tokens import IGNORED
@@ -82,7 +83,7 @@ class MicroBatch:
 def graph_obstacle(kernels: str, gradient_checkpointing: str) -> str:
     """Why the training step cannot be a CUDA graph, in words; "" if it can."""
     if not torch.cuda.is_available():
-        return "there is no CUDA GPU"
+        return NO_CUDA_GPU
     if kernels == "reference":
         return "the reference kernels synchronize with the CPU"
     if gradient_checkpointing == "offload":

@@ -98,7 +98,7 @@ class ProbeProcesses:
         self.setup, self.is_set_up = Setup(base, sequences), False
 
     def measure(self, gradient_checkpointing: str, batch: int, budget_gib: float) -> Measurement | None:
-        """A probe's result; None where a process ran out of memory."""
+        """A probe's result; None if a process ran out of memory."""
         answer = self._ask_with_retry(MeasureRequest(gradient_checkpointing, batch, budget_gib))
         assert answer is None or isinstance(answer, Measurement)
         return answer
@@ -224,6 +224,6 @@ def _serve(pipe: Connection, params: Params, environment: dict[str, str]) -> Non
         except MemoryError:
             return pipe.send(OutOfMemory(is_clean=False))
         except Exception as error:
-            if "DefaultCPUAllocator" in str(error):  # torch has no exception of its own for it
+            if "DefaultCPUAllocator" in str(error):  # torch has no exception class for it
                 return pipe.send(OutOfMemory(is_clean=False))
             return pipe.send(RuntimeError(f"find_batch: a probe failed: {type(error).__name__}: {error}"))

@@ -78,7 +78,7 @@ class Trackers:
         config = _flat(params.model_dump(mode="json"))
         try:
             self.accelerator.init_trackers(project, config, {name: own[name] for name in names if name in own})
-        except Exception as error:  # each tracker has exceptions of its own
+        except Exception as error:  # each tracker raises different exceptions
             raise InputError(
                 f"train.report_to: {', '.join(names)} cannot start a run ({' '.join(str(error).split())[:300]}). "
                 "Log in (wandb login), work offline (WANDB_MODE=offline), or choose none."

@@ -207,7 +207,7 @@ def largest_token_id(tokenizer: Tokenizer) -> int:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Raises InputError if the file is no tokenizer.json."""
+    """Raises InputError if the file is not a tokenizer.json."""
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more specific

@@ -31,7 +31,7 @@ def read_header(file: Path) -> dict[str, StoredWeight]:
     """{name: entry} of a safetensors file. No weight is read.
 
     Raises:
-        InputError: the file is truncated, or it is no safetensors file.
+        InputError: the file is truncated or is not a safetensors file.
     """
     try:
         with safe_open(file, framework="np"):  # checks the header, the offsets and the length of the file

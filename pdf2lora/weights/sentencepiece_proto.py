@@ -53,7 +53,7 @@ class SentencePieceModel:
 
 
 def parse_model(content: bytes) -> SentencePieceModel:
-    """Raises ValueError if the bytes are no sentencepiece model."""
+    """Raises ValueError if the bytes are not a sentencepiece model."""
     pieces: list[Piece] = []
     settings: dict[str, object] = {}
     for number, value in _fields(content):

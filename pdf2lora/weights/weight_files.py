@@ -1,4 +1,4 @@
-"""The safetensors files of a folder in Hugging Face's layout, and what to do where there are none."""
+"""The safetensors files of a folder in Hugging Face's layout, and the error for a folder without any."""
 
 from pathlib import Path
 

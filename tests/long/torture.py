@@ -181,7 +181,7 @@ class Project:
         return "".join(f", {line}" for line in mended.splitlines())
 
     def _require_resumed(self, work: Path, saved: list[int], known_logs: set[Path]) -> str:
-        """Returns ", resumed from step N"; nothing if there was no checkpoint.
+        """Returns ", resumed from step N"; "" if the run started without a checkpoint.
 
         Raises:
             Failed: a training began before the last checkpoint.
@@ -356,7 +356,7 @@ def valid_checkpoints(work: Path) -> list[int]:
 
 
 def require_newer(newest: int, saved: list[int], last_step: int) -> None:
-    """Raises Failed if there is no checkpoint after step `newest`."""
+    """Raises Failed without a checkpoint after step `newest`."""
     is_last = newest + SAVE_STEPS >= last_step  # then the training may end before the signal arrives
     if not is_last and max(saved, default=0) <= newest:
         raise Failed(f"no checkpoint after checkpoint-{newest}")

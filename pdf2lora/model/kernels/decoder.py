@@ -37,7 +37,7 @@ class Activations:
     total: Tensor  # residual + update, (tokens, hidden)
     rstd: Tensor  # 1 / RMS of total, (tokens,), float32
     x: Tensor | None  # input of q, k and v; None without LoRA
-    qkv: Tensor  # product of q, k and v, (tokens, heads.width); rotated in place if there is no head norm
+    qkv: Tensor  # product of q, k and v, (tokens, heads.width); rotated in place without a head norm
     qkv_low_rank: LowRank | None
     attended: attention.Attended
     o_low_rank: LowRank | None
