@@ -26,6 +26,17 @@ if not has_cuda_driver():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+EXTRACT_SETTINGS: dict[str, Any] = {  # section `extract` of params.yaml, for small PDFs
+    "engines": ["pdfium", "pypdf2"],
+    "max_pages": 30,
+    "timeout_s": 20.0,
+    "memory_gib": 0.5,
+    "clean": True,
+    "min_characters": 100,
+    "ocr": "none",
+    "ocr_timeout_s": 60.0,
+    "ocr_memory_gib": 4.0,
+}
 VOCABULARY = (
     "sea ice river rain heat cloud wind coast forest soil harvest city grid carbon storm drought flood glacier ocean "
     "model season decade region policy energy report measure cause change level growth loss risk demand supply"
@@ -173,6 +184,32 @@ def _section_of(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     for section in sections:
         values = values[section]
     return values, name
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A GPU of this compute capability, with or without the packages that have code for GPUs."""
+
+    def pretend(capability: tuple[int, int] = (9, 0), *, has_packages: bool = True) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **options: capability >= (8, 0))
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if has_packages else None)
+
+    return pretend
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """The empty folder into which a test converts."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture

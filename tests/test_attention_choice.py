@@ -1,31 +1,14 @@
 import logging
 
 import pytest
-import torch
 from tiny_llama import COMPUTE, changed
 from transformers import Gemma2ForCausalLM, LlamaForCausalLM
 
 from pdf2lora.errors import InputError
-from pdf2lora.model import attention_choice
 from pdf2lora.model.attention_choice import choose_attention
 
 
-@pytest.fixture
-def pretend_gpu(monkeypatch):
-    """A GPU of this compute capability, with or without the package flash-attn."""
-
-    def pretend(capability=(9, 0), *, installed=True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: capability >= (8, 0))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        monkeypatch.setattr(attention_choice.importlib.util, "find_spec", lambda name: object() if installed else None)
-
-    return pretend
-
-
-def test_flash_attention_without_a_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
+def test_flash_attention_without_a_gpu_is_refused(no_gpu):
     with pytest.raises(InputError) as caught:
         choose_attention(changed(COMPUTE, attention="flash_attention_2"), LlamaForCausalLM)
 
@@ -44,7 +27,7 @@ def test_flash_attention_without_a_gpu_is_refused(monkeypatch):
     ],
 )
 def test_flash_attention_is_refused_with_the_reason(pretend_gpu, installed, capability, dtype, obstacle):
-    pretend_gpu(capability, installed=installed)
+    pretend_gpu(capability, has_packages=installed)
     compute = changed(COMPUTE, attention="flash_attention_2", compute_dtype=dtype)
 
     with pytest.raises(InputError, match=f"cannot run here: {obstacle}"):
@@ -66,9 +49,8 @@ def test_flash_attention_runs_if_nothing_prevents_it(pretend_gpu, caplog):
     assert caplog.messages[0] == "attention: flash_attention_2 (compute.attention: auto)"
 
 
-def test_auto_logs_the_choice_and_the_reason(monkeypatch, caplog):
+def test_auto_logs_the_choice_and_the_reason(no_gpu, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     assert choose_attention(changed(COMPUTE, attention="auto"), LlamaForCausalLM) == "sdpa"
 
@@ -77,9 +59,7 @@ def test_auto_logs_the_choice_and_the_reason(monkeypatch, caplog):
     ]
 
 
-def test_model_without_sdpa_computes_eagerly(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
+def test_model_without_sdpa_computes_eagerly(no_gpu):
     assert choose_attention(changed(COMPUTE, attention="auto"), Gemma2ForCausalLM) == "eager"
     with pytest.raises(InputError, match=r"Gemma2ForCausalLM does not support it\. Use 'auto'\.$"):
         choose_attention(changed(COMPUTE, attention="sdpa"), Gemma2ForCausalLM)

@@ -5,24 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import prose, write_pdf
+from conftest import EXTRACT_SETTINGS, prose, write_pdf
 
 from pdf2lora.documents import corpus
 from pdf2lora.documents.corpus import extract_corpus, find_linked_folders, find_pdfs, summarize
 from pdf2lora.documents.records import Extraction
 from pdf2lora.errors import InputError
-
-SETTINGS: dict[str, Any] = {
-    "engines": ["pdfium", "pypdf2"],
-    "max_pages": 30,
-    "timeout_s": 20.0,
-    "memory_gib": 0.5,
-    "clean": True,
-    "min_characters": 100,
-    "ocr": "none",
-    "ocr_timeout_s": 60.0,
-    "ocr_memory_gib": 4.0,
-}
 
 
 @pytest.fixture
@@ -73,7 +61,7 @@ def test_a_linked_folder_is_found_and_not_read(tmp_path: Path) -> None:
 
 def test_a_pdf_becomes_a_document(tmp_path: Path) -> None:
     file = write_pdf(tmp_path / "reports/sea.pdf", [prose(1)])
-    [document] = extract_corpus(tmp_path, [file], tmp_path, SETTINGS)
+    [document] = extract_corpus(tmp_path, [file], tmp_path, EXTRACT_SETTINGS)
     assert (document.id, document.engine, document.reason) == ("reports/sea.pdf", "pdfium", None)
     assert document.text.split() == prose(1).split()
     assert document.characters == len(document.text)
@@ -82,7 +70,7 @@ def test_a_pdf_becomes_a_document(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("attempts")
 def test_the_first_of_two_equal_texts_is_kept(tmp_path: Path) -> None:
     files = write_files(tmp_path / "pdfs", {"b.pdf": "sea", "a.pdf": "sea", "c.pdf": "ice"})
-    documents = extract_corpus(tmp_path / "pdfs", files, tmp_path, SETTINGS)
+    documents = extract_corpus(tmp_path / "pdfs", files, tmp_path, EXTRACT_SETTINGS)
     assert [(d.id, d.reason, d.text) for d in documents] == [
         ("b.pdf", None, "sea"),
         ("a.pdf", "duplicate", ""),
@@ -96,21 +84,21 @@ def test_a_file_that_changes_during_the_extraction_is_refused(tmp_path: Path, mo
     hashes = iter(["before", "after"])
     monkeypatch.setattr(corpus, "file_sha256", lambda file: next(hashes))
     with pytest.raises(InputError, match=f"{file} changed during the extraction"):
-        extract_corpus(tmp_path / "pdfs", [file], tmp_path, SETTINGS)
+        extract_corpus(tmp_path / "pdfs", [file], tmp_path, EXTRACT_SETTINGS)
 
 
 @pytest.mark.parametrize(("outcome", "num_cached"), [("complete", 1), ("damaged", 1), ("crashed", 0)])
 def test_a_crash_is_not_cached(tmp_path: Path, attempts: dict[str, str], outcome: str, num_cached: int) -> None:
     attempts["pypdf2"] = outcome
     files = write_files(tmp_path / "pdfs", {"a.pdf": "sea"})
-    extract_corpus(tmp_path / "pdfs", files, tmp_path / "cache", SETTINGS)
+    extract_corpus(tmp_path / "pdfs", files, tmp_path / "cache", EXTRACT_SETTINGS)
     assert len(list((tmp_path / "cache").glob("*.json"))) == num_cached
 
 
 def test_a_summary_counts_reasons_engines_and_partial_documents(tmp_path: Path, attempts: dict[str, str]) -> None:
     attempts["pypdf2"] = "timed_out"
     files = write_files(tmp_path / "pdfs", {"a.pdf": "sea", "b.pdf": "sea", "c.pdf": "ice"})
-    assert summarize(extract_corpus(tmp_path / "pdfs", files, tmp_path, SETTINGS)) == {
+    assert summarize(extract_corpus(tmp_path / "pdfs", files, tmp_path, EXTRACT_SETTINGS)) == {
         "documents": 3,
         "kept": 2,
         "left_out": {"duplicate": 1},

@@ -2,24 +2,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import hanging_pdf, prose, write_pdf
+from conftest import EXTRACT_SETTINGS, hanging_pdf, prose, write_pdf
 
 from pdf2lora.documents.extraction import extract
 from pdf2lora.documents.records import Extraction
 from tests.long.fuzz import fuzz_pdfs
 
-SETTINGS: dict[str, Any] = {
-    "engines": ["pdfium", "pypdf2"],
-    "max_pages": 30,
-    "timeout_s": 20.0,
-    "memory_gib": 0.5,
-    "clean": True,
-    "min_characters": 100,
-    "ocr": "none",
-    "ocr_timeout_s": 60.0,
-    "ocr_memory_gib": 4.0,
-    "num_workers": 1,
-}
+SETTINGS = EXTRACT_SETTINGS | {"num_workers": 1}
 SHORT_TIMEOUT_S = 1.5  # for an engine that hangs
 
 

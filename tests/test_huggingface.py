@@ -7,24 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_meta import Weights, convert_default, rewrite_json, write_tiny_meta
+from safetensors.torch import save_file
+from tiny_meta import Weights, convert_default, read_weights, rewrite_json, write_tiny_meta
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pdf2lora.errors import InputError
 from pdf2lora.weights.conversion import convert
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    folder.mkdir()
-    return folder
-
-
-def read_weights(folder: Path) -> Weights:
-    return {name: weight for path in folder.glob("*.safetensors") for name, weight in load_file(path).items()}
 
 
 @pytest.fixture

@@ -1,34 +1,14 @@
 import logging
 
 import pytest
-import torch
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed
 from transformers import GemmaConfig, LlamaConfig, MistralConfig, PhiConfig
 
 from pdf2lora.errors import InputError
-from pdf2lora.model import kernel_choice
 from pdf2lora.model.kernel_choice import choose_kernels
 
 BFLOAT16 = changed(COMPUTE, compute_dtype="bfloat16")
 LLAMA = LlamaConfig()
-
-
-@pytest.fixture
-def no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.fixture
-def pretend_gpu(monkeypatch):
-    """A GPU of this compute capability, with or without triton installed."""
-
-    def pretend(capability=(9, 0), *, triton=True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: capability >= (8, 0))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        monkeypatch.setattr(kernel_choice.importlib.util, "find_spec", lambda name: object() if triton else None)
-
-    return pretend
 
 
 def refusal(kernels, *, quantization=QUANTIZATION, compute=BFLOAT16, lora=LORA, config=LLAMA):
@@ -67,7 +47,7 @@ def test_requested_kernels_run_if_nothing_prevents_them(pretend_gpu, caplog, set
 
 OBSTACLES = [
     ({"capability": (7, 5)}, {}, {}, {}, "the GPU has compute capability 7.5, they need 8.0"),
-    ({"triton": False}, {}, {}, {}, "the package triton is not installed"),
+    ({"has_packages": False}, {}, {}, {}, "the package triton is not installed"),
     ({}, {"compute_dtype": "float32"}, {}, {}, "they compute in bfloat16 only (compute.compute_dtype)"),
     ({}, {}, {"bits": 8}, {}, "they need a base model of 4 bits, quantization.bits is 8"),
     ({}, {}, {"bits": 16}, {}, "they need a base model of 4 bits, quantization.bits is 16"),

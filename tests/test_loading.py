@@ -24,11 +24,6 @@ def base(tmp_path_factory):
     return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture
-def no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
 def load(base, *, bits=4, compute=COMPUTE):
     return load_base(base, changed(QUANTIZATION, bits=bits), compute)
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from tiny_meta import (
     INTERMEDIATE_SIZE,
     Weights,
     convert_default,
+    read_weights,
     rewrite_json,
     rewrite_shard,
     write_tiny_meta,
@@ -32,17 +32,6 @@ FUTURE = torch.ones(len(TOKENS), len(TOKENS)).triu(1).bool()
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return tmp_path / "tiny"
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    folder.mkdir()
-    return folder
-
-
-def read_weights(folder: Path) -> Weights:
-    return {name: weight for path in folder.glob("*.safetensors") for name, weight in load_file(path).items()}
 
 
 def rotary_frequencies(head_dim: int, theta: float, factor: float | None) -> Tensor:

@@ -18,13 +18,6 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    folder.mkdir()
-    return folder
-
-
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 def test_weights_are_mapped_not_read(source: Path) -> None:
     write_tiny_meta(source, "3.2", num_shards=2)

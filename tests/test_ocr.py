@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pypdfium2
 import pytest
-from conftest import prose, write_pdf, write_scan
+from conftest import EXTRACT_SETTINGS, prose, write_pdf, write_scan
 from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen.canvas import Canvas
 
@@ -17,18 +17,7 @@ from pdf2lora.documents import ocr
 from pdf2lora.documents.extraction import extract
 
 NEEDS_OCR = pytest.mark.skipif(ocr.installed_version() is None, reason="needs requirements-ocr.txt")
-SETTINGS: dict[str, Any] = {
-    "engines": ["pdfium", "pypdf2"],
-    "max_pages": 30,
-    "timeout_s": 20.0,
-    "memory_gib": 0.5,
-    "clean": True,
-    "min_characters": 100,
-    "ocr": "rapidocr",
-    "ocr_timeout_s": 60.0,
-    "ocr_memory_gib": 4.0,
-    "num_workers": 1,
-}
+SETTINGS = EXTRACT_SETTINGS | {"ocr": "rapidocr", "num_workers": 1}
 
 
 def scan_of(source: Path, target: Path) -> Path:

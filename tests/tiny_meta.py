@@ -9,6 +9,7 @@ from typing import Any
 
 import sentencepiece
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pdf2lora.weights.conversion import convert
@@ -139,3 +140,7 @@ def convert_default(source: Path, target: Path, version: str = "3.2", max_shard_
     """Converts into a new folder or an empty one."""
     target.mkdir(exist_ok=True)
     return convert(source, target, llama_version=version, max_shard_gib=max_shard_gib)
+
+
+def read_weights(folder: Path) -> Weights:
+    return {name: weight for path in folder.glob("*.safetensors") for name, weight in load_file(path).items()}

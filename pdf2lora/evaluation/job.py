@@ -1,11 +1,9 @@
 """The stage evaluate in one of its processes: scores test documents and general text, writes metrics and samples."""
 
-import logging
 from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
 
 from pdf2lora.documents.records import read_documents
 from pdf2lora.evaluation.comparison import compare, comparison_line, comparison_metrics, parse_table, require_pairs
@@ -42,12 +40,10 @@ def run(params: Params) -> None:
         InputError: the base model, the baseline or a setting cannot be used.
     """
     processes = Processes()
+    processes.leave_output_to_main()
     settings, samples = params.evaluate, params.sample
     if processes.is_main:
         require_intact(BASE, made_by="convert")
-    else:  # the main process prints for all
-        logging.disable()
-        disable_progress_bar()
     baseline = None
     if settings.compare_to != "none":
         commit = resolve_commit(settings.compare_to, project_root())

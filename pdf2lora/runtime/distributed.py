@@ -1,7 +1,9 @@
 """The processes that compute one job together, by accelerate: their number, their devices and their collectives."""
 
 import hashlib
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -39,6 +41,12 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this process writes files and prints."""
         return self.index == 0
+
+    def leave_output_to_main(self) -> None:
+        """Turns off log lines and warnings in the processes that would repeat those of the main one."""
+        if not self.is_main:
+            logging.disable()
+            warnings.simplefilter("ignore")
 
     def sum_(self, tensor: Tensor) -> None:
         """Replaces `tensor` in each process by its sum over the processes."""

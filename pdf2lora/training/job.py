@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -18,7 +17,6 @@ from typing import Any
 import psutil
 import torch
 from peft import PeftModel
-from transformers.utils.logging import disable_progress_bar
 
 from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError
@@ -59,10 +57,7 @@ def run(params: Params) -> None:
         Stopped: a signal ended it before the last step, after a checkpoint.
     """
     processes = Processes()
-    if not processes.is_main:  # the main process logs for all
-        logging.disable()
-        warnings.simplefilter("ignore")
-        disable_progress_bar()
+    processes.leave_output_to_main()
     names = tracker_names(params)
     require_trackers(names)
     batch = json.loads(BATCH.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""How much of the GPU's arithmetic a training step uses, and what it costs in energy.
+"""How much of the GPU's arithmetic a training step uses.
 
 Model FLOP utilization (Chowdhery et al. 2022, PaLM, appendix B) counts what the mathematics of a step asks for, not
 what is recomputed to save memory, over what the GPU's data sheet promises.
