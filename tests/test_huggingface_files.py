@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_families import write_tiny_family
 from tiny_llama import VOCABULARY_SIZE, write_tiny_llama
 from tiny_meta import rewrite_json
 
@@ -124,3 +125,23 @@ def test_a_damaged_tokenizer_is_refused(source: Path) -> None:
     (source / "tokenizer.json").write_text("{}")
 
     assert "tokenizer.json: this is not a tokenizer" in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "changes"),
+    [
+        ("MixtralForCausalLM", "mixtral", {"num_local_experts": 2}),
+        ("Qwen2MoeForCausalLM", "qwen2_moe", {"num_experts": 2, "num_experts_per_tok": 1}),
+        ("Qwen3MoeForCausalLM", "qwen3_moe", {"num_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}),
+        ("OlmoeForCausalLM", "olmoe", {"num_experts": 2, "num_experts_per_tok": 1}),
+        ("GptOssForCausalLM", "gpt_oss", {"num_local_experts": 2, "head_dim": 16, "rope_scaling": None}),
+        ("GraniteMoeForCausalLM", "granitemoe", {"num_local_experts": 2}),
+    ],
+)
+def test_a_mixture_of_experts_is_refused(
+    tmp_path: Path, architecture: str, model_type: str, changes: dict[str, Any]
+) -> None:
+    """transformers does not load the experts as linear layers: they would stay in 16 bits and without LoRA."""
+    source = write_tiny_family(tmp_path / "experts", architecture, model_type, **changes)
+
+    assert "this model is a mixture of experts (model.layers.0." in refusal(source)

@@ -26,6 +26,7 @@ SIZE_KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key
 NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+EXPERTS = re.compile(r"experts\.|moe\.")  # in the names of a mixture of experts
 # bitsandbytes stores these beside a 4-bit weight.
 QUANT_STATE = re.compile(r"(?<=\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$")
 
@@ -97,6 +98,7 @@ def read_huggingface(source: Path) -> HuggingFaceFiles:
             whole_number(config, key, path)
     weight_files, weights = read_weights(source)
     _require_known_dtypes(source, weights, is_4bit="quantization_config" in config)
+    _require_no_experts(source, weights)
     _require_all_layers(source, config, weights)
     _require_rows_for_all_tokens(source, config, weights)
     return HuggingFaceFiles(config, tuple(weight_files), weights)
@@ -156,6 +158,15 @@ def _require_known_dtypes(source: Path, weights: Mapping[str, StoredWeight], *, 
                 f"{source}: {name} is of dtype {weight.dtype}, must be one of {', '.join(known)}. "
                 "Use an unquantized source model."
             )
+
+
+def _require_no_experts(source: Path, weights: Iterable[str]) -> None:
+    """transformers 5 stacks the experts of a layer to one tensor, which is no linear layer."""
+    if name := next((name for name in weights if EXPERTS.search(name)), None):
+        raise InputError(
+            f"{source}: this model is a mixture of experts ({name}). bitsandbytes does not quantize the experts, and "
+            "LoRA does not reach them. Use a model without experts."
+        )
 
 
 def _require_all_layers(source: Path, config: Mapping[str, Any], weights: Iterable[str]) -> None:
