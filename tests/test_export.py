@@ -34,8 +34,6 @@ def project(tmp_path, monkeypatch, write_params, models):
     write_texts(tmp_path / "data/split/test.jsonl", [prose(1, 30), prose(2, 12)])
     for name in ("base", "adapter"):
         shutil.copytree(models / name, tmp_path / "models" / name)
-    metrics = json.loads((tmp_path / "metrics/convert.json").read_text())
-    (tmp_path / "metrics/convert.json").write_text(json.dumps(metrics | {"dtype": "float32"}))
     return tmp_path
 
 

@@ -1,17 +1,22 @@
-"""The table of families against transformers: entries, converted models, merged models."""
+"""The table of families against transformers: entries, conversion, merging, and the commands after a training."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from conftest import prose
+from example_run import write_run
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_families import tiny_config, write_tiny_family
-from tiny_llama import EOS, quiet
+from tiny_llama import COMPUTE, EOS, LORA, changed, quiet, random_sequences, write_texts
 from tiny_meta import convert_default
+from tiny_training import build_learner
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from commands import export, generate
 from pdf2lora.weights.families import FAMILIES, Family
 from pdf2lora.weights.merge import merge, read_adapter
 
@@ -99,6 +104,43 @@ def test_the_merged_model_equals_base_and_adapter(converted: Converted, tmp_path
     merged = logits(load(tmp_path / "merged"))
     assert torch.allclose(merged, logits(adapted), atol=1e-4)
     assert not torch.allclose(merged, logits(load(base)), atol=1e-2)
+
+
+@quiet
+@pytest.mark.parametrize("architecture", MODEL_TYPES)
+def test_training_generate_and_export_work(
+    converted: Converted,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write_params: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    architecture: str,
+) -> None:
+    _, base = converted(architecture)
+    lora, compute = changed(LORA, target_modules="all-linear", lora_dropout=0), changed(COMPUTE, attention="auto")
+    learner = build_learner(base, lora=lora, compute=compute)
+    rows, losses = np.arange(2), []
+    for step in range(4):
+        learner.step(random_sequences(2), rows, step)
+        losses.append(float(learner.parameters.loss))
+    assert losses[-1] < losses[0]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["generate"])
+    monkeypatch.setenv("PROMPT", "The sea")
+    monkeypatch.setattr(export, "require_current_adapter", lambda: None)
+    write_params({"sample.max_new_tokens": 8, "compute.seq_length": 32, "evaluate.stride": 16})
+    write_run(tmp_path)
+    write_texts(tmp_path / "data/split/test.jsonl", [prose(1, 30)])
+    (tmp_path / "models/base").symlink_to(base)
+    learner.model.save_pretrained("models/adapter")
+
+    generate.main()
+    assert capsys.readouterr().out.count("The sea") == 2
+    export.main()
+
+    adapted = PeftModel.from_pretrained(load(base), "models/adapter")
+    assert torch.allclose(logits(load(Path("models/merged"))), logits(adapted), atol=1e-4)
 
 
 def load(folder: Path) -> PreTrainedModel:
