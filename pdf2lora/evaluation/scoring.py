@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pdf2lora.errors import InputError
 from pdf2lora.model.forward import Forward
 from pdf2lora.model.loss import nats_per_target
 from pdf2lora.runtime.distributed import Processes
@@ -29,6 +30,9 @@ def nats_per_window(
     number of processes, and the result has the same bytes on a CPU. The model is left in eval mode.
 
     progress: receives the number of windows of each finished batch.
+
+    Raises:
+        InputError: the scores are not finite.
     """
     forward.model.eval()
     device = forward.head.device
@@ -44,6 +48,12 @@ def nats_per_window(
         nats[first : first + len(batch)] = scores.sum(1)
         progress(len(batch))
     processes.sum_(nats)
+    if not nats.isfinite().all():
+        dtype = str(forward.head.dtype).removeprefix("torch.")
+        raise InputError(
+            f"the model gives scores in {dtype} that are not finite. If the training diverged, use a smaller "
+            "train.learning_rate; on a GPU without bfloat16, use compute.compute_dtype=float32."
+        )
     return nats.cpu().numpy()
 
 

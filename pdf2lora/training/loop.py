@@ -10,6 +10,7 @@ Settings (params.yaml), their effect and what they trade:
 - train.optim, weight_decay: bitsandbytes' AdamW in 8 or 32 bits, paged or not, or PyTorch's. Paged moments move to host
   memory when the GPU is full. All LoRA matrices are one flat parameter (optimizer.py).
 - train.max_grad_norm: clips the norm of the whole gradient.
+- compute.compute_dtype: float16 scales the loss. A step whose gradients overflow changes nothing and halves the scale.
 - compute.kernels, train.gradient_checkpointing: how a micro-batch is computed; find_batch measures and chooses. The
   fused and fp8 kernels run as one CUDA graph, except with offload (micro_batch.py).
 - compute.deterministic: two runs with the same number of processes give the same bytes on one kind of GPU. On a CPU
@@ -42,6 +43,7 @@ import torch
 from peft import PeftModel
 from transformers import get_scheduler
 
+from pdf2lora.errors import InputError
 from pdf2lora.evaluation.scoring import nats_per_token
 from pdf2lora.model.forward import Forward, build_forward
 from pdf2lora.model.kernel_choice import Kernels
@@ -55,6 +57,7 @@ from pdf2lora.training.micro_batch import MicroBatch, graph_obstacle
 from pdf2lora.training.optimizer import FlatParameters, build_optimizer, num_warmup_steps
 from pdf2lora.training.tracking import Entry, Tracker
 
+MIN_LOSS_SCALE = 2.0**-10  # a smaller one only follows steps that were all skipped
 VALIDATION_BATCH = 8  # windows; small, because a CUDA graph keeps the memory of the training step
 
 log = logging.getLogger("train")
@@ -109,7 +112,9 @@ class Learner:
         self.scheduler = get_scheduler(
             train.lr_scheduler_type, self.optimizer, num_warmup_steps(train.warmup_steps, num_steps), num_steps
         )
-        self.scaler = torch.amp.GradScaler(enabled=self.forward.head.dtype == torch.float16)
+        head = self.forward.head
+        self.scaler = torch.amp.GradScaler(head.device.type, enabled=head.dtype == torch.float16)
+        self.scaler.scale(torch.zeros((), device=head.device))  # creates the scale, which step() multiplies itself
         obstacle = graph_obstacle(plan.kernels, plan.gradient_checkpointing)
         log.info("CUDA graph: %s", f"no, {obstacle}" if obstacle else "yes")
         self.micro_batch = MicroBatch(
@@ -131,6 +136,10 @@ class Learner:
         parameters.buffer.zero_()
         num_targets = sequences.num_targets(rows)
         scale = self.scaler.get_scale() / num_targets if self.scaler.is_enabled() else 1 / num_targets
+        if scale * num_targets < MIN_LOSS_SCALE:
+            raise InputError(
+                "train: the gradients overflow in float16 at any loss scale. Use compute.compute_dtype=float32."
+            )
         seed = dropout_seed(self.train.seed, number)
         parts = micro_batches(rows, self.plan.per_device_batch, process=processes.index, num_processes=processes.count)
         for part in parts:
@@ -229,9 +238,15 @@ def train(
         loss_sum += parameters.loss
         progress.steps_in_sum += 1
         if progress.step == 1 or progress.step % settings.logging_steps == 0:
+            loss = float(loss_sum) / progress.steps_in_sum
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"train: the loss of step {progress.step} is {loss}. Use a smaller train.learning_rate; on a GPU "
+                    "without bfloat16, use compute.compute_dtype=float32."
+                )
             entry = {
                 "step": progress.step,
-                "train/loss": float(loss_sum) / progress.steps_in_sum,
+                "train/loss": loss,
                 "learning_rate": float(learner.scheduler.get_last_lr()[0]),
                 "gradient_norm": float(norm),
             }
