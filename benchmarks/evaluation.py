@@ -17,7 +17,7 @@ from pdf2lora.model.device import device
 from pdf2lora.model.forward import build_forward
 from pdf2lora.params import read_params
 from pdf2lora.runtime.distributed import Processes
-from pdf2lora.tokens import Window
+from pdf2lora.tokens import windows
 from pdf2lora.training.job import build_model
 
 BASE = Path("models/base")
@@ -27,18 +27,23 @@ def main() -> None:
     num_windows, batch, *kernels = sys.argv[1:]
     params = read_params()
     vocabulary = json.loads((BASE / "config.json").read_text())["vocab_size"]
-    rows = np.random.default_rng(0).integers(0, vocabulary, size=(int(num_windows), params.compute.seq_length))
+    seq_length = params.compute.seq_length
+    rows = np.random.default_rng(0).integers(0, vocabulary, size=(int(num_windows), seq_length), dtype=np.int32)
     alone = Processes.alone(device())
-    windows = [Window(0, row, np.roll(row, -1)) for row in rows]
+    random_windows = windows(rows, bos=0, seq_length=seq_length, stride=seq_length)
     started = time.perf_counter()
     model = build_model(BASE, params)
     print(f"load: {time.perf_counter() - started:.1f} s")
     for name in kernels or ["fused"]:
         forward = build_forward(model, name)
         started = time.perf_counter()
-        nats_per_document(forward, windows, num_documents=1, per_device_batch=int(batch), processes=alone)
+        nats_per_document(
+            forward, random_windows, num_documents=len(rows), per_device_batch=int(batch), processes=alone
+        )
         with model.disable_adapter():
-            nats_per_document(forward, windows, num_documents=1, per_device_batch=int(batch), processes=alone)
+            nats_per_document(
+                forward, random_windows, num_documents=len(rows), per_device_batch=int(batch), processes=alone
+            )
         print(f"{name}: {num_windows} windows, adapted and base: {time.perf_counter() - started:.1f} s", flush=True)
 
 

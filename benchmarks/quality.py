@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality <results.json> [<seed> ...]
 
-Trains on models/base and data/split as train does, with the settings of params.yaml except compute.kernels and
+Trains on models/base and data/tokens as train does, with the settings of params.yaml except compute.kernels and
 train.seed; train.effective_batch, a number, is one batch. Every adapter is scored by the reference in bfloat16, on the
 same test windows.
 """
@@ -15,38 +15,37 @@ from typing import Any
 import numpy as np
 
 from benchmarks.table import machine
-from pdf2lora.documents.records import read_documents
 from pdf2lora.evaluation.intervals import perplexity
-from pdf2lora.evaluation.metrics import token_counts
 from pdf2lora.evaluation.scoring import nats_per_document
-from pdf2lora.evaluation.windows import text_windows
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.kernel_choice import Kernels
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime.distributed import Processes
-from pdf2lora.tokens import Encoder
+from pdf2lora.token_files import TokenFile
 from pdf2lora.training.data_order import DataOrder
 from pdf2lora.training.job import build_model
 from pdf2lora.training.loop import BatchPlan, Learner
 
-BASE, SPLITS = Path("models/base"), Path("data/split")
+BASE, TOKENS = Path("models/base"), Path("data/tokens")
 KERNELS: tuple[Kernels, ...] = ("reference", "fused", "fp8")
 
 
-def test_perplexity(model: Any, params: Params, encoder: Encoder) -> float:
-    texts = [document.text for document in read_documents(SPLITS / "test.jsonl")]
-    sizes, looks = text_windows(texts, encoder, params)
+def test_perplexity(model: Any, params: Params) -> float:
+    tokens = TokenFile.open(TOKENS, "test")
     forward = build_forward(model, "reference")
     nats = nats_per_document(
-        forward, looks, num_documents=len(sizes), per_device_batch=32, processes=Processes.alone(forward.head.device)
+        forward,
+        tokens.windows(seq_length=params.compute.seq_length, stride=params.evaluate.stride),
+        num_documents=len(tokens.bounds),
+        per_device_batch=32,
+        processes=Processes.alone(forward.head.device),
     )
-    return perplexity(nats, token_counts(sizes)).value
+    return perplexity(nats, np.diff(tokens.bounds).ravel()).value
 
 
-def trained_perplexity(params: Params, kernels: Kernels, seed: int, encoder: Encoder) -> float:
+def trained_perplexity(params: Params, kernels: Kernels, seed: int) -> float:
     params = params.model_copy(update={"train": params.train.model_copy(update={"seed": seed})})
-    texts = [document.text for document in read_documents(SPLITS / "train.jsonl")]
-    sequences = encoder.sequences(texts, seq_length=params.compute.seq_length)
+    sequences = TokenFile.open(TOKENS, "train").sequences(params.compute.seq_length)
     batch = int(params.train.effective_batch)
     order = DataOrder(len(sequences), batch, params.train.num_train_epochs, seed)
     model = build_model(BASE, params)
@@ -60,21 +59,21 @@ def trained_perplexity(params: Params, kernels: Kernels, seed: int, encoder: Enc
     )
     for step in range(order.num_steps):
         learner.step(sequences, order.rows(step), step)
-    return test_perplexity(model, params, encoder)
+    return test_perplexity(model, params)
 
 
 def main() -> None:
     file, *seeds = sys.argv[1:]
-    params, encoder = read_params(), Encoder.load(BASE)
+    params = read_params()
     model = build_model(BASE, params)
     parameters = json.loads(Path("metrics/convert.json").read_text())["num_parameters"]
     results: dict[str, Any] = {
         "machine": machine(),
         "parameters": parameters,
-        "base_perplexity": round(test_perplexity(model, params, encoder), 4),
+        "base_perplexity": round(test_perplexity(model, params), 4),
     }
     for kernels in KERNELS:
-        perplexities = [trained_perplexity(params, kernels, int(seed), encoder) for seed in seeds or (0, 1, 2)]
+        perplexities = [trained_perplexity(params, kernels, int(seed)) for seed in seeds or (0, 1, 2)]
         results[kernels] = {
             "perplexity": [round(perplexity, 4) for perplexity in perplexities],
             "mean": round(float(np.mean(perplexities)), 4),

@@ -147,8 +147,8 @@ def run_peer(model: Any, params: Params, gradient_checkpointing: str, batch: int
 
 def run_learner(model: Any, params: Params, gradient_checkpointing: str, batch: int, after_step: AfterStep) -> None:
     """Steps of the training loop, with a CUDA graph where train uses one."""
-    tokens = random_tokens(batch * STEPS, params.compute.seq_length + 1)
-    sequences = Sequences(tokens[:, :-1], tokens[:, 1:].copy())
+    seq_length = params.compute.seq_length
+    sequences = Sequences(random_tokens(1, batch * STEPS * seq_length + 1)[0].astype(np.int32), seq_length)
     learner = Learner(
         model,
         train=params.train,

@@ -11,21 +11,18 @@ import sys
 from pathlib import Path
 
 from benchmarks.table import machine
-from pdf2lora.documents.records import read_documents
 from pdf2lora.model.gradient_checkpointing import SUPPORTED_GRADIENT_CHECKPOINTING
 from pdf2lora.params import read_params
-from pdf2lora.tokens import Encoder
+from pdf2lora.token_files import TokenFile
 from pdf2lora.training.batch_search import Measurement, per_device_batch
 from pdf2lora.training.probe import Prober
 
-BASE, TRAIN, METRICS = Path("models/base"), Path("data/split/train.jsonl"), Path("metrics/batch.json")
+BASE, TOKENS, METRICS = Path("models/base"), Path("data/tokens"), Path("metrics/batch.json")
 
 
 def main() -> None:
     params, chosen = read_params(), json.loads(METRICS.read_text())
-    encoder = Encoder.load(BASE)
-    texts = [document.text for document in read_documents(TRAIN)]
-    sequences = encoder.sequences(texts, seq_length=params.compute.seq_length)
+    sequences = TokenFile.open(TOKENS, "train").sequences(params.compute.seq_length)
     prober = Prober(params)
     effective = chosen["effective_batch"]
     batches = sorted({per_device_batch(largest, effective, 1) for largest in range(1, effective + 1)})

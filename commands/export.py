@@ -18,8 +18,8 @@ from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.evaluation.metrics import Metrics, model_metrics
 from pdf2lora.evaluation.scoring import nats_per_document
+from pdf2lora.evaluation.sizes import text_sizes
 from pdf2lora.evaluation.unquantized import load_unquantized
-from pdf2lora.evaluation.windows import text_windows
 from pdf2lora.model.device import device
 from pdf2lora.model.forward import build_forward
 from pdf2lora.params import Params, read_params
@@ -28,12 +28,12 @@ from pdf2lora.report.results import read_results
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.manifest import write_manifest
-from pdf2lora.tokens import Encoder
+from pdf2lora.token_files import TokenFile
 from pdf2lora.weights.merge import merge, read_adapter
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
-TEST = Path("data/split/test.jsonl")
+TEST, TOKENS = Path("data/split/test.jsonl"), Path("data/tokens")
 MERGED = Path("models/merged")
 RELEASE = Path("models/adapter_release")
 CONFIG = "adapter_config.json"
@@ -107,14 +107,14 @@ def copy_files(files: list[Path], folder: Path) -> None:
 
 def measure(model: Path, params: Params) -> Metrics:
     """The test metrics of an unquantized model, computed as in evaluate."""
-    encoder = Encoder.load(model)
-    documents = read_documents(TEST)
-    sizes, windows = text_windows([document.text for document in documents], encoder, params)
+    tokens = TokenFile.open(TOKENS, "test")
+    sizes = text_sizes((document.text for document in read_documents(TEST)), tokens.documents())
+    windows = tokens.windows(seq_length=params.compute.seq_length, stride=params.evaluate.stride)
     with tqdm(total=len(windows), desc="perplexity", unit="window", disable=None) as progress:
         nats = nats_per_document(
             build_forward(load_unquantized(model, params.quantization, params.compute), "reference"),
             windows,
-            num_documents=len(documents),
+            num_documents=len(sizes),
             per_device_batch=params.evaluate.per_device_batch,
             processes=Processes.alone(device()),
             progress=progress.update,

@@ -32,11 +32,11 @@ def main() -> None:
     # torch is imported after the checks that do not need it: the import takes seconds
     from pdf2lora.evaluation.generation import generate
     from pdf2lora.model.loading import load_adapter, load_base
-    from pdf2lora.tokens import Encoder
+    from pdf2lora.tokens import Encoder, require_context
 
     encoder = Encoder.load(BASE)
     tokens = encoder.encode(prompts)
-    encoder.require_context(max(map(len, tokens)) + params.sample.max_new_tokens, key="sample.max_new_tokens")
+    require_context(BASE, max(map(len, tokens)) + params.sample.max_new_tokens, key="sample.max_new_tokens")
     model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)
 
     for name in ("base", "adapted"):

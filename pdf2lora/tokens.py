@@ -1,12 +1,13 @@
-"""Text -> packed training sequences; text -> evaluation windows.
+"""Text -> tokens; tokens -> training sequences and evaluation windows, as views that hold no copy of the tokens.
 
-Uses numpy and tokenizers only, so that callers can count tokens without importing torch.
+Uses numpy and tokenizers only, so that callers need not import torch.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from pdf2lora.errors import InputError
 
 IGNORED = -100  # label of a position without loss (the default ignore_index of torch's cross_entropy)
 
-Tokens = NDArray[np.int64]
+Tokens = NDArray[np.signedinteger[Any]]  # int32 in files, int64 in batches
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,6 @@ class Encoder:
     bos: int | None
     """None: the authors of the model put no token before a document."""
     eos: int
-    context_length: int
 
     @classmethod
     def load(cls, base: Path) -> "Encoder":
@@ -40,7 +40,6 @@ class Encoder:
             tokenizer=tokenizer,
             bos=config["bos_token_id"],
             eos=eos[0] if isinstance(eos, list) else eos,  # chat models also have an end-of-turn token
-            context_length=config["max_position_embeddings"],
         )
 
     @property
@@ -49,94 +48,95 @@ class Encoder:
         return self.eos if self.bos is None else self.bos
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
+        """The tokens of each text, encoded on all cores."""
         encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encoded]
 
-    def sequences(self, texts: Sequence[str], *, seq_length: int) -> "Sequences":
-        """Encodes and packs texts to training sequences (see pack)."""
-        return pack(self.encode(texts), bos=self.bos, eos=self.eos, seq_length=seq_length)
 
-    def windows(self, encoded: Sequence[Tokens], *, seq_length: int, stride: int) -> list["Window"]:
-        """Evaluation windows of all documents (see windows). A window has the index of its document."""
-        return [
-            window
-            for number, tokens in enumerate(encoded)
-            for window in windows(number, tokens, bos=self.start, seq_length=seq_length, stride=stride)
-        ]
-
-    def require_context(self, num_tokens: int, key: str = "compute.seq_length") -> None:
-        if num_tokens > self.context_length:
-            raise InputError(
-                f"{key} is {num_tokens}; the base model's context is {self.context_length} tokens. "
-                f"Use a smaller value in params.yaml or with -S {key}=..."
-            )
+def require_context(base: Path, num_tokens: int, key: str = "compute.seq_length") -> None:
+    """Raises InputError if the base model cannot read so many tokens."""
+    context_length = json.loads((base / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    if num_tokens > context_length:
+        raise InputError(
+            f"{key} is {num_tokens}; the base model's context is {context_length} tokens. "
+            f"Use a smaller value in params.yaml or with -S {key}=..."
+        )
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Training sequences: inputs and the next token at each position, both (num_sequences, seq_length), int64.
+    """Training sequences: a stream of documents, cut every seq_length tokens. Each token but the first is a target.
 
-    A target IGNORED is not trained on.
+    stream: bos, document, eos, bos, document, eos, ...; without bos if the model has none. The last sequence is padded
+    with eos, without targets. As in the pretraining of Llama, a sequence can hold the end of one document and the start
+    of the next.
     """
 
-    inputs: Tokens
-    targets: Tokens
+    stream: Tokens
+    seq_length: int
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return -(-(len(self.stream) - 1) // self.seq_length)
 
-    def num_targets(self, rows: Tokens) -> int:
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tokens, Tokens]:
+        """Inputs and the next token at each position, both (len(rows), seq_length), int64; IGNORED at the end."""
+        places = rows[:, np.newaxis] * self.seq_length + np.arange(self.seq_length + 1)
+        last = len(self.stream) - 1  # eos
+        tokens = self.stream[np.minimum(places, last)].astype(np.int64)
+        return tokens[:, :-1].copy(), np.where(places[:, 1:] > last, IGNORED, tokens[:, 1:])
+
+    def num_targets(self, rows: NDArray[np.int64]) -> int:
         """The tokens that these sequences train on."""
-        return int((self.targets[rows] != IGNORED).sum())
+        return int(np.minimum(self.seq_length, len(self.stream) - 1 - rows * self.seq_length).sum())
 
 
-def pack(documents: Sequence[Tokens], *, bos: int | None, eos: int, seq_length: int) -> Sequences:
-    """Cuts bos, document, eos, bos, document, eos, ... into sequences; each token but the first is a target once.
-
-    The last sequence is padded with eos, without targets. As in the pretraining of Llama, a sequence can hold the end
-    of one document and the start of the next.
-
-    bos: None if the model has none; then only eos separates the documents.
-    """
-    start = [] if bos is None else [bos]
-    stream = np.concatenate([np.concatenate([start, document, [eos]]).astype(np.int64) for document in documents])
-    num_sequences = -(-(len(stream) - 1) // seq_length)
-    inputs = np.full(num_sequences * seq_length, eos, dtype=np.int64)
-    targets = np.full(num_sequences * seq_length, IGNORED, dtype=np.int64)
-    inputs[: len(stream) - 1] = stream[:-1]
-    targets[: len(stream) - 1] = stream[1:]
-    return Sequences(inputs.reshape(num_sequences, seq_length), targets.reshape(num_sequences, seq_length))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Window:
     """A part of one document: the model's input, and the next tokens that this window scores.
 
-    input_ids: (seq_length,) int64, padded on the right with bos. No scored position attends to padding.
-    targets: (seq_length,) int64, the next token of each position, or IGNORED.
+    document: its number. tokens: all of its tokens. bos: the token before them.
+    begin, num_scored, end: with bos in front, the input is [begin, end); the tokens before num_scored have been scored.
     """
 
     document: int
-    input_ids: Tokens
-    targets: Tokens
+    tokens: Tokens
+    bos: int
+    begin: int
+    num_scored: int
+    end: int
+    seq_length: int
+
+    @property
+    def input_ids(self) -> Tokens:
+        """(seq_length,), int64, padded on the right with bos. No scored position attends to padding."""
+        input_ids = np.full(self.seq_length, self.bos, dtype=np.int64)
+        first = max(self.begin, 1)
+        input_ids[first - self.begin : self.end - self.begin] = self.tokens[first - 1 : self.end - 1]
+        return input_ids
+
+    @property
+    def targets(self) -> Tokens:
+        """(seq_length,), int64, the next token of each position, or IGNORED."""
+        targets = np.full(self.seq_length, IGNORED, dtype=np.int64)
+        targets[self.num_scored - self.begin : self.end - self.begin] = self.tokens[self.num_scored : self.end]
+        return targets
+
+    @property
+    def num_targets(self) -> int:
+        return self.end - self.num_scored
 
 
-def windows(document: int, tokens: Tokens, *, bos: int, seq_length: int, stride: int) -> list[Window]:
-    """Splits a document into overlapping windows that score each token exactly once.
+def windows(documents: Iterable[Tokens], *, bos: int, seq_length: int, stride: int) -> list[Window]:
+    """Splits documents into overlapping windows that score each token exactly once.
 
-    The first window scores seq_length tokens after bos. Each later one starts `stride` tokens further and scores only
-    its new tokens. So each token has at least seq_length - stride tokens of context, or all tokens before it.
+    The first window of a document scores seq_length tokens after bos. Each later one starts `stride` tokens further and
+    scores only its new tokens. So each token has at least seq_length - stride tokens of context, or all tokens before.
     """
-    with_bos = np.concatenate([[bos], tokens])
     result = []
-    num_scored = 0
-    while num_scored < len(tokens):
-        end = min(len(tokens), num_scored + stride if num_scored else seq_length)
-        begin = max(0, end - seq_length)
-        input_ids = np.full(seq_length, bos, dtype=np.int64)
-        targets = np.full(seq_length, IGNORED, dtype=np.int64)
-        input_ids[: end - begin] = with_bos[begin:end]
-        targets[num_scored - begin : end - begin] = with_bos[num_scored + 1 : end + 1]
-        result.append(Window(document, input_ids, targets))
-        num_scored = end
+    for document, tokens in enumerate(documents):
+        num_scored = 0
+        while num_scored < len(tokens):
+            end = min(len(tokens), num_scored + stride if num_scored else seq_length)
+            result.append(Window(document, tokens, bos, max(0, end - seq_length), num_scored, end, seq_length))
+            num_scored = end
     return result

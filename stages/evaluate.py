@@ -1,7 +1,8 @@
-"""evaluate: models/base, models/adapter, data/split/test.jsonl -> metrics/eval.json, metrics/eval_documents.csv
+"""evaluate: models/base, models/adapter, data/tokens, data/split/test.jsonl -> metrics/eval.json
 
-It scores the test documents and the general text with the unquantized base, the quantized base and the adapted model,
-and writes samples of their text to data/samples.json. It runs in one process per GPU (compute.num_processes).
+It scores the test documents and the general text with the unquantized base, the quantized base and the adapted model.
+It also writes metrics/eval_documents.csv, and samples of their text to data/samples.json. It runs in one process per
+GPU (compute.num_processes).
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ from pdf2lora.runtime.processes import single_instance
 @single_instance
 def main() -> None:
     params = read_params()
-    require_inputs(Path("models/base"), Path("models/adapter"), Path("data/split/test.jsonl"))
+    require_inputs(Path("models/base"), Path("models/adapter"), Path("data/split/test.jsonl"), Path("data/tokens"))
 
     def work() -> None:
         from pdf2lora.evaluation.job import run  # imports torch, which the launcher of several processes must not

@@ -1,4 +1,4 @@
-"""find_batch: models/base, data/split/train.jsonl -> metrics/batch.json
+"""find_batch: models/base, data/tokens/train.npy -> metrics/batch.json
 
 The largest per-device batch that fits, for each value of gradient_checkpointing, and the fastest choice for
 train.effective_batch. The throughputs that decide are this machine's: they go to metrics/machine.json.
@@ -10,19 +10,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.params import FindBatch, Params, read_params
 from pdf2lora.runtime.files import write_json
+from pdf2lora.runtime.inputs import require_inputs
 from pdf2lora.runtime.launcher import allot_devices
 from pdf2lora.runtime.monitor import machine_metrics
 from pdf2lora.runtime.processes import single_instance
-from pdf2lora.tokens import Encoder
+from pdf2lora.tokens import require_context
 from pdf2lora.training.batch_search import Choice, Measurement, Mode, choose, memory_model, search_modes
 from pdf2lora.training.probe_processes import Capabilities, ProbeProcesses
 
 BASE = Path("models/base")
-TRAIN = Path("data/split/train.jsonl")
+TRAIN = Path("data/tokens/train.npy")
 METRICS = Path("metrics/batch.json")
 PROGRESS = "{desc}: probe {n}, {elapsed}{postfix}"  # the number of probes is not known in advance
 
@@ -31,16 +31,14 @@ PROGRESS = "{desc}: probe {n}, {elapsed}{postfix}"  # the number of probes is no
 @single_instance
 def main() -> None:
     params = read_params()
+    require_inputs(BASE, TRAIN)
+    require_context(BASE, params.compute.seq_length)
     with (
         allot_devices(params.compute.num_processes) as (num_processes, _),
-        ProbeProcesses(params, num_processes) as probes,  # first: they import torch while this process goes on
+        ProbeProcesses(params, num_processes) as probes,
         machine_metrics("find_batch") as machine,
         tqdm(desc="find_batch", disable=None, bar_format=PROGRESS) as progress,
     ):
-        encoder = Encoder.load(BASE)
-        encoder.require_context(params.compute.seq_length)
-        texts = [document.text for document in read_documents(TRAIN)]
-        probes.prepare(BASE, encoder.sequences(texts, seq_length=params.compute.seq_length))
         capabilities = probes.capabilities()
         budget_gib = memory_budget_gib(params.find_batch, capabilities)
         measured: dict[tuple[str, int], Measurement | None] = {}

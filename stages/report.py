@@ -26,7 +26,7 @@ MACHINE_CURVES = Path("metrics/machine")
 def main() -> None:
     params = read_params()
     source = Path("models/source") / params.model
-    hashed = ["data/documents.jsonl", "data/split", "models/base", "models/adapter", "metrics/eval.json"]
+    hashed = ["data/documents.jsonl", "data/split", "data/tokens", "models/base", "models/adapter", "metrics/eval.json"]
     results = read_results(source, [f"data/pdfs/{params.corpus}", str(source), *hashed])
     figures = result_figures(results)
 

@@ -1,4 +1,4 @@
-"""train: models/base, data/split/{train,validation}.jsonl, metrics/batch.json -> models/adapter/, metrics/train/
+"""train: models/base, data/tokens, metrics/batch.json -> models/adapter/, metrics/train/
 
 Runs in one process per GPU (compute.num_processes). accelerate launch and torchrun can start it, too.
 """

@@ -39,6 +39,7 @@ def write_run(folder: Path, *, num_test: int = 4, num_validation: int = 1, impro
                     "pages_read": 7, "characters_raw": 1100, "characters": 1000},
         "split": {split: {"documents": len(ids), "characters": 100, "words": 20} for split, ids in splits.items()}
         | {"test_13grams_in_train": 0.02},
+        "tokenize": {split: {"documents": len(ids), "tokens": 100 * len(ids)} for split, ids in splits.items()},
         "convert": {"layout": "meta", "num_parameters": 4983552, "hidden_size": 256, "num_layers": 5,
                     "vocab_size": 4096, "dtype": "float32", "context_length": 131072},
         "batch": {"device": "NVIDIA T4", "budget_gib": 11.5, "kernels": "fused", "gradient_checkpointing": "full",

@@ -1,5 +1,6 @@
 """doctor: problems, forecasts and their sources."""
 
+import hashlib
 import json
 import re
 import resource
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, prose, write_pdf
 from ruamel.yaml import YAML
-from tiny_llama import write_texts, write_tiny_llama
+from tiny_llama import write_split, write_tiny_llama
 
 from commands import doctor
 from pdf2lora.model import quantization
@@ -41,7 +42,7 @@ def project(tmp_path, monkeypatch, write_params):
 def after_a_run(project, write_params):
     """The project after `dvc repro`."""
     write_tiny_llama(project / "models/base")
-    write_texts(project / "data/split/train.jsonl", ["x" * 1000, "y" * 500])
+    write_split(project, "train", ["x" * 1000, "y" * 500], project / "models/base")
     write_params({"compute.seq_length": 64, "evaluate.stride": 64})
     params = YAML(typ="safe").load((project / "params.yaml").read_text())
 
@@ -51,13 +52,18 @@ def after_a_run(project, write_params):
 
     lock = {
         "extract": stage(["extract"], "data/pdfs/demo"),
-        "split": stage(["split"]),
+        "split": stage(["split"]) | {"outs": [{"path": "data/split", "md5": "0"}, {"path": "metrics/split.json"}]},
         "convert": stage(["convert"], "models/source/demo"),
+        "tokenize": stage([], "data/split"),
         "find_batch": stage(["compute", "find_batch", "lora", "quantization"]),
         "train": stage(["compute", "train"]),
     }
+    tokenizer = "models/base/tokenizer.json"
+    md5 = hashlib.md5((project / tokenizer).read_bytes()).hexdigest()
+    lock["tokenize"]["deps"].append({"path": tokenizer, "md5": md5})
     YAML(typ="safe").dump({"stages": lock}, project / "dvc.lock")
     (project / "metrics").mkdir()
+    (project / "metrics/split.json").write_text('{"train": {"characters": 1500}}')
     probes = [
         {"gradient_checkpointing": "full", "batch": 4, "fits": True, "peak_gib": 0.2},
         {"gradient_checkpointing": "none", "batch": 4, "fits": True, "peak_gib": 0.9},
@@ -102,7 +108,7 @@ class TestDoctor:
         output = printed(capsys)
 
         assert "sequences  24 of 64 tokens" in output  # 1504 bytes, with BOS and EOS
-        assert "counted: data/split/train.jsonl with the tokenizer of the base model" in output
+        assert "counted: data/tokens/train.npy" in output
         assert "steps      6 optimizer steps" in output
         assert "up to 0.20 GiB for 4 sequences" in output
         assert (
@@ -124,6 +130,16 @@ class TestDoctor:
         output = printed(capsys)
         assert "1,500 characters in data/split/train.jsonl, 4 per token" in output
         assert "measured" not in output
+
+    @pytest.mark.parametrize("changed", ["data/split", "models/base/tokenizer.json"])
+    def test_tokens_of_another_text_or_tokenizer_do_not_count(self, after_a_run, capsys, changed):
+        yaml = YAML(typ="safe")
+        lock = yaml.load((after_a_run / "dvc.lock").read_text())
+        for dep in lock["stages"]["tokenize"]["deps"]:
+            dep["md5"] = "1" if dep["path"] == changed else dep["md5"]
+        yaml.dump(lock, after_a_run / "dvc.lock")
+
+        assert "estimated: 1,500 characters in data/split/train.jsonl, 4 per token" in printed(capsys)
 
     @pytest.mark.parametrize(
         ("before", "now", "known"),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import prose
 from tiny_adapter import write_tiny_models
-from tiny_llama import quiet, write_texts
+from tiny_llama import quiet, write_split
 
 from pdf2lora.evaluation import job
 from pdf2lora.model.forward import build_forward
@@ -41,7 +41,7 @@ def project(tmp_path, monkeypatch, write_params, models):
     monkeypatch.setenv("DVC_ROOT", "")
     monkeypatch.delenv("DVC_ROOT")
     shutil.copytree(models, tmp_path / "models")
-    write_texts(tmp_path / "data/split/test.jsonl", TEXTS)
+    write_split(tmp_path, "test", TEXTS, models / "base")
     (tmp_path / "data/general").mkdir()
     for number, text in enumerate(GENERAL):
         (tmp_path / f"data/general/{number}.txt").write_text(text)

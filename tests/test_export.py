@@ -10,7 +10,7 @@ import pytest
 from conftest import prose
 from example_run import write_run
 from tiny_adapter import write_tiny_models
-from tiny_llama import quiet, write_texts
+from tiny_llama import quiet, write_split
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import export
@@ -31,7 +31,7 @@ def project(tmp_path, monkeypatch, write_params, models):
     monkeypatch.chdir(tmp_path)
     write_params(SETTINGS)
     write_run(tmp_path)
-    write_texts(tmp_path / "data/split/test.jsonl", [prose(1, 30), prose(2, 12)])
+    write_split(tmp_path, "test", [prose(1, 30), prose(2, 12)], models / "base")
     for name in ("base", "adapter"):
         shutil.copytree(models / name, tmp_path / "models" / name)
     return tmp_path

@@ -11,7 +11,7 @@ from conftest import prose
 from example_run import write_run
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_families import tiny_config, write_tiny_family
-from tiny_llama import COMPUTE, EOS, LORA, changed, quiet, random_sequences, write_texts
+from tiny_llama import COMPUTE, EOS, LORA, changed, quiet, random_sequences, write_split
 from tiny_meta import convert_default
 from tiny_training import build_learner
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -131,7 +131,7 @@ def test_training_generate_and_export_work(
     monkeypatch.setattr(export, "require_current_adapter", lambda: None)
     write_params({"sample.max_new_tokens": 8, "compute.seq_length": 32, "evaluate.stride": 16})
     write_run(tmp_path)
-    write_texts(tmp_path / "data/split/test.jsonl", [prose(1, 30)])
+    write_split(tmp_path, "test", [prose(1, 30)], base)
     (tmp_path / "models/base").symlink_to(base)
     learner.model.save_pretrained("models/adapter")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, prose, write_pdf
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, write_texts, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, write_split, write_tiny_llama
 
 from pdf2lora.documents import corpus as corpus_module
 from pdf2lora.documents.extraction import extract
@@ -74,7 +74,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_base(project: Path, base: Path) -> Path:
     """The project, ready for train."""
     for split in ("train", "validation", "test"):
-        write_texts(project / f"data/split/{split}.jsonl", [prose(3, 25)])
+        write_split(project, split, [prose(3, 25)], base)
     shutil.copytree(base, project / "models/base")
     (project / "metrics").mkdir()
     (project / "metrics/batch.json").write_text(

@@ -29,7 +29,8 @@ from tiny_llama import (
     quiet,
     random_sequences,
     same,
-    write_texts,
+    tensors_of,
+    write_split,
     write_tiny_llama,
 )
 from tiny_training import build_learner, run_training
@@ -297,11 +298,8 @@ def test_disabled_adapter_is_the_base(four_layers):
 
 def test_evaluation_by_the_kernels_scores_like_the_reference(four_layers):
     model = adapted(four_layers, LORA)
-    scored_windows = [
-        window
-        for number, length in enumerate([300, 9, 700])
-        for window in windows(number, np.arange(length) % BOS, bos=BOS, seq_length=128, stride=60)
-    ]
+    documents = [np.arange(length) % BOS for length in (300, 9, 700)]
+    scored_windows = windows(documents, bos=BOS, seq_length=128, stride=60)
 
     def nats(forward):
         return nats_per_document(
@@ -546,7 +544,7 @@ ALL_KERNELS = ["reference", "fused", pytest.param("fp8", marks=needs_fp8)]
 GRAPH_KERNELS = ALL_KERNELS[1:]
 DETERMINISTIC = changed(BFLOAT16, seq_length=SEQ_LENGTH, deterministic=True)
 TRAINING = changed(TRAIN, gradient_checkpointing="auto")
-GPU_WINDOWS = windows(0, np.arange(150), bos=BOS, seq_length=SEQ_LENGTH, stride=SEQ_LENGTH)
+GPU_WINDOWS = windows([np.arange(150)], bos=BOS, seq_length=SEQ_LENGTH, stride=SEQ_LENGTH)
 NEAR = 2e-3  # relative difference of losses whose products have other shapes: bfloat16 rounds them in another order
 
 
@@ -696,7 +694,7 @@ def test_masks_depend_on_the_place_of_a_sequence_in_the_step(four_layers, kernel
 
     def gradient(first_row):
         learner.parameters.buffer.zero_()
-        inputs, targets = torch.from_numpy(sequences.inputs), torch.from_numpy(sequences.targets)
+        inputs, targets = tensors_of(sequences)
         learner.micro_batch(inputs, targets, scale=0.01, seed=5, first_row=first_row)
         return learner.parameters.gradient.clone()
 
@@ -753,7 +751,7 @@ def test_training_learns_and_its_adapter_works_elsewhere(train, four_layers, tmp
     training.learner.model.save_pretrained(tmp_path / "adapter")
     loaded = load_adapter(load_base(four_layers, QUANTIZATION, BFLOAT16), tmp_path / "adapter").eval()
 
-    inputs, targets = (torch.from_numpy(a).cuda() for a in (one_batch.inputs, one_batch.targets))
+    inputs, targets = (tensor.cuda() for tensor in tensors_of(one_batch))
     with torch.no_grad():
         logits = loaded(input_ids=inputs).logits.float()
     nats = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -766,8 +764,8 @@ def test_training_learns_and_its_adapter_works_elsewhere(train, four_layers, tmp
 @pytest.fixture
 def project(tmp_path, four_layers, write_params):
     """300 sequences of 512 bytes; `configure` writes its params.yaml with changes."""
-    write_texts(tmp_path / "data/split/train.jsonl", [prose(seed, 3_000) for seed in range(9)])
-    write_texts(tmp_path / "data/split/validation.jsonl", [prose(10, 100)])
+    write_split(tmp_path, "train", [prose(seed, 3_000) for seed in range(9)], four_layers)
+    write_split(tmp_path, "validation", [prose(10, 100)], four_layers)
     (tmp_path / "models").mkdir()
     (tmp_path / "models/base").symlink_to(four_layers)
     sections = {"compute": BFLOAT16, "train": TRAIN, "lora": LORA, "quantization": QUANTIZATION}

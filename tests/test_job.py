@@ -23,7 +23,7 @@ import torch
 from conftest import REPOSITORY, prose
 from helpers import run_forked
 from safetensors.torch import load_file
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, quiet, same, write_texts, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, quiet, same, write_split, write_tiny_llama
 
 from pdf2lora.model.loading import load_adapter, load_base
 from pdf2lora.params import read_params
@@ -99,7 +99,7 @@ def project(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, write_p
     for name in ("DVC_ROOT", "DVC_STAGE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     for split, texts in TEXTS.items():
-        write_texts(tmp_path / f"data/split/{split}.jsonl", texts)
+        write_split(tmp_path, split, texts, base)
     shutil.copytree(base, tmp_path / "models/base")
     (tmp_path / "metrics").mkdir()
 
@@ -206,7 +206,7 @@ def test_the_checkpoints_are_removed_and_a_forced_run_trains_again() -> None:
 
 @pytest.mark.usefixtures("project")
 def test_a_training_without_validation_documents() -> None:
-    write_texts(Path("data/split/validation.jsonl"), [])
+    write_split(Path(), "validation", [], Path("models/base"))
 
     assert run_one().exit is None
 
@@ -267,7 +267,7 @@ def test_settings_that_cannot_run_are_one_line(
 
 @pytest.mark.parametrize("changes", [{"train.keep": "best"}, {"train.early_stopping_patience": 2}])
 def test_a_choice_by_validation_needs_validation_documents(project: Any, changes: dict[str, Any]) -> None:
-    write_texts(Path("data/split/validation.jsonl"), [])
+    write_split(Path(), "validation", [], Path("models/base"))
     project.configure(changes)
 
     message = run_one().exit
@@ -417,7 +417,7 @@ def test_the_fingerprint_changes_with_all_that_the_adapter_depends_on(
             {"compute.seq_length": 16},
         )
     ]
-    files = ("data/split/train.jsonl", "data/split/validation.jsonl", "models/base/manifest.json", "code/module.py")
+    files = ("data/tokens/train.npy", "data/tokens/validation.npy", "models/base/manifest.json", "code/module.py")
     for file in files:
         with Path(file).open("a") as text:
             text.write("\n")

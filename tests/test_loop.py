@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 import torch
 from helpers import run_forked
-from tiny_llama import COMPUTE, LORA, TRAIN, changed, quiet, random_sequences, same, trainable, write_tiny_llama
+from tiny_llama import (
+    COMPUTE,
+    LORA,
+    TRAIN,
+    changed,
+    quiet,
+    random_sequences,
+    same,
+    tensors_of,
+    trainable,
+    write_tiny_llama,
+)
 from tiny_training import (
     NO_DROPOUT,
     NUM_SEQUENCES,
@@ -25,7 +36,7 @@ from transformers import get_scheduler
 
 from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.runtime.distributed import Processes
-from pdf2lora.tokens import IGNORED, pack
+from pdf2lora.tokens import IGNORED, Sequences
 from pdf2lora.training import loop
 from pdf2lora.training.data_order import DataOrder
 from pdf2lora.training.loop import Learner, dropout_seed
@@ -144,15 +155,14 @@ def test_loss_goes_down_on_one_batch(run: Run) -> None:
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_targets(base: Path, run: Run) -> None:
-    sequences = random_sequences(2)
-    sequences.targets[1, 8:] = IGNORED
+    sequences = Sequences(random_sequences(2).stream[: 32 + 8 + 1], 32)
 
     (loss,) = run(
         lora=NO_DROPOUT, sequences=sequences, per_device_batch=1, validation_windows=[]
     ).values("train/loss")  # fmt: skip
 
     with torch.no_grad():
-        inputs, targets = torch.from_numpy(sequences.inputs), torch.from_numpy(sequences.targets)
+        inputs, targets = tensors_of(sequences)
         logits = build_learner(base, lora=NO_DROPOUT).model.eval()(input_ids=inputs).logits.double()
     nats = torch.nn.functional.cross_entropy(logits.mT, targets, ignore_index=IGNORED, reduction="sum")
     assert loss == pytest.approx(nats.item() / (32 + 8), rel=1e-5)
@@ -169,9 +179,10 @@ def test_every_token_is_a_target_once(run: Run, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(loop.MicroBatch, "__call__", record)
     bos, eos = 256, 257
-    run(sequences=pack(documents, bos=bos, eos=eos, seq_length=32), train_settings=changed(TRAIN, effective_batch=3))
-
     stream = [token for document in documents for token in (bos, *document.tolist(), eos)]
+    sequences = Sequences(np.array(stream, dtype=np.int32), 32)
+    run(sequences=sequences, train_settings=changed(TRAIN, effective_batch=3))
+
     targets = [(token, target) for token, target in pairs if target != IGNORED]
     assert sorted(targets) == sorted(itertools.pairwise(stream))
 
@@ -525,6 +536,6 @@ def test_an_epoch_has_the_same_global_batches_in_processes_of_any_number(base: P
         learner.step(sequences, order.rows(1), 1)
         return computed
 
-    expected = [(place, sequences.inputs[[row]].tobytes()) for place, row in enumerate(order.rows(1))]
+    expected = [(place, sequences.batch(np.array([row]))[0].tobytes()) for place, row in enumerate(order.rows(1))]
     for count in (1, 2, 3):
         assert [pair for computed in run_forked(count, work) for pair in computed] == expected

@@ -14,7 +14,7 @@ from pdf2lora.evaluation.metrics import (
     rounded,
     summary_lines,
 )
-from pdf2lora.evaluation.windows import TextSize
+from pdf2lora.evaluation.sizes import TextSize
 
 SIZES = [TextSize(tokens=2, bytes=10, words=1), TextSize(tokens=7, bytes=26, words=2)]
 BITS = np.array([6, 12])

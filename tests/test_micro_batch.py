@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_llama import quiet, random_sequences, write_tiny_llama
+from tiny_llama import quiet, random_sequences, tensors_of, write_tiny_llama
 from tiny_training import NO_DROPOUT, build_learner
 
 from pdf2lora.tokens import IGNORED, Sequences
@@ -33,16 +33,14 @@ def learner(base: Path) -> Learner:
 @pytest.fixture(scope="module")
 def sequences() -> Sequences:
     """4 sequences; the last one has 7 targets."""
-    sequences = random_sequences(4)
-    sequences.targets[3, 7:] = IGNORED
-    return sequences
+    return Sequences(random_sequences(4).stream[: 3 * 32 + 7 + 1], 32)
 
 
 def accumulate(learner: Learner, sequences: Sequences, parts: list[list[int]], *, scale: float) -> torch.Tensor:
     """The flat buffer after these micro-batches."""
     learner.parameters.buffer.zero_()
     for rows in parts:
-        inputs, targets = (torch.from_numpy(a[rows]) for a in (sequences.inputs, sequences.targets))
+        inputs, targets = map(torch.from_numpy, sequences.batch(np.array(rows)))
         learner.micro_batch(inputs, targets, scale=scale, seed=1, first_row=rows[0])
     return learner.parameters.buffer.clone()
 
@@ -62,7 +60,7 @@ def test_loss_and_gradient_equal_those_of_whole_logits(learner: Learner, sequenc
     """Each target counts alike: the loss is not the mean of the sequences' means."""
     buffer = accumulate(learner, sequences, [[0, 1], [2, 3]], scale=1 / (3 * 32 + 7))
 
-    inputs, targets = (torch.from_numpy(a) for a in (sequences.inputs, sequences.targets))
+    inputs, targets = tensors_of(sequences)
     learner.parameters.buffer.zero_()
     logits = learner.model(input_ids=inputs).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)

@@ -69,7 +69,7 @@ def test_no_stage_uses_the_network_or_writes_a_secret(
     )
     printed = ""
 
-    for stage in ("extract", "split", "train", "evaluate"):
+    for stage in ("extract", "split", "tokenize", "train", "evaluate"):
         ended = run_watched(tmp_path, f"import runpy; runpy.run_module('stages.{stage}', run_name='__main__')")
         assert ended.returncode == 0, ended.stderr
         printed += ended.stdout + ended.stderr

@@ -17,7 +17,7 @@ from pdf2lora.errors import InputError
 from pdf2lora.params import Train
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.monitor import device_name
-from pdf2lora.tokens import pack
+from pdf2lora.tokens import Sequences
 from pdf2lora.training import probe
 from pdf2lora.training.batch_search import Measurement
 from pdf2lora.training.job import build_model
@@ -26,7 +26,7 @@ from pdf2lora.training.probe import PeakMemory, Prober
 from pdf2lora.training.probe_processes import OutOfMemory
 
 MIB = 2**20
-TWO_ROWS = pack([np.arange(60)], bos=1, eos=2, seq_length=32)
+TWO_ROWS = Sequences(np.arange(62, dtype=np.int32), 32)
 pytestmark = [quiet, pytest.mark.usefixtures("own_logging")]
 
 

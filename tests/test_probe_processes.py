@@ -16,32 +16,34 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from tiny_llama import random_sequences
+from tiny_llama import byte_tokenizer
 
 from pdf2lora.errors import InputError
+from pdf2lora.params import Params, read_params
 from pdf2lora.runtime.launcher import PeerLost
+from pdf2lora.token_files import write_tokens
+from pdf2lora.tokens import Encoder
 from pdf2lora.training import probe, probe_processes
 from pdf2lora.training.batch_search import Measurement
 from pdf2lora.training.probe_processes import Capabilities, OutOfMemory, ProbeProcesses
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that uses CUDA cannot be forked")
-SEQUENCES = random_sequences(2)
 
 
 class FakeProber:
-    """`params` is the folder of the test: each measurement adds a line with its pid to `pids`."""
+    """It works in the folder of the test: each measurement adds a line with its pid to `pids`."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.index = folder, int(os.environ.get("RANK", "0"))
+    def __init__(self, params: Params):
+        self.folder, self.index = Path.cwd(), int(os.environ.get("RANK", "0"))
         self.num_measurements = 0
-        if (folder / "refuse").exists():
+        if (self.folder / "refuse").exists():
             raise InputError("compute.attention: 'flash_attention_2' cannot run here")
 
     def capabilities(self) -> Capabilities:
         return Capabilities(os.environ.get("WORLD_SIZE", "1"), "reference", ("full",), 0.0)
 
     def measure(self, base: Path, sequences: Any, kind: str, batch: int, budget_gib: float) -> Any:
-        assert len(sequences) == len(SEQUENCES)
+        assert len(sequences) == 2
         with (self.folder / "pids").open("a") as pids:
             print(os.getpid(), file=pids, flush=True)
         self.num_measurements += 1
@@ -98,7 +100,15 @@ class FakeProber:
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., ProbeProcesses]]:
+def start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_params: Callable[..., Path]
+) -> Iterator[Callable[..., ProbeProcesses]]:
+    """The tokens of the project are two sequences."""
+    monkeypatch.chdir(tmp_path)
+    params = read_params(write_params())
+    (tmp_path / "data/tokens").mkdir(parents=True)
+    text = "x" * 2 * params.compute.seq_length
+    write_tokens(tmp_path / "data/tokens", "train", [text], Encoder(byte_tokenizer(), bos=None, eos=1))
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr(probe_processes.multiprocessing, "get_context", lambda kind: fork)
     monkeypatch.setattr(probe, "Prober", FakeProber)
@@ -106,8 +116,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
     started: list[ProbeProcesses] = []
 
     def start(count: int = 1) -> ProbeProcesses:
-        started.append(ProbeProcesses(tmp_path, count))  # type: ignore[arg-type]
-        started[-1].prepare(tmp_path, SEQUENCES)
+        started.append(ProbeProcesses(params, count))
         return started[-1]
 
     yield start

@@ -30,7 +30,7 @@ def test_documents_survive_a_round_trip(tmp_path: Path, text: str) -> None:
     left_out = replace(document(""), reason="encrypted", engine=None, num_pages=None, attempts={})
     documents = [document(text, f"Käse/{text}.pdf"), left_out, document("another")]
     write_documents(tmp_path / "documents.jsonl", documents)
-    assert read_documents(tmp_path / "documents.jsonl") == documents
+    assert list(read_documents(tmp_path / "documents.jsonl")) == documents
     assert (tmp_path / "documents.jsonl").read_bytes().count(b"\n") == 3
 
 

@@ -48,11 +48,7 @@ def randomize_b(model):
 
 
 def windows_of(documents=DOCUMENTS):
-    return [
-        window
-        for number, tokens in enumerate(documents)
-        for window in windows(number, tokens, bos=BOS, seq_length=SEQ_LENGTH, stride=STRIDE)
-    ]
+    return windows(documents, bos=BOS, seq_length=SEQ_LENGTH, stride=STRIDE)
 
 
 def nats_of(model, *, documents=DOCUMENTS, per_device_batch=4, **kwargs):
@@ -145,7 +141,7 @@ def test_progress_counts_windows(model):
 
     nats_of(model, per_device_batch=4, progress=counts.append)
 
-    num_windows = sum(len(windows(0, tokens, bos=BOS, seq_length=SEQ_LENGTH, stride=STRIDE)) for tokens in DOCUMENTS)
+    num_windows = len(windows_of())
     assert sum(counts) == num_windows
     assert set(counts[:-1]) == {4}
 

@@ -178,7 +178,7 @@ def test_other_settings_use_another_cache(project: WriteParams, extracted_names:
     project({"extract.max_pages": 1})
     extract.main()
     assert extracted_names == ["a.pdf", "a.pdf"]
-    assert read_documents(DOCUMENTS)[0].pages_read == 1
+    assert next(read_documents(DOCUMENTS)).pages_read == 1
     project({"lora.r": 16})
     extract.main()
     assert len(extracted_names) == 2
@@ -323,7 +323,7 @@ def write_corpus(number: int) -> None:
 def test_split_writes_three_files_and_their_counts(capsys: pytest.CaptureFixture[str]) -> None:
     write_corpus(20)
     split.main()
-    splits = {name: read_documents(Path(f"data/split/{name}.jsonl")) for name in SPLITS}
+    splits = {name: list(read_documents(Path(f"data/split/{name}.jsonl"))) for name in SPLITS}
     assert {name: len(documents) for name, documents in splits.items()} == {"train": 17, "validation": 1, "test": 2}
     assert sorted(d.id for documents in splits.values() for d in documents) == sorted(f"{n}.pdf" for n in range(20))
     assert metrics("split") == {

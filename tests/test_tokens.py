@@ -6,12 +6,18 @@ from tiny_llama import BOS, CONTEXT_LENGTH, END_OF_TURN, EOS, write_tiny_llama
 from tiny_meta import rewrite_json
 
 from pdf2lora.errors import InputError
-from pdf2lora.tokens import IGNORED, Encoder, pack, windows
+from pdf2lora.token_files import TokenFile, write_tokens
+from pdf2lora.tokens import IGNORED, Encoder, Sequences, require_context, windows
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return Encoder.load(write_tiny_llama(tmp_path_factory.mktemp("base")))
+def base(tmp_path_factory):
+    return write_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def encoder(base):
+    return Encoder.load(base)
 
 
 def numbered(*lengths):
@@ -23,8 +29,8 @@ def numbered(*lengths):
 # Encoder
 
 
-def test_encoder_reads_ids_and_context_length(encoder):
-    assert (encoder.bos, encoder.eos, encoder.context_length) == (BOS, EOS, CONTEXT_LENGTH)
+def test_encoder_reads_the_ids_around_a_document(encoder):
+    assert (encoder.bos, encoder.eos) == (BOS, EOS)
 
 
 def test_encoder_uses_the_first_of_several_eos(tmp_path):
@@ -60,13 +66,13 @@ def test_texts_are_encoded_independently_and_without_loss(encoder, texts):
         np.testing.assert_array_equal(tokens, encoder.encode([text])[0])
 
 
-def test_seq_length_may_equal_the_context(encoder):
-    encoder.require_context(CONTEXT_LENGTH)
+def test_seq_length_may_equal_the_context(base):
+    require_context(base, CONTEXT_LENGTH)
 
 
-def test_seq_length_longer_than_the_context_is_an_error(encoder):
+def test_seq_length_longer_than_the_context_is_an_error(base):
     with pytest.raises(InputError) as caught:
-        encoder.require_context(CONTEXT_LENGTH + 1)
+        require_context(base, CONTEXT_LENGTH + 1)
 
     assert str(caught.value) == (
         "compute.seq_length is 129; the base model's context is 128 tokens. "
@@ -74,14 +80,30 @@ def test_seq_length_longer_than_the_context_is_an_error(encoder):
     )
 
 
-# pack
+# Sequences
 
 
-def test_pack_puts_bos_and_eos_around_each_document():
-    packed = pack([np.array([1, 2, 3]), np.array([4])], bos=8, eos=9, seq_length=4)
+def pack(documents, *, bos, eos, seq_length):
+    """The sequences of these documents, and all their inputs and targets."""
+    sequences = Sequences(np.concatenate([[bos, *tokens, eos] for tokens in documents]).astype(np.int32), seq_length)
+    return sequences, *sequences.batch(np.arange(len(sequences)))
 
-    assert packed.inputs.tolist() == [[8, 1, 2, 3], [9, 8, 4, 9]]
-    assert packed.targets.tolist() == [[1, 2, 3, 9], [8, 4, 9, IGNORED]]
+
+def test_a_sequence_continues_where_the_one_before_ends():
+    _, inputs, targets = pack([np.array([1, 2, 3]), np.array([4])], bos=8, eos=9, seq_length=4)
+
+    assert inputs.tolist() == [[8, 1, 2, 3], [9, 8, 4, 9]]
+    assert targets.tolist() == [[1, 2, 3, 9], [8, 4, 9, IGNORED]]
+    assert inputs.dtype == targets.dtype == np.int64
+
+
+def test_a_batch_has_the_rows_in_their_order():
+    sequences, inputs, targets = pack(numbered(40), bos=98, eos=99, seq_length=8)
+
+    some_inputs, some_targets = sequences.batch(np.array([3, 0]))
+
+    np.testing.assert_array_equal(some_inputs, inputs[[3, 0]])
+    np.testing.assert_array_equal(some_targets, targets[[3, 0]])
 
 
 @pytest.mark.parametrize(
@@ -89,17 +111,17 @@ def test_pack_puts_bos_and_eos_around_each_document():
     [(0, 1, 7), (1, 1, 6), (6, 1, 1), (7, 1, 0), (8, 2, 7), (15, 2, 0), (16, 3, 7)],
 )
 def test_last_sequence_is_padded_with_eos_without_targets(length, num_sequences, num_padding):
-    packed = pack(numbered(length), bos=98, eos=99, seq_length=8)
+    sequences, inputs, targets = pack(numbered(length), bos=98, eos=99, seq_length=8)
 
-    assert len(packed) == num_sequences
-    padding = packed.targets.ravel() == IGNORED
+    assert len(sequences) == num_sequences
+    padding = targets.ravel() == IGNORED
     assert padding.sum() == num_padding
     assert padding[len(padding) - num_padding :].all()
-    assert (packed.inputs.ravel()[padding] == 99).all()
+    assert (inputs.ravel()[padding] == 99).all()
 
 
 def test_num_targets_counts_the_targets_of_some_sequences():
-    packed = pack(numbered(9), bos=98, eos=99, seq_length=8)
+    packed, _, _ = pack(numbered(9), bos=98, eos=99, seq_length=8)
 
     assert packed.num_targets(np.array([0])) == 8
     assert packed.num_targets(np.array([1])) == 2
@@ -114,16 +136,17 @@ def test_num_targets_counts_the_targets_of_some_sequences():
 def test_every_token_except_the_first_is_a_target_once(lengths, seq_length):
     documents = numbered(*lengths)
 
-    packed = pack(documents, bos=998, eos=999, seq_length=seq_length)
+    sequences, all_inputs, all_targets = pack(documents, bos=998, eos=999, seq_length=seq_length)
 
-    has_target = packed.targets != IGNORED
-    inputs, targets = packed.inputs[has_target], packed.targets[has_target]
+    has_target = all_targets != IGNORED
+    inputs, targets = all_inputs[has_target], all_targets[has_target]
+    assert sequences.num_targets(np.arange(len(sequences))) == len(targets)
     np.testing.assert_array_equal(targets[targets < 998], np.arange(sum(lengths)))
     assert inputs[0] == 998
     np.testing.assert_array_equal(inputs[1:], targets[:-1])  # each target is the next input
     assert np.count_nonzero(inputs == 998) == np.count_nonzero(targets == 999) == len(documents)
-    assert packed.inputs.shape == packed.targets.shape == (len(packed), seq_length)
-    assert packed.targets.size - len(targets) < seq_length
+    assert all_inputs.shape == all_targets.shape == (len(sequences), seq_length)
+    assert all_targets.size - len(targets) < seq_length
 
 
 # windows
@@ -137,7 +160,7 @@ def scored(window):
 
 
 def test_windows_of_a_document_by_hand():
-    first, second, third = windows(3, np.arange(7), bos=9, seq_length=4, stride=2)
+    first, second, third = windows([np.arange(0)] * 3 + [np.arange(7)], bos=9, seq_length=4, stride=2)
 
     assert [window.document for window in (first, second, third)] == [3, 3, 3]
     assert first.input_ids.tolist() == [9, 0, 1, 2]
@@ -149,25 +172,25 @@ def test_windows_of_a_document_by_hand():
 
 
 def test_document_shorter_than_a_window():
-    (window,) = windows(0, np.arange(3), bos=9, seq_length=6, stride=2)
+    (window,) = windows([np.arange(3)], bos=9, seq_length=6, stride=2)
 
     assert window.input_ids.tolist() == [9, 0, 1, 9, 9, 9]
     assert window.targets.tolist() == [0, 1, 2, IGNORED, IGNORED, IGNORED]
 
 
 def test_document_as_long_as_a_window_is_one_window():
-    assert len(windows(0, np.arange(6), bos=9, seq_length=6, stride=2)) == 1
-    assert len(windows(0, np.arange(7), bos=9, seq_length=6, stride=2)) == 2
+    assert len(windows([np.arange(6)], bos=9, seq_length=6, stride=2)) == 1
+    assert len(windows([np.arange(7)], bos=9, seq_length=6, stride=2)) == 2
 
 
 def test_stride_of_a_whole_window_scores_every_position():
-    document_windows = windows(0, np.arange(8), bos=9, seq_length=4, stride=4)
+    document_windows = windows([np.arange(8)], bos=9, seq_length=4, stride=4)
 
     assert [list(scored(window).values()) for window in document_windows] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_empty_document_has_no_window():
-    assert windows(0, np.arange(0), bos=9, seq_length=4, stride=2) == []
+    assert windows([np.arange(0)], bos=9, seq_length=4, stride=2) == []
 
 
 @settings(deadline=None)
@@ -175,7 +198,7 @@ def test_empty_document_has_no_window():
 def test_each_token_is_scored_once_after_enough_context(length, seq_length, data):
     stride = data.draw(st.integers(1, seq_length), label="stride")
 
-    document_windows = windows(0, np.arange(length), bos=NUMBERED_BOS, seq_length=seq_length, stride=stride)
+    document_windows = windows([np.arange(length)], bos=NUMBERED_BOS, seq_length=seq_length, stride=stride)
 
     assert [target for window in document_windows for target in scored(window).values()] == list(range(length))
     for window in document_windows:
@@ -192,7 +215,7 @@ def test_each_token_is_scored_once_after_enough_context(length, seq_length, data
 def test_padding_comes_last_and_is_not_scored(length, seq_length, data):
     stride = data.draw(st.integers(1, seq_length), label="stride")
 
-    *whole, last = windows(0, np.arange(length), bos=NUMBERED_BOS, seq_length=seq_length, stride=stride)
+    *whole, last = windows([np.arange(length)], bos=NUMBERED_BOS, seq_length=seq_length, stride=stride)
 
     num_padding = max(0, seq_length - length)
     assert (last.targets[seq_length - num_padding :] == IGNORED).all()
@@ -207,11 +230,13 @@ def test_without_bos_only_eos_separates_documents(tmp_path):
     rewrite_json(base / "config.json", bos_token_id=None)
     encoder = Encoder.load(base)
     a, b = encoder.encode(["sea", "ice"])
+    write_tokens(tmp_path, "train", ["sea", "ice"], encoder)
+    tokens = TokenFile.open(tmp_path, "train")
 
-    sequences = encoder.sequences(["sea", "ice"], seq_length=8)
-    [window, _] = encoder.windows([a, b], seq_length=8, stride=8)
+    inputs, targets = tokens.sequences(8).batch(np.array([0]))
+    [window, _] = tokens.windows(seq_length=8, stride=8)
 
-    assert sequences.inputs.tolist() == [[*a, EOS, *b, EOS]]
-    assert sequences.targets.tolist() == [[*a[1:], EOS, *b, EOS, IGNORED]]
+    assert inputs.tolist() == [[*a, EOS, *b, EOS]]
+    assert targets.tolist() == [[*a[1:], EOS, *b, EOS, IGNORED]]
     assert window.input_ids[:3].tolist() == [EOS, *a[:2]]  # so that the first token is scored too
     assert window.targets[:3].tolist() == a.tolist()

@@ -16,7 +16,8 @@ from pdf2lora.documents.records import Document, write_documents
 from pdf2lora.documents.text import text_sha256
 from pdf2lora.params import Compute, Lora, Quantization, Section, Train
 from pdf2lora.runtime.manifest import write_manifest
-from pdf2lora.tokens import Sequences
+from pdf2lora.token_files import write_tokens
+from pdf2lora.tokens import Encoder, Sequences
 
 BOS, EOS, END_OF_TURN, PAD = range(256, 260)
 VOCABULARY_SIZE = 260
@@ -118,6 +119,13 @@ def write_texts(file: Path, texts: list[str]) -> Path:
     return file
 
 
+def write_split(project: Path, split: str, texts: list[str], base: Path) -> None:
+    """Writes the texts as one split of a project, and their tokens."""
+    write_texts(project / f"data/split/{split}.jsonl", texts)
+    (project / "data/tokens").mkdir(exist_ok=True)
+    write_tokens(project / "data/tokens", split, texts, Encoder.load(base))
+
+
 def make_document(name: str, text: str) -> Document:
     return Document(
         id=name,
@@ -134,9 +142,15 @@ def make_document(name: str, text: str) -> Document:
 
 
 def random_sequences(num_sequences: int, *, seq_length: int = 32, seed: int = 0) -> Sequences:
-    """Rows of random bytes. All of them are targets."""
-    tokens = np.random.default_rng(seed).integers(0, BOS, size=(num_sequences, seq_length + 1))
-    return Sequences(tokens[:, :-1], tokens[:, 1:].copy())
+    """Random bytes. All of them but the first are targets."""
+    stream = np.random.default_rng(seed).integers(0, BOS, size=num_sequences * seq_length + 1, dtype=np.int32)
+    return Sequences(stream, seq_length)
+
+
+def tensors_of(sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inputs and targets of all sequences."""
+    inputs, targets = sequences.batch(np.arange(len(sequences)))
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:

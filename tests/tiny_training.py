@@ -20,11 +20,7 @@ from pdf2lora.training.tracking import Entry, Tracker
 
 NUM_SEQUENCES = 8
 NO_DROPOUT = changed(LORA, lora_dropout=0.0)
-VALIDATION_WINDOWS = [
-    window
-    for number, length in enumerate([50, 9, 70])
-    for window in windows(number, np.arange(length), bos=BOS, seq_length=32, stride=32)
-]
+VALIDATION_WINDOWS = windows(map(np.arange, (50, 9, 70)), bos=BOS, seq_length=32, stride=32)
 
 
 class Recorder(Tracker):

@@ -1,7 +1,7 @@
 """The records of the document stages and their JSONL files."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -83,6 +83,8 @@ def write_documents(file: Path, documents: Iterable[Document]) -> None:
             out.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
 
 
-def read_documents(file: Path) -> list[Document]:
+def read_documents(file: Path) -> Iterator[Document]:
+    """Reads one document at a time."""
     with file.open(encoding="utf-8") as lines:
-        return [Document(**json.loads(line)) for line in lines]
+        for line in lines:
+            yield Document(**json.loads(line))

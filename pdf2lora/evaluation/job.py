@@ -1,6 +1,7 @@
 """The stage evaluate in one of its processes: scores test documents and general text, writes metrics and samples."""
 
 from contextlib import nullcontext
+from itertools import chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,8 +13,8 @@ from pdf2lora.evaluation.metrics import Scores, document_table, evaluation_metri
 from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
 from pdf2lora.evaluation.samples import sample_documents
 from pdf2lora.evaluation.scoring import Nats, nats_per_document
+from pdf2lora.evaluation.sizes import text_sizes
 from pdf2lora.evaluation.unquantized import load_unquantized
-from pdf2lora.evaluation.windows import text_windows
 from pdf2lora.model.forward import Forward, build_forward
 from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.model.loading import load_adapter, load_base, read_config
@@ -23,11 +24,13 @@ from pdf2lora.runtime.files import atomic_write, write_json
 from pdf2lora.runtime.manifest import require_intact
 from pdf2lora.runtime.monitor import machine_metrics
 from pdf2lora.runtime.scratch import project_root
-from pdf2lora.tokens import Encoder
+from pdf2lora.token_files import TokenFile
+from pdf2lora.tokens import Encoder, require_context, windows
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
 TEST = Path("data/split/test.jsonl")
+TOKENS = Path("data/tokens")
 METRICS = Path("metrics/eval.json")
 DOCUMENTS = Path("metrics/eval_documents.csv")
 SAMPLES = Path("data/samples.json")
@@ -48,14 +51,16 @@ def run(params: Params) -> None:
     if settings.compare_to != "none":
         commit = resolve_commit(settings.compare_to, project_root())
         baseline = parse_table(read_documents_at(commit, project_root()))
-    encoder = Encoder.load(BASE)
-    encoder.require_context(params.compute.seq_length)
-    encoder.require_context(samples.prompt_tokens + samples.max_new_tokens, key="sample.max_new_tokens")
-    documents = read_documents(TEST)
-    texts = [document.text for document in documents] + read_general()
-    sizes, windows = text_windows(texts, encoder, params)
+    seq_length = params.compute.seq_length
+    require_context(BASE, seq_length)
+    require_context(BASE, samples.prompt_tokens + samples.max_new_tokens, key="sample.max_new_tokens")
+    encoder, general_texts = Encoder.load(BASE), read_general()
+    ids = [document.id for document in read_documents(TEST)]
+    encoded = [*TokenFile.open(TOKENS, "test").documents(), *encoder.encode(general_texts)]
+    sizes = text_sizes(chain((document.text for document in read_documents(TEST)), general_texts), encoded)
+    all_windows = windows(encoded, bos=encoder.start, seq_length=seq_length, stride=settings.stride)
     scores_unquantized = settings.unquantized_base and params.quantization.bits < 16
-    num_windows = (3 if scores_unquantized else 2) * len(windows)
+    num_windows = (3 if scores_unquantized else 2) * len(all_windows)
 
     with (
         machine_metrics("evaluate") if processes.is_main else nullcontext(),
@@ -65,8 +70,8 @@ def run(params: Params) -> None:
         def score(forward: Forward) -> Nats:
             return nats_per_document(
                 forward,
-                windows,
-                num_documents=len(texts),
+                all_windows,
+                num_documents=len(encoded),
                 per_device_batch=settings.per_device_batch,
                 processes=processes,
                 progress=lambda num_windows: bar.update(num_windows * processes.count),
@@ -86,11 +91,11 @@ def run(params: Params) -> None:
         processes.end()
         if not processes.is_main:
             return
-        sampled = sample_documents(model, encoder, documents[: samples.num_documents], samples)
+        sampled = sample_documents(model, encoder, list(islice(read_documents(TEST), samples.num_documents)), samples)
 
     scores = Scores(base, adapted, base_unquantized)
-    test, general = slice(len(documents)), slice(len(documents), None)
-    table = document_table([document.id for document in documents], sizes[test], scores.part(test))
+    test, general = slice(len(ids)), slice(len(ids), None)
+    table = document_table(ids, sizes[test], scores.part(test))
     metrics = evaluation_metrics(scores.part(test), sizes[test], scores.part(general), sizes[general])
     lines = summary_lines(metrics, params.quantization.bits)
     if baseline is not None:

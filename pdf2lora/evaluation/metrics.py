@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from pdf2lora.evaluation.intervals import METHOD, Counts, Estimate, Nats, improvement, interval_note, perplexity
-from pdf2lora.evaluation.windows import TextSize
+from pdf2lora.evaluation.sizes import TextSize
 
 SIGNIFICANT_DIGITS = 6  # further digits depend on the processor
 COSTLY_QUANTIZATION = 0.05  # increase of the perplexity that is reported with remedies

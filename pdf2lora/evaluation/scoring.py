@@ -80,4 +80,4 @@ def nats_per_token(
 ) -> float:
     """Mean nats of the windows' targets; see nats_per_window."""
     scores = nats_per_window(forward, windows, per_device_batch=per_device_batch, processes=processes)
-    return float(scores.sum()) / sum(int((window.targets != IGNORED).sum()) for window in windows)
+    return float(scores.sum()) / sum(window.num_targets for window in windows)

@@ -1,7 +1,8 @@
 """The previous run: its params and dependencies in dvc.lock, its batch search, its speed on this machine."""
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from ruamel.yaml import YAML
 
 from pdf2lora.params import Params
 from pdf2lora.preflight.folders import CORPORA, SOURCE_MODELS
+
+TOKENIZER = Path("models/base/tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,16 @@ class PreviousRun:
     """metrics/machine.json"""
     batch: dict[str, Any]
     """metrics/batch.json"""
+    split: dict[str, Any] = field(default_factory=dict)
+    """metrics/split.json"""
 
     @classmethod
     def read(cls, params: Params) -> "PreviousRun":
         """Reads the files in the project's folder. A missing file counts as empty."""
         lock = Path("dvc.lock")
         locked = YAML(typ="safe").load(lock.read_text(encoding="utf-8")) if lock.exists() else {}
-        return cls(params, locked.get("stages", {}), _read_metrics("machine"), _read_metrics("batch"))
+        metrics = [_read_metrics(name) for name in ("machine", "batch", "split")]
+        return cls(params, locked.get("stages", {}), *metrics)
 
     def ran_with_same_params(self, stage: str) -> bool:
         """Whether the last run of a stage had all its params as they are in params.yaml now."""
@@ -49,6 +55,17 @@ class PreviousRun:
             and self.ran_with_same_params("extract")
             and self.ran_with_same_params("split")
         )
+
+    @property
+    def has_current_tokens(self) -> bool:
+        """Whether data/tokens has the tokens of this text in the tokenizer of this base model."""
+        if not (self.has_current_text and self.has_current_base and TOKENIZER.exists()):
+            return False
+        outs = self.stages["split"].get("outs", ())
+        split_md5 = [out["md5"] for out in outs if out["path"] == "data/split"]
+        tokenizer_md5 = hashlib.md5(TOKENIZER.read_bytes()).hexdigest()
+        deps = {dep["path"]: dep["md5"] for dep in self.stages.get("tokenize", {}).get("deps", ())}
+        return [deps.get("data/split"), deps.get(str(TOKENIZER))] == [*split_md5, tokenizer_md5]
 
     @property
     def has_current_base(self) -> bool:

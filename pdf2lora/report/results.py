@@ -33,6 +33,7 @@ class Results:
 
     extract: dict[str, Any]
     split: dict[str, Any]
+    tokenize: dict[str, Any]
     convert: dict[str, Any]
     batch: dict[str, Any]
     evaluation: dict[str, Any]
@@ -54,6 +55,7 @@ def read_results(source: Path, paths: Iterable[str]) -> Results:
     return Results(
         extract=_json("metrics/extract.json"),
         split=_json("metrics/split.json"),
+        tokenize=_json("metrics/tokenize.json"),
         convert=_json("metrics/convert.json"),
         batch=_json("metrics/batch.json"),
         evaluation=_json("metrics/eval.json"),
@@ -62,7 +64,7 @@ def read_results(source: Path, paths: Iterable[str]) -> Results:
         },
         kept_step=_json("metrics/train/metrics.json").get("kept_step"),
         test_documents=_rows(Path("metrics/eval_documents.csv")),
-        documents=read_documents(Path("data/documents.jsonl")),
+        documents=list(read_documents(Path("data/documents.jsonl"))),
         split_of={d.id: split for split in SPLITS for d in read_documents(Path(f"data/split/{split}.jsonl"))},
         samples=_json("data/samples.json"),
         artifacts=read_artifacts(Path("dvc.lock"), paths),

@@ -18,7 +18,6 @@ import psutil
 import torch
 from peft import PeftModel
 
-from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError
 from pdf2lora.model.device import limit_gpu_memory
 from pdf2lora.model.kernel_choice import choose_kernels
@@ -32,7 +31,8 @@ from pdf2lora.runtime.manifest import MANIFEST, require_intact
 from pdf2lora.runtime.monitor import device_name, machine_metrics
 from pdf2lora.runtime.processes import LOCK_TIMEOUT_S
 from pdf2lora.runtime.scratch import fingerprint, project_root, scratch_folder, stage_code
-from pdf2lora.tokens import Encoder, Sequences, Window
+from pdf2lora.token_files import TokenFile
+from pdf2lora.tokens import Sequences, Window, require_context
 from pdf2lora.training.checkpoints import latest_valid, step_of
 from pdf2lora.training.data_order import DataOrder
 from pdf2lora.training.interrupt import Interrupt
@@ -41,7 +41,7 @@ from pdf2lora.training.throughput import model_flops_utilization
 from pdf2lora.training.tracking import Tracker, Trackers, log_to_file, require_trackers
 
 BASE = Path("models/base")
-SPLITS = Path("data/split")
+TOKENS = Path("data/tokens")
 BATCH = Path("metrics/batch.json")
 ADAPTER = Path("models/adapter")
 METRICS = Path("metrics/train")
@@ -157,11 +157,9 @@ def build_model(base: Path, params: Params) -> PeftModel:
 def read_data(params: Params) -> tuple[Sequences, list[Window]]:
     """The training sequences, and the windows of the validation documents."""
     seq_length = params.compute.seq_length
-    encoder = Encoder.load(BASE)
-    encoder.require_context(seq_length)
-    texts = {name: [d.text for d in read_documents(SPLITS / f"{name}.jsonl")] for name in ("train", "validation")}
-    windows = encoder.windows(encoder.encode(texts["validation"]), seq_length=seq_length, stride=seq_length)
-    return encoder.sequences(texts["train"], seq_length=seq_length), windows
+    require_context(BASE, seq_length)
+    windows = TokenFile.open(TOKENS, "validation").windows(seq_length=seq_length, stride=seq_length)
+    return TokenFile.open(TOKENS, "train").sequences(seq_length), windows
 
 
 def measurements(
@@ -216,5 +214,5 @@ def run_fingerprint(params: Params) -> str:
     """Of all that the adapter depends on; the number of processes is not among it."""
     libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")]
     compute = params.compute.model_dump(exclude={"num_processes"})
-    ingredients = (params.quantization, params.lora, compute, params.train, BASE / MANIFEST, SPLITS, BATCH)
+    ingredients = (params.quantization, params.lora, compute, params.train, BASE / MANIFEST, TOKENS, BATCH)
     return fingerprint(*ingredients, *stage_code("train"), *libraries)

@@ -143,7 +143,7 @@ class Learner:
         seed = dropout_seed(self.train.seed, number)
         parts = micro_batches(rows, self.plan.per_device_batch, process=processes.index, num_processes=processes.count)
         for part in parts:
-            inputs, targets = (torch.from_numpy(a[part.rows]) for a in (sequences.inputs, sequences.targets))
+            inputs, targets = map(torch.from_numpy, sequences.batch(part.rows))
             self.micro_batch(inputs, targets, scale=scale, seed=seed, first_row=part.first)
         if stop_requested:
             parameters.stop_requests.fill_(1)

@@ -25,7 +25,7 @@ from pdf2lora.model.loading import read_config
 from pdf2lora.params import Params
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.monitor import device_name
-from pdf2lora.tokens import Sequences, Window
+from pdf2lora.tokens import Sequences, Window, windows
 from pdf2lora.training.batch_search import Measurement
 from pdf2lora.training.job import BASE, build_model
 from pdf2lora.training.loop import VALIDATION_BATCH, BatchPlan, Learner
@@ -129,7 +129,8 @@ class Prober:
 
 
 def _windows(sequences: Sequences, seq_length: int) -> list[Window]:
-    return [Window(0, sequences.inputs[0], sequences.inputs[0])] * VALIDATION_BATCH
+    ((tokens,), _) = sequences.batch(np.array([0]))
+    return windows([tokens] * VALIDATION_BATCH, bos=int(tokens[0]), seq_length=seq_length, stride=seq_length)
 
 
 def _now() -> float:

@@ -1,7 +1,7 @@
 """The processes in which find_batch measures: as many as train uses, each with one GPU.
 
 A process can die of lack of memory without harm to the search. All are replaced together after a failed probe that left
-memory behind, so no probe meets the fragments of another. They import torch while the parent reads and tokenizes.
+memory behind, so no probe meets the fragments of another.
 """
 
 import multiprocessing
@@ -16,9 +16,11 @@ from typing import Any
 from pdf2lora.errors import InputError
 from pdf2lora.params import Params
 from pdf2lora.runtime.launcher import PIPE, job_environment
-from pdf2lora.tokens import Sequences
+from pdf2lora.token_files import TokenFile
 from pdf2lora.training.batch_search import Measurement
 
+BASE = Path("models/base")
+TOKENS = Path("data/tokens")
 ANSWER_S = 600.0  # the longest time for one answer, the import of torch included
 GRACE_S = 5.0  # after a first failure, for the answers of the others
 NUM_TRIES = 2  # a killed process may have been killed for another reason than memory
@@ -32,14 +34,6 @@ class Capabilities:
     kernels: str
     gradient_checkpointing: tuple[str, ...]
     free_gib: float
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What all probes share."""
-
-    base: Path
-    sequences: Sequences
 
 
 @dataclass(frozen=True)
@@ -68,8 +62,6 @@ class ProbeProcesses:
 
     def __init__(self, params: Params, count: int):
         self.params, self.count = params, count
-        self.setup: Setup | None = None
-        self.is_set_up = False
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
         self._start()
@@ -92,10 +84,6 @@ class ProbeProcesses:
             )
         assert isinstance(answer, Capabilities)
         return answer
-
-    def prepare(self, base: Path, sequences: Sequences) -> None:
-        """Says what later probes train; they load the model when the first one runs."""
-        self.setup, self.is_set_up = Setup(base, sequences), False
 
     def measure(self, gradient_checkpointing: str, batch: int, budget_gib: float) -> Measurement | None:
         """A probe's result; None if a process ran out of memory."""
@@ -120,14 +108,9 @@ class ProbeProcesses:
     def _ask(self, request: MeasureRequest | None) -> Capabilities | Measurement | None:
         if not self.processes:
             self._start()
-        messages: list[Setup | MeasureRequest | None] = [request]
-        if self.setup and not self.is_set_up and request is not None:
-            messages.insert(0, self.setup)
-            self.is_set_up = True
         for pipe in self.pipes:
             with suppress(BrokenPipeError):
-                for message in messages:
-                    pipe.send(message)
+                pipe.send(request)
         answers = self._receive()
         if any(isinstance(answer, Killed) for answer in answers):
             self.end()
@@ -178,7 +161,6 @@ class ProbeProcesses:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         environment = job_environment(self.count) if self.count > 1 else {}
-        self.is_set_up = False
         for index in range(self.count):
             ours, theirs = context.Pipe()
             own = environment | ({"RANK": str(index), "LOCAL_RANK": str(index)} if environment else {})
@@ -193,7 +175,6 @@ def _serve(pipe: Connection, params: Params, environment: dict[str, str]) -> Non
     """The life of a probe process: answers until the pipe closes, or until an error."""
     os.environ |= environment
     os.environ.pop(PIPE, None)
-    setup: Setup | None = None
     prober: Any = None
     while True:
         try:
@@ -202,20 +183,12 @@ def _serve(pipe: Connection, params: Params, environment: dict[str, str]) -> Non
 
                 prober = Prober(params)
             request = pipe.recv()
-            if isinstance(request, Setup):
-                setup = request
-            elif request is None:
+            if request is None:
                 pipe.send(prober.capabilities())
             else:
-                assert setup is not None
+                sequences = TokenFile.open(TOKENS, "train").sequences(params.compute.seq_length)
                 pipe.send(
-                    prober.measure(
-                        setup.base,
-                        setup.sequences,
-                        request.gradient_checkpointing,
-                        request.batch,
-                        request.budget_gib,
-                    )
+                    prober.measure(BASE, sequences, request.gradient_checkpointing, request.batch, request.budget_gib)
                 )
         except EOFError:
             return None

@@ -22,7 +22,7 @@ from pdf2lora.model.forward import build_forward
 from pdf2lora.model.loading import load_adapter, load_base
 from pdf2lora.params import read_params
 from pdf2lora.runtime.distributed import Processes
-from pdf2lora.tokens import Encoder
+from pdf2lora.tokens import Encoder, windows
 
 BASE, ADAPTER, TEST = Path("models/base"), Path("models/adapter"), Path("data/split/test.jsonl")
 TOLERANCE = 1e-4
@@ -45,10 +45,9 @@ def main() -> None:
 
     def check(name: str, stride: int) -> None:
         nonlocal largest
-        windows = encoder.windows(encoded, seq_length=params.compute.seq_length, stride=stride)
         ours = nats_per_document(
             build_forward(model, "reference"),
-            windows,
+            windows(encoded, bos=encoder.start, seq_length=params.compute.seq_length, stride=stride),
             num_documents=len(texts),
             per_device_batch=params.evaluate.per_device_batch,
             processes=Processes.alone(model.device),

@@ -38,7 +38,7 @@ from ruamel.yaml import YAML
 
 from tests.long.clones import SETTINGS, TIMEOUT_S, Failed, make_clone, outs, run, start
 
-STAGES = ("check", "extract", "split", "convert", "find_batch", "train", "evaluate", "report")
+STAGES = ("check", "extract", "split", "convert", "tokenize", "find_batch", "train", "evaluate", "report")
 SAVE_STEPS = int(str(SETTINGS["train.save_steps"]))
 END_S = 60.0  # from the end of dvc to that of all processes
 

@@ -1,0 +1,94 @@
+"""data/tokens: the token ids of each split in files that are memory-mapped, so that no stage holds the corpus.
+
+<split>.npy            (num_tokens,) int32: bos, document, eos, bos, document, eos, ...; a model without bos has none
+<split>_documents.npy  (num_documents, 2) int64: where the tokens of each document begin and end in it
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdf2lora.tokens import Encoder, Sequences, Tokens, Window, windows
+
+MAX_BATCH_CHARACTERS = 4_000_000  # of texts that are encoded together, or one longer text
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """The tokens of one split. The arrays are memory-mapped: only the parts that are read are in memory."""
+
+    stream: Tokens
+    bounds: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, folder: Path, split: str) -> "TokenFile":
+        stream, bounds = (_map(file) for file in _files(folder, split))
+        return cls(stream, bounds)
+
+    def sequences(self, seq_length: int) -> Sequences:
+        return Sequences(self.stream, seq_length)
+
+    def documents(self) -> Iterator[Tokens]:
+        """The tokens of each document, without bos and eos."""
+        return (self.stream[begin:end] for begin, end in self.bounds.tolist())
+
+    def windows(self, *, seq_length: int, stride: int) -> list[Window]:
+        """Evaluation windows of all documents. Without bos, they start with the eos of the document before."""
+        if not len(self.bounds):
+            return []
+        first = self.bounds[0, 0]
+        start = self.stream[first - 1]  # without bos, first is 0, and the last token of the stream is eos
+        return windows(self.documents(), bos=int(start), seq_length=seq_length, stride=stride)
+
+
+def write_tokens(folder: Path, split: str, texts: Iterable[str], encoder: Encoder) -> dict[str, int]:
+    """Writes the files of one split. The memory does not grow with the number of texts.
+
+    Returns the numbers of documents and tokens, without bos and eos.
+    """
+    tokens_file, documents_file = _files(folder, split)
+    before = np.array([] if encoder.bos is None else [encoder.bos], dtype=np.int32)
+    after = np.array([encoder.eos], dtype=np.int32)
+    bounds, length = [], 0
+    with tokens_file.open("wb") as out:
+        _write_header(out, 0)
+        for batch in _batches(texts):
+            for tokens in encoder.encode(batch):
+                begin = length + len(before)
+                bounds.append((begin, begin + len(tokens)))
+                length = begin + len(tokens) + len(after)
+                out.write(np.concatenate([before, tokens, after]).astype("<i4", copy=False).tobytes())
+        out.seek(0)
+        _write_header(out, length)
+    np.save(documents_file, np.array(bounds, dtype="<i8").reshape(-1, 2))
+    return {"documents": len(bounds), "tokens": sum(end - begin for begin, end in bounds)}
+
+
+def _files(folder: Path, split: str) -> tuple[Path, Path]:
+    return folder / f"{split}.npy", folder / f"{split}_documents.npy"
+
+
+def _map(file: Path) -> NDArray[Any]:
+    return np.asarray(np.load(file, mmap_mode="r"))  # an array without the slow slices of numpy.memmap
+
+
+def _write_header(out: IO[bytes], length: int) -> None:
+    """The header of a .npy file. numpy leaves room in it, so that the length can change later."""
+    np.lib.format.write_array_header_1_0(out, {"descr": "<i4", "fortran_order": False, "shape": (length,)})
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    num_characters = 0
+    for text in texts:
+        if batch and num_characters + len(text) > MAX_BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+        batch.append(text)
+        num_characters += len(text)
+    if batch:
+        yield batch

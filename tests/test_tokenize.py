@@ -1,0 +1,82 @@
+"""The stage tokenize, and when DVC runs it again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, prose
+from ruamel.yaml import YAML
+from tiny_llama import write_texts, write_tiny_llama
+from tiny_meta import rewrite_json
+
+from pdf2lora.documents.records import SPLITS
+from pdf2lora.token_files import TokenFile
+from pdf2lora.tokens import Encoder
+from stages import tokenize
+
+TEXTS = {"train": [prose(1), prose(2)], "validation": [], "test": [prose(3)]}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    write_tiny_llama(tmp_path / "models/base")
+    for name, texts in TEXTS.items():
+        write_texts(tmp_path / f"data/split/{name}.jsonl", texts)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("project")
+def test_writes_the_tokens_of_each_split_and_their_number(capsys):
+    tokenize.main()
+
+    encoder = Encoder.load(Path("models/base"))
+    for name in SPLITS:
+        documents = TokenFile.open(Path("data/tokens"), name).documents()
+        assert [encoder.tokenizer.decode(tokens.tolist()) for tokens in documents] == TEXTS[name]
+    counts = {name: {"documents": len(texts), "tokens": sum(map(len, texts))} for name, texts in TEXTS.items()}
+    assert json.loads(Path("metrics/tokenize.json").read_text()) == counts
+    assert f"tokenize: {counts['train']['tokens']:,} train, 0 validation" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("project")
+def test_without_the_stages_before_it_one_line_names_what_is_missing():
+    shutil.rmtree("data/split")
+
+    with pytest.raises(SystemExit, match=r"error: data/split does not exist"):
+        tokenize.main()
+
+
+@pytest.fixture
+def changed(project):
+    """Whether DVC would run tokenize again, after a run of the stage on this project."""
+    from dvc.repo import Repo
+
+    stage = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["tokenize"]
+    stage["deps"] = [dep for dep in stage["deps"] if not dep.endswith(".py")]
+    stage["cmd"] = "true"
+    YAML(typ="safe").dump({"stages": {"tokenize": stage}}, project / "dvc.yaml")
+    tokenize.main()
+    with Repo.init(no_scm=True) as repo:
+        repo.commit(force=True)
+        yield lambda: "tokenize" in repo.status()
+
+
+def test_only_the_text_and_the_tokenizer_run_it_again(changed, write_params):
+    base = Path("models/base")
+    write_params({"compute.seq_length": 64})
+    rewrite_json(base / "config.json", rope_theta=1.0)
+    (base / "model.safetensors").write_bytes(b"other weights")
+    assert not changed()
+
+    for file in (base / "tokenizer.json", Path("data/split/test.jsonl")):
+        content = file.read_bytes()
+        file.write_bytes(content + b"\n")
+        assert changed()
+        file.write_bytes(content)
+    assert not changed()
+
+    rewrite_json(base / "config.json", eos_token_id=[1, 2])
+    assert changed()
