@@ -17,7 +17,7 @@ from tiny_training import build_learner
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from commands import export, generate
-from pdf2lora.weights.families import FAMILIES, Family
+from pdf2lora.families import FAMILIES, Family
 from pdf2lora.weights.merge import merge, read_adapter
 
 Converted = Callable[[str], tuple[Path, Path]]
@@ -40,6 +40,8 @@ def test_an_entry_describes_the_model_of_transformers(family: Family) -> None:
     assert q_like is not None
     assert (q_like.bias is not None) == (family.qkv_bias is True)
     assert (family.qkv_bias == "attention_bias") == hasattr(config, "attention_bias")
+    assert family.mlp_bias == hasattr(config, "mlp_bias")
+    assert family.rope_in_some_layers == hasattr(config, "no_rope_layers")
     if family.qk_norm is None:
         assert "self_attn.q_norm" not in modules
     else:

@@ -8,11 +8,11 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pdf2lora.errors import InputError
+from pdf2lora.families import FAMILIES
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.head import Head, check_causal_lm, decoder_of
 from pdf2lora.model.loading import add_lora, load_base
 from pdf2lora.model.loss import linear_cross_entropy
-from pdf2lora.weights.families import FAMILIES
 
 pytestmark = quiet
 AUTO = changed(COMPUTE, attention="auto")

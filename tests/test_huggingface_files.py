@@ -12,7 +12,7 @@ from tiny_llama import VOCABULARY_SIZE, write_tiny_llama
 from tiny_meta import rewrite_json
 
 from pdf2lora.errors import InputError
-from pdf2lora.weights.families import LLAMA_LAYERS
+from pdf2lora.families import LLAMA_LAYERS
 from pdf2lora.weights.huggingface_files import read_huggingface
 
 

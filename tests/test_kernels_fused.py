@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from pdf2lora.errors import InputError
+from pdf2lora.families import FAMILIES
 from pdf2lora.model.architectures import fused_obstacle
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.kernels import attention, frozen
@@ -108,23 +109,22 @@ def test_fused_layers_equal_the_reference(base, targets, r, batch, seq_length):
         assert len(found) == 2 * 2 * len(targets)
 
 
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    family.model_type: (family.architecture, family.model_type, {}) for family in FAMILIES.values() if family.is_fused
+} | {
     "attention and MLP biases": ("LlamaForCausalLM", "llama", {"attention_bias": True, "mlp_bias": True}),
     "no key heads to share": ("LlamaForCausalLM", "llama", {"num_key_value_heads": 4}),
-    "mistral": ("MistralForCausalLM", "mistral", {"head_dim": 24, "sliding_window": 16}),
-    "ministral": ("MinistralForCausalLM", "ministral", {"head_dim": 24}),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2", {}),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3", {"head_dim": 24}),
-    "smollm3": ("SmolLM3ForCausalLM", "smollm3", {}),
+    "heads of 24 features": ("MistralForCausalLM", "mistral", {"head_dim": 24}),
+    "norms over 24 features": ("Qwen3ForCausalLM", "qwen3", {"head_dim": 24}),
     "llama3 angles": ("LlamaForCausalLM", "llama", {"rope_parameters": LLAMA3}),
     "yarn angles": ("LlamaForCausalLM", "llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **YARN}}),
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_fused_layers_of_each_family_equal_the_reference(name, tmp_path):
     """Hidden states, gradients of A and B, and of the embeddings: the gradient of x of the first layer."""
-    architecture, model_type, changes = FAMILIES[name]
+    architecture, model_type, changes = MODELS[name]
     folder = write_tiny_family(tmp_path / "base", architecture, model_type, **changes)
     write_manifest(folder)
     model = adapted(folder, target_modules=ALL_LINEAR)

@@ -42,6 +42,7 @@ PLUMBING = {
 }
 LAYERS = (  # from low to high: a module imports only its own layer and lower ones
     "errors",
+    "families",
     "runtime",
     "params",
     "tokens",

@@ -1,4 +1,4 @@
-"""The architectures that the fused and fp8 kernels compute: an allow-list of transformers' configurations.
+"""The configurations that the fused and fp8 kernels compute: an allow-list of the keys and values in config.json.
 
 The kernels compute a decoder of pre-norm layers:
     x += o(attention(rotary(norm(q(n1 x))), rotary(norm(k(n1 x))), v(n1 x)))
@@ -6,14 +6,16 @@ The kernels compute a decoder of pre-norm layers:
 n1 and n2 are RMSNorms. All projections may have a bias. Qwen3 has `norm`, an RMSNorm over each head. Some layers of
 SmolLM3 have no `rotary`. Attention is causal over the whole sequence, has scale 1 / sqrt(head_dim) and no dropout.
 
-fused_obstacle() accepts a configuration if it knows every key in it, with its value. Any other architecture, key or
-value runs on the reference kernels. To add a family, add an entry to FAMILIES and one to tests/test_kernels_fused.py.
+fused_obstacle() accepts a configuration of a fused family (families.py) if it knows every key in it, with its value.
+Any other architecture, key or value runs on the reference kernels.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+from pdf2lora.families import FAMILIES, Family
 
 Rule = Callable[[Any], bool]
 
@@ -84,25 +86,29 @@ SLIDING: dict[str, Rule] = {
     "layer_types": _is_known_layer_types,
     "sliding_window": lambda value: value is None or isinstance(value, int),
 }
-BIAS: dict[str, Rule] = {"attention_bias": _is_bool, "mlp_bias": _is_bool}
 
-FAMILIES: dict[str, dict[str, Rule]] = {
-    "llama": COMMON | BIAS,  # also SmolLM and SmolLM2
-    "mistral": COMMON | SLIDING,
-    "ministral": COMMON | SLIDING,
-    "qwen2": COMMON | SLIDING | {"attention_bias": _is_bool},  # also Qwen2.5; q, k, v have a bias whatever the key says
-    "qwen3": COMMON | SLIDING | {"attention_bias": _is_bool},
-    "smollm3": COMMON | SLIDING | BIAS | {"no_rope_layers": lambda value: set(value) <= {0, 1}},
-}
+
+def _rules(family: Family) -> dict[str, Rule]:
+    rules = COMMON | (SLIDING if family.sliding_window else {})
+    if family.qkv_bias:  # Qwen2 has it whatever the key says
+        rules["attention_bias"] = _is_bool
+    if family.mlp_bias:
+        rules["mlp_bias"] = _is_bool
+    if family.rope_in_some_layers:
+        rules["no_rope_layers"] = lambda value: set(value) <= {0, 1}
+    return rules
+
+
+FUSED_RULES = {family.model_type: _rules(family) for family in FAMILIES.values() if family.is_fused}
 
 
 def fused_obstacle(config: PreTrainedConfig, seq_length: int) -> str:
     """The reason why the fused kernels do not compute this model, or an empty string."""
-    family = FAMILIES.get(config.model_type)
-    if family is None or not type(config).__module__.startswith("transformers.models."):
+    rules = FUSED_RULES.get(config.model_type)
+    if rules is None or not type(config).__module__.startswith("transformers.models."):
         return f"they do not compute the architecture {config.model_type!r}"
     for key, value in sorted(config.to_dict().items()):
-        rule = family.get(key)
+        rule = rules.get(key)
         if rule is None and key not in NEUTRAL_KEYS:
             return f"they do not know the key {key!r} in the model's config.json"
         if rule is not None and not rule(value):

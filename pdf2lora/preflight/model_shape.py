@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdf2lora.families import is_target
 from pdf2lora.params import ALL_LINEAR, Lora, Quantization
 from pdf2lora.weights.config_json import ConfigSizes
-from pdf2lora.weights.families import is_target
 from pdf2lora.weights.huggingface_files import HuggingFaceFiles
 from pdf2lora.weights.params_json import ModelArgs
 

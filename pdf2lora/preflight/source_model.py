@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from pdf2lora.errors import InputError
+from pdf2lora.families import FAMILIES, LLAMA_LAYERS, is_target
 from pdf2lora.params import ALL_LINEAR, Params
 from pdf2lora.preflight.findings import Finding
 from pdf2lora.preflight.folders import SOURCE_MODELS
-from pdf2lora.weights.families import FAMILIES, LLAMA_LAYERS, is_target
 from pdf2lora.weights.huggingface_files import HuggingFaceFiles
 from pdf2lora.weights.inspection import inspect_source_model
 from pdf2lora.weights.licences import find_licences

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pdf2lora.errors import InputError
-from pdf2lora.model.architectures import FAMILIES
+from pdf2lora.model.architectures import FUSED_RULES
 from pdf2lora.model.dropout import dropout_state, lora_layers
 from pdf2lora.model.gradient_checkpointing import GradientCheckpointing
 from pdf2lora.model.head import Head
@@ -109,7 +109,7 @@ def _check_modules(model: Any, decoder: Any) -> None:
     """A second guard behind fused_obstacle(): the modules that transformers and PEFT have built."""
     remedy = "Use compute.kernels: reference."
     package = type(decoder).__module__
-    if package.split(".")[:2] != ["transformers", "models"] or package.split(".")[2] not in FAMILIES:
+    if package.split(".")[:2] != ["transformers", "models"] or package.split(".")[2] not in FUSED_RULES:
         raise InputError(f"the fused kernels do not compute {type(decoder).__name__} of {package}. {remedy}")
     projections = []
     for layer in decoder.layers:
