@@ -12,9 +12,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pdf2lora.runtime.parallel import batches
 from pdf2lora.tokens import Encoder, Sequences, Tokens, Window, windows
 
-MAX_BATCH_CHARACTERS = 4_000_000  # of texts that are encoded together, or one longer text
+MAX_BATCH_CHARACTERS = 4_000_000  # of texts that are encoded together
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def write_tokens(folder: Path, split: str, texts: Iterable[str], encoder: Encode
     bounds, length = [], 0
     with tokens_file.open("wb") as out:
         _write_header(out, 0)
-        for batch in _batches(texts):
+        for batch in batches(texts, MAX_BATCH_CHARACTERS):
             for tokens in encoder.encode(batch):
                 begin = length + len(before)
                 bounds.append((begin, begin + len(tokens)))
@@ -79,16 +80,3 @@ def _map(file: Path) -> NDArray[Any]:
 def _write_header(out: IO[bytes], length: int) -> None:
     """The header of a .npy file. numpy leaves room in it, so that the length can change later."""
     np.lib.format.write_array_header_1_0(out, {"descr": "<i4", "fortran_order": False, "shape": (length,)})
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    num_characters = 0
-    for text in texts:
-        if batch and num_characters + len(text) > MAX_BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-        batch.append(text)
-        num_characters += len(text)
-    if batch:
-        yield batch

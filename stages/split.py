@@ -1,13 +1,22 @@
 """split: data/documents.jsonl -> data/split/{train,validation,test}.jsonl, metrics/split.json"""
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from pdf2lora.documents.records import read_documents, write_documents
-from pdf2lora.documents.splitting import split, summarize
+from tqdm import tqdm
+
+from pdf2lora.documents.leakage import leakage
+from pdf2lora.documents.near_duplicates import near_duplicate_groups
+from pdf2lora.documents.records import copy_documents, read_documents, read_with_offsets
+from pdf2lora.documents.sketches import sketch_texts
+from pdf2lora.documents.splitting import split
 from pdf2lora.errors import report_input_errors
 from pdf2lora.params import read_params
 from pdf2lora.runtime.files import atomic_directory, write_json
+from pdf2lora.runtime.parallel import Workers
 from pdf2lora.runtime.processes import single_instance
+from pdf2lora.runtime.scratch import fingerprint, scratch_folder, stage_code
 
 DOCUMENTS = Path("data/documents.jsonl")
 SPLITS = Path("data/split")
@@ -17,20 +26,47 @@ METRICS = Path("metrics/split.json")
 @report_input_errors
 @single_instance
 def main() -> None:
+    began = time.monotonic()
     params = read_params().split
-    usable = [document for document in read_documents(DOCUMENTS) if document.reason is None]
-    splits = split(
-        usable,
-        test_fraction=params.test_fraction,
-        validation_fraction=params.validation_fraction,
-        similarity=params.near_duplicate_similarity,
-        seed=params.seed,
-    )
-    with atomic_directory(SPLITS) as folder:
-        for name, documents in splits.items():
-            write_documents(folder / f"{name}.jsonl", documents)
-    write_json(METRICS, summarize(splits))
-    print("split: " + ", ".join(f"{len(documents)} {name}" for name, documents in splits.items()) + " documents")
+    scratch = scratch_folder("split", fingerprint(*stage_code("split")))
+    offsets: list[int] = []
+    num_characters: list[int] = []
+
+    def usable_texts() -> Iterator[str]:
+        documents = tqdm(read_with_offsets(DOCUMENTS), desc="split", unit="document", disable=None)
+        for offset, document in documents:
+            if document.reason is None:
+                offsets.append(offset)
+                num_characters.append(document.characters)
+                yield document.text
+
+    with Workers() as workers:
+        sketches, num_new = sketch_texts(usable_texts(), scratch / "sketches.npy", workers)
+        splits = split(
+            [sha256.decode() for sha256 in sketches["text_sha256"].tolist()],
+            near_duplicate_groups(sketches["sketch"], params.near_duplicate_similarity),
+            test_fraction=params.test_fraction,
+            validation_fraction=params.validation_fraction,
+            seed=params.seed,
+        )
+        metrics: dict[str, object] = {
+            name: {
+                "documents": len(numbers),
+                "characters": sum(num_characters[number] for number in numbers),
+                "words": int(sketches["num_words"][numbers].sum()),
+            }
+            for name, numbers in splits.items()
+        }
+        with atomic_directory(SPLITS) as folder:
+            for name, numbers in splits.items():
+                copy_documents(DOCUMENTS, [offsets[number] for number in numbers], folder / f"{name}.jsonl")
+            train, test = (
+                (document.text for document in read_documents(folder / f"{name}.jsonl")) for name in ("train", "test")
+            )
+            metrics["test_13grams_in_train"] = leakage(train, test, scratch, workers)
+    write_json(METRICS, metrics)
+    counts = ", ".join(f"{len(numbers):,} {name}" for name, numbers in splits.items())
+    print(f"split: {counts} documents; {num_new:,} new texts compared, {time.monotonic() - began:.1f} s")
 
 
 if __name__ == "__main__":

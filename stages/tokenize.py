@@ -4,6 +4,7 @@ The later stages read the tokens from memory-mapped files. compute.seq_length do
 windows are views of these files.
 """
 
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,6 +27,7 @@ METRICS = Path("metrics/tokenize.json")
 @report_input_errors
 @single_instance
 def main() -> None:
+    began = time.monotonic()
     require_inputs(SPLITS, BASE)
     encoder = Encoder.load(BASE)
     counts = {}
@@ -35,7 +37,8 @@ def main() -> None:
             progress = tqdm(documents, desc=f"tokenize {name}", unit="document", disable=None)
             counts[name] = write_tokens(folder, name, (document.text for document in progress), encoder)
     write_json(METRICS, counts)
-    print("tokenize: " + ", ".join(f"{count['tokens']:,} {name}" for name, count in counts.items()) + " tokens")
+    numbers = ", ".join(f"{count['tokens']:,} {name}" for name, count in counts.items())
+    print(f"tokenize: {numbers} tokens, {time.monotonic() - began:.1f} s")
 
 
 if __name__ == "__main__":

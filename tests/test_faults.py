@@ -315,11 +315,11 @@ def test_missing_library_is_reported(project: Path) -> None:
     assert run_stage("extract").returncode == 0
 
     ended = run_python(
-        "import sys, runpy; sys.modules['datasketch'] = None; runpy.run_module('stages.split', run_name='__main__')"
+        "import sys, runpy; sys.modules['numpy'] = None; runpy.run_module('stages.split', run_name='__main__')"
     )
 
     assert ended.returncode == 1
-    assert ended.stderr == "error: datasketch is not installed; run make setup, or pip install -r requirements.txt\n"
+    assert ended.stderr == "error: numpy is not installed; run make setup, or pip install -r requirements.txt\n"
 
 
 def test_missing_module_of_this_project_keeps_its_traceback() -> None:

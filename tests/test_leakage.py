@@ -1,10 +1,21 @@
 from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdf2lora.documents.leakage import leakage
+from pdf2lora.documents import leakage as module
+from pdf2lora.runtime import parallel
+from pdf2lora.runtime.parallel import Workers
+
+
+def leakage(train: list[str], test: list[str]) -> float | None:
+    with TemporaryDirectory() as folder, Workers() as workers:
+        share = module.leakage(train, test, Path(folder), workers)
+        assert list(Path(folder).iterdir()) == []
+    return share
 
 
 def numbered(*spans: Iterable[int]) -> str:
@@ -50,3 +61,25 @@ def test_leakage_of_chinese_text_counts_characters() -> None:
     text = "未来几十年洪水风险将会增加农业灌溉需求上升"
     assert leakage([text], [text]) == 1.0
     assert leakage([text], ["城市供水面临压力数据和模型模拟分析"]) == 0.0
+
+
+def test_many_13_grams_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = [numbered(range(10_000), range(20_000, 30_000))]
+    test = [numbered(range(n, n + 500)) for n in range(0, 20_000, 500)]
+    exact = leakage(train, test)
+    monkeypatch.setattr(module, "MAX_TEST_NGRAMS", 5_000)
+    hashes, max_hash = module._collect(test, Workers())
+    assert 2_000 < len(hashes) <= 5_000
+    assert (hashes <= max_hash).all()
+    sampled = leakage(train, test)
+    assert exact == 0.5
+    assert sampled not in (exact, None)
+    assert sampled == pytest.approx(exact, abs=3 * 0.5 / 2_000**0.5)
+
+
+def test_texts_are_compared_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each text is a batch."""
+    texts = [numbered(range(n, n + 20)) for n in range(0, 200, 10)]
+    expected = leakage(texts[:10], texts[5:])
+    monkeypatch.setattr(module, "batches", lambda texts: parallel.batches(texts, 1))
+    assert leakage(texts[:10], texts[5:]) == expected == 40 / 120

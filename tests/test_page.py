@@ -20,9 +20,10 @@ def page_of(tmp_path, monkeypatch):
     """The page of a run without figures, because they take the most time: page_of(improvement=0.1)."""
     monkeypatch.chdir(tmp_path)
 
-    def make(changes: dict | None = None, **details: object) -> str:
+    def make(changes: dict | None = None, extract: dict | None = None, **details: object) -> str:
         results = read_results(write_run(tmp_path, **details) / "models/source/demo", ["models/base"])
         results.evaluation.update(changes or {})
+        results.extract.update(extract or {})
         return render_page(results, read_params(REPOSITORY / "params.yaml"), {})
 
     return make
@@ -154,6 +155,14 @@ def test_tables_of_many_documents_have_the_best_and_the_worst(page_of):
 
     shown = re.findall(r"test-(\d+)\.pdf", tables)
     assert shown == ["0", "1", "2", "3", "4", "29", "28", "27", "26", "25"]
+
+
+def test_the_page_of_a_large_corpus_lists_a_part_of_it(page_of, html):
+    large = page_of(extract={"documents": 20_000, "left_out": {"no_text_layer": 1_000}})
+
+    assert "The first 8 of 20,000 PDFs" in large
+    assert "&lt;b&gt;scan&lt;/b&gt;.pdf and 999 more" in large
+    assert "All 8 PDFs" in html
 
 
 def test_a_table_of_few_documents_has_all(page_of):

@@ -1,12 +1,17 @@
 """The files of a run, as the report reads them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from conftest import REPOSITORY
+from example_run import write_run
 from ruamel.yaml import YAML
+from tiny_llama import make_document
 
-from pdf2lora.report.results import find_licences, read_artifacts, read_columns
+from pdf2lora.documents.records import write_documents
+from pdf2lora.report import results
+from pdf2lora.report.results import find_licences, read_artifacts, read_columns, read_results
 
 
 def test_artifacts_have_the_order_of_the_paths():
@@ -51,3 +56,21 @@ def test_licences_are_found_by_name(tmp_path, name):
     (tmp_path / "params.json").touch()
 
     assert find_licences(tmp_path) == [name]
+
+
+def test_the_documents_of_a_large_corpus_are_a_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "MAX_LISTED", 4)
+    monkeypatch.setattr(results, "NUM_EXAMPLES", 2)
+    source = write_run(tmp_path) / "models/source/demo"
+    documents = [make_document(f"{number}.pdf", "text") for number in range(9)]
+    left_out = [replace(document, reason="damaged") for document in documents[3:]]
+    write_documents(tmp_path / "data/documents.jsonl", [*documents[:3], *left_out])
+    write_documents(tmp_path / "data/split/test.jsonl", documents[2:3])
+
+    read = read_results(source, [])
+
+    assert [document.id for document in read.documents] == ["0.pdf", "1.pdf", "2.pdf", "3.pdf"]
+    assert {document.text for document in read.documents} == {""}
+    assert read.split_of == {"2.pdf": "test"}
+    assert read.excluded == {"damaged": ["3.pdf", "4.pdf"]}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pdf2lora.documents import extraction
+from pdf2lora.runtime import parallel
 from tests.long import same_bytes
 from tests.long.clones import Failed
 
@@ -35,6 +35,6 @@ def test_different_output_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_number_of_workers_is_the_number_of_cores_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extraction.os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
-    monkeypatch.setattr(extraction.os, "cpu_count", lambda: 64)
-    assert extraction.num_cores() == 2
+    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    monkeypatch.setattr(parallel.os, "cpu_count", lambda: 64)
+    assert parallel.num_cores() == 2

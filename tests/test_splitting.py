@@ -1,7 +1,10 @@
 import random
+import sys
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import prose
 from hypothesis import given, settings
@@ -10,12 +13,21 @@ from test_near_duplicates import edited, long_texts
 from test_records import document
 
 from pdf2lora.documents import splitting
+from pdf2lora.documents.near_duplicates import NUM_PERMUTATIONS, near_duplicate_groups, sketch
 from pdf2lora.documents.records import Document
-from pdf2lora.documents.splitting import split
 from pdf2lora.documents.text import text_sha256
+from pdf2lora.documents.word_hashes import word_hashes
 from pdf2lora.errors import InputError
 
 Splits = dict[str, list[Document]]
+
+
+def split(documents: list[Document], *, similarity: float, **settings: Any) -> Splits:
+    """The documents of each split."""
+    sketches = [sketch(word_hashes(document.text)) for document in documents]
+    groups = near_duplicate_groups(np.array(sketches, dtype=np.uint32).reshape(-1, NUM_PERMUTATIONS), similarity)
+    numbers = splitting.split([text_sha256(document.text) for document in documents], groups, **settings)
+    return {name: [documents[number] for number in split] for name, split in numbers.items()}
 
 
 def documents(number: int, first_seed: int = 0) -> list[Document]:
@@ -33,7 +45,9 @@ def split_by_text(splits: Splits) -> dict[str, str]:
 @pytest.fixture
 def no_near_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes each document one group, which is much faster."""
-    monkeypatch.setattr(splitting, "near_duplicate_groups", lambda texts, similarity: [[n] for n in range(len(texts))])
+    own = sys.modules[__name__]
+    monkeypatch.setattr(own, "sketch", lambda words: np.zeros(NUM_PERMUTATIONS))
+    monkeypatch.setattr(own, "near_duplicate_groups", lambda sketches, similarity: [[n] for n in range(len(sketches))])
 
 
 @pytest.mark.parametrize(

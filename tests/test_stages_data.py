@@ -1,6 +1,7 @@
 """The stages check, extract and split. Each test runs them as functions in an empty project."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -334,7 +335,21 @@ def test_split_writes_three_files_and_their_counts(capsys: pytest.CaptureFixture
         }
         for name, documents in splits.items()
     } | {"test_13grams_in_train": 0.0}
-    assert capsys.readouterr().out == "split: 17 train, 1 validation, 2 test documents\n"
+    assert capsys.readouterr().out.startswith(
+        "split: 17 train, 1 validation, 2 test documents; 20 new texts compared, "
+    )
+
+
+@pytest.mark.usefixtures("project")
+def test_only_new_texts_are_sketched(capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(20)
+    split.main()
+    before = Path("data/split/train.jsonl").read_bytes()
+    split.main()
+    assert Path("data/split/train.jsonl").read_bytes() == before
+    write_corpus(21)
+    split.main()
+    assert re.findall(r"; (\d+) new texts", capsys.readouterr().out) == ["20", "0", "1"]
 
 
 def test_split_without_validation_writes_an_empty_file(project: WriteParams) -> None:

@@ -1,6 +1,5 @@
 """Text of many PDFs, in parallel worker processes."""
 
-import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from pdf2lora.documents import ocr as ocr_package
 from pdf2lora.documents.records import Attempt, Extraction, Reason
 from pdf2lora.documents.selection import add_ocr, best_attempt, judge, pages_for_ocr
 from pdf2lora.documents.worker import Worker
+from pdf2lora.runtime.parallel import num_cores
 
 
 def extract(
@@ -59,8 +59,3 @@ def _read(worker: Worker, file: Path, engine: str, pages: Sequence[int]) -> Atte
     """The machine can be the cause of a crash (memory, kill -9), so a crash is tried once more."""
     attempt = worker.read(file, engine, pages)
     return worker.read(file, engine, pages) if attempt.outcome == Reason.CRASHED else attempt
-
-
-def num_cores() -> int:
-    """Returns the number of cores that this process may use; the machine can have more."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,34 +1,65 @@
 """Leakage: the share of the test text that is also in the training text."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
 
-from pdf2lora.documents.text import words
+import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from pdf2lora.documents.word_hashes import Hashes, ngram_hashes, word_hashes
+from pdf2lora.runtime.parallel import Workers, batches
 
 NGRAM_WORDS = 13  # as in Brown et al. 2020, Language Models are Few-Shot Learners, appendix C
+MAX_TEST_NGRAMS = 2**24  # that are held in memory, 8 bytes each
 
 
-def leakage(train: Iterable[str], test: Iterable[str]) -> float | None:
-    """Returns the share of the word 13-grams of `test` that are also in `train`; None if `test` has no 13-gram."""
-    import numpy as np  # here, because the stage extract does not need it
+def leakage(train: Iterable[str], test: Iterable[str], folder: Path, workers: Workers) -> float | None:
+    """Returns the share of the word 13-grams of `test` that are also in `train`; None if `test` has no 13-gram.
 
-    vocabulary: dict[str, int] = {}
-    train_ngrams = np.unique(np.concatenate([_ngrams(text, vocabulary) for text in train]))
-    test_ngrams = np.concatenate([_ngrams(text, vocabulary) for text in test])
-    return float(np.isin(test_ngrams, train_ngrams).mean()) if len(test_ngrams) else None
+    Exact up to MAX_TEST_NGRAMS, about 2,000 test documents of 48,000 characters. Of more, a random part is compared:
+    those whose hash is small.
+
+    folder: for a temporary file, which other processes read.
+    """
+    ngrams, max_hash = _collect(test, workers)
+    if not len(ngrams):
+        return None
+    ngrams.sort()
+    file = folder / "test_ngrams.npy"
+    np.save(file, ngrams)
+    is_in_train = np.zeros(len(ngrams), dtype=bool)
+    for places in workers.map(partial(_places_in, file, max_hash), batches(train)):
+        is_in_train[places] = True
+    file.unlink()
+    firsts = np.flatnonzero(is_in_train)
+    num_common = (np.searchsorted(ngrams, ngrams[firsts], side="right") - firsts).sum()
+    return float(num_common / len(ngrams))
 
 
-def _ngrams(text: str, vocabulary: dict[str, int]) -> "NDArray[np.uint64]":
-    """Returns one 64-bit number per 13-gram: a polynomial of the word numbers, modulo 2**64."""
-    import numpy as np
+def _collect(test: Iterable[str], workers: Workers) -> tuple[Hashes, np.uint64]:
+    """The hashes of the 13-grams of `test`, or those of at most the second value."""
+    max_hash = np.uint64(2**64 - 1)
+    kept = [np.empty(0, dtype=np.uint64)]
+    num_kept = 0
+    for hashes in workers.map(_ngrams, batches(test)):
+        kept.append(hashes[hashes <= max_hash])
+        num_kept += len(kept[-1])
+        while num_kept > MAX_TEST_NGRAMS:
+            max_hash >>= np.uint64(1)
+            kept = [part[part <= max_hash] for part in kept]
+            num_kept = sum(map(len, kept))
+    return np.concatenate(kept), max_hash
 
-    numbers = np.array([vocabulary.setdefault(word, len(vocabulary) + 1) for word in words(text)], dtype=np.uint64)
-    if len(numbers) < NGRAM_WORDS:
-        return np.empty(0, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        powers = np.cumprod(np.full(NGRAM_WORDS, 0x9E3779B97F4A7C15, dtype=np.uint64))
-        return np.asarray(np.lib.stride_tricks.sliding_window_view(numbers, NGRAM_WORDS) @ powers, dtype=np.uint64)
+
+def _ngrams(texts: Sequence[str]) -> Hashes:
+    return np.concatenate([ngram_hashes(word_hashes(text), NGRAM_WORDS) for text in texts])
+
+
+def _places_in(file: Path, max_hash: np.uint64, texts: Sequence[str]) -> NDArray[np.intp]:
+    """Where the 13-grams of the texts are in the sorted hashes of a file; of equal hashes the first place."""
+    ngrams = np.load(file, mmap_mode="r")
+    hashes = _ngrams(texts)
+    hashes = np.unique(hashes[hashes <= max_hash])
+    places = np.minimum(np.searchsorted(ngrams, hashes), len(ngrams) - 1)
+    return np.asarray(places[ngrams[places] == hashes])

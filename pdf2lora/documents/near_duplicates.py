@@ -1,53 +1,93 @@
-"""Groups of near-duplicate texts (MinHash)."""
+"""Groups of near-duplicate texts (MinHash with locality-sensitive hashing, Broder 1997)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from functools import cache
 
-from tqdm import tqdm
+import numpy as np
+from numpy.typing import NDArray
 
-from pdf2lora.documents.text import words
+from pdf2lora.documents.word_hashes import Hashes, mix, ngram_hashes
 
 SHINGLE_WORDS = 5
 NUM_PERMUTATIONS = 128
+MAX_MISSED = 0.01  # largest probability that a pair of the wanted similarity is not compared
+
+Sketch = NDArray[np.uint32]  # (NUM_PERMUTATIONS,)
 
 
-def near_duplicate_groups(texts: Sequence[str], similarity: float) -> list[list[int]]:
-    """Returns groups of positions in `texts`. Two texts are near-duplicates if their 5-word shingles are alike.
+def sketch(words: Hashes) -> Sketch:
+    """The MinHash of a text's 5-word shingles. Equal entries of two sketches estimate their Jaccard similarity.
 
-    similarity: the smallest Jaccard similarity of the shingles of near-duplicates.
-
-    MinHash with locality-sensitive hashing (Broder 1997; datasketch). The time is nearly linear in the number of
-    texts. The permutations are seeded, so the groups do not depend on the order of the texts. Near-duplication is
-    transitive here: if a ~ b and b ~ c, then a, b and c are one group.
+    words: see word_hashes. A text with fewer words is one shingle. The permutations are seeded.
     """
-    from datasketch import MinHash, MinHashLSH  # here, because it imports numpy and scipy
+    shingles = ngram_hashes(words, min(SHINGLE_WORDS, len(words)))
+    smallest = np.empty(NUM_PERMUTATIONS, dtype=np.uint64)
+    permuted = np.empty_like(shingles)
+    for number, factor in enumerate(_factors()):
+        np.multiply(shingles, factor, out=permuted)
+        smallest[number] = permuted.min()
+    return (smallest >> np.uint64(32)).astype(np.uint32)
 
-    index = MinHashLSH(threshold=min(similarity, 0.9), num_perm=NUM_PERMUTATIONS)  # finds candidates
-    sketches = []
-    for number, text in enumerate(tqdm(texts, desc="split", unit="document", disable=None)):
-        sketch = MinHash(num_perm=NUM_PERMUTATIONS, seed=1)
-        sketch.update_batch([shingle.encode() for shingle in _shingles(text)])
-        index.insert(number, sketch)
-        sketches.append(sketch)
 
-    parents = list(range(len(texts)))  # a union-find forest
+def near_duplicate_groups(sketches: NDArray[np.uint32], similarity: float) -> list[list[int]]:
+    """Groups the texts with these sketches, (num_texts, NUM_PERMUTATIONS). Returns the numbers of the texts.
 
-    def root(number: int) -> int:
-        while parents[number] != number:
-            number = parents[number]
-        return number
+    similarity: the smallest Jaccard similarity of near-duplicates.
 
-    for number, sketch in enumerate(sketches):
-        for candidate in index.query(sketch):
-            if sketch.jaccard(sketches[candidate]) >= similarity:
-                low, high = sorted((root(number), root(candidate)))
-                parents[high] = low
+    Only texts with an equal band of entries are compared. The time is nearly linear in the number of texts. The groups
+    do not depend on the order of the texts. Near-duplication is transitive here: if a ~ b and b ~ c, then a, b and c
+    are one group.
+    """
+    group_of = np.arange(len(sketches))
+    width = band_width(similarity)
+    for first in range(0, NUM_PERMUTATIONS - width + 1, width):
+        for numbers in _equal_rows(sketches[:, first : first + width]):
+            _join_similar(numbers, sketches, similarity, group_of)
     groups: dict[int, list[int]] = {}
-    for number in range(len(texts)):
-        groups.setdefault(root(number), []).append(number)
+    for number, group in enumerate(group_of.tolist()):
+        groups.setdefault(group, []).append(number)
     return list(groups.values())
 
 
-def _shingles(text: str) -> set[str]:
-    tokens = words(text)
-    num_shingles = max(1, len(tokens) - SHINGLE_WORDS + 1)
-    return {" ".join(tokens[start : start + SHINGLE_WORDS]) for start in range(num_shingles)}
+def band_width(similarity: float) -> int:
+    """The widest band with which a pair of this similarity is missed with a probability of at most MAX_MISSED.
+
+    A band is equal with probability similarity ** width. Wide bands compare few pairs in vain.
+    """
+    widths = range(NUM_PERMUTATIONS, 1, -1)
+    return next((w for w in widths if (1 - similarity**w) ** (NUM_PERMUTATIONS // w) <= MAX_MISSED), 1)
+
+
+def _equal_rows(rows: NDArray[np.uint32]) -> Iterator[NDArray[np.intp]]:
+    """Yields the numbers of the rows that are equal, for each row that occurs more than once."""
+    keys = np.zeros(len(rows), dtype=np.uint64)
+    for column in rows.T:
+        keys = mix(keys + column)
+    order = np.argsort(keys, kind="stable")
+    begins = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[:1]]))
+    ends = np.append(begins[1:], len(keys))
+    for begin, end in zip(begins[ends - begins > 1], ends[ends - begins > 1], strict=True):
+        yield order[begin:end]
+
+
+def _join_similar(
+    numbers: NDArray[np.intp], sketches: NDArray[np.uint32], similarity: float, group_of: NDArray[np.intp]
+) -> None:
+    """Joins the groups of all pairs of these texts that are similar. A group is named after its first text."""
+    for position, number in enumerate(numbers):
+        others = numbers[position + 1 :]
+        others = others[group_of[others] != group_of[number]]
+        if not len(others):  # all later ones are in one group
+            return
+        similar = others[(sketches[others] == sketches[number]).mean(axis=1) >= similarity]
+        if len(similar):
+            joined = np.unique(group_of[[number, *similar]])
+            group_of[np.isin(group_of, joined)] = joined[0]
+
+
+@cache
+def _factors() -> Hashes:
+    """Odd factors: multiplication by one of them, modulo 2**64, permutes the hashes."""
+    return np.random.default_rng(1).integers(2**63, size=NUM_PERMUTATIONS, dtype=np.uint64) * np.uint64(2) + np.uint64(
+        1
+    )

@@ -85,6 +85,21 @@ def write_documents(file: Path, documents: Iterable[Document]) -> None:
 
 def read_documents(file: Path) -> Iterator[Document]:
     """Reads one document at a time."""
-    with file.open(encoding="utf-8") as lines:
+    return (document for _, document in read_with_offsets(file))
+
+
+def read_with_offsets(file: Path) -> Iterator[tuple[int, Document]]:
+    """Reads one document at a time, with the place of its line in the file."""
+    with file.open("rb") as lines:
+        offset = 0
         for line in lines:
-            yield Document(**json.loads(line))
+            yield offset, Document(**json.loads(line))
+            offset += len(line)
+
+
+def copy_documents(file: Path, offsets: Iterable[int], target: Path) -> None:
+    """Copies the lines at these places."""
+    with file.open("rb") as source, target.open("wb") as out:
+        for offset in offsets:
+            source.seek(offset)
+            out.write(source.readline())

@@ -1,45 +1,47 @@
 """The split of documents into train, validation and test."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from pdf2lora.documents.leakage import leakage
-from pdf2lora.documents.near_duplicates import near_duplicate_groups
-from pdf2lora.documents.records import SPLITS, Document
-from pdf2lora.documents.text import text_sha256, words
+from pdf2lora.documents.records import SPLITS
 from pdf2lora.errors import InputError
 
 
 def split(
-    documents: Sequence[Document], *, test_fraction: float, validation_fraction: float, similarity: float, seed: int
-) -> dict[str, list[Document]]:
-    """Returns split -> documents. All near-duplicates of a document are in the same split.
+    hashes: Sequence[str],
+    groups: Sequence[Sequence[int]],
+    *,
+    test_fraction: float,
+    validation_fraction: float,
+    seed: int,
+) -> dict[str, list[int]]:
+    """Returns split -> numbers of documents. All documents of a group are in the same split.
 
-    A seeded hash of its texts gives each group of near-duplicates a number. The groups are sorted by these numbers.
-    The first ones fill test, the next ones fill validation, each up to its fraction of the documents (at least one
-    group). Train gets the rest. So the names and the order of the files do not matter, and an additional document
-    moves at most one other document across each boundary.
+    hashes: of the text of each document. groups: the numbers of near-duplicates.
+
+    A seeded hash of its texts gives each group a number. The groups are sorted by these numbers. The first ones fill
+    test, the next ones fill validation, each up to its fraction of the documents (at least one group). Train gets the
+    rest. So the names and the order of the files do not matter, and an additional document moves at most one other
+    document across each boundary.
 
     Raises:
         InputError: there are fewer groups than splits.
     """
-    hashes = [text_sha256(document.text) for document in documents]
-    groups = near_duplicate_groups([document.text for document in documents], similarity)
-    _require_groups(len(groups), len(documents), validation_fraction > 0)
+    _require_groups(len(groups), len(hashes), validation_fraction > 0)
 
-    def seeded_hash(group: list[int]) -> str:
+    def seeded_hash(group: Sequence[int]) -> str:
         return hashlib.sha256(f"{seed} {min(hashes[number] for number in group)}".encode()).hexdigest()
 
     remaining = sorted(groups, key=seeded_hash)
-    splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
-    num_test = max(1, round(test_fraction * len(documents)))
-    num_held_out = round((test_fraction + validation_fraction) * len(documents))
+    splits: dict[str, list[int]] = {name: [] for name in SPLITS}
+    num_test = max(1, round(test_fraction * len(hashes)))
+    num_held_out = round((test_fraction + validation_fraction) * len(hashes))
     num_validation = max(1, num_held_out - num_test) if validation_fraction else 0
     for name, size in (("test", num_test), ("validation", num_validation)):
         min_remaining = 2 if name == "test" and validation_fraction > 0 else 1
         while len(splits[name]) < size and len(remaining) > min_remaining:
-            splits[name] += [documents[number] for number in sorted(remaining.pop(0), key=hashes.__getitem__)]
-    splits["train"] = [documents[number] for group in remaining for number in sorted(group, key=hashes.__getitem__)]
+            splits[name] += sorted(remaining.pop(0), key=hashes.__getitem__)
+    splits["train"] = [number for group in remaining for number in sorted(group, key=hashes.__getitem__)]
     return splits
 
 
@@ -51,17 +53,3 @@ def _require_groups(num_groups: int, num_documents: int, has_validation: bool) -
             f"split: the corpus has {num_documents} usable documents in {num_groups} groups of near-duplicates; "
             f"{', '.join(names)} need at least {len(names)} groups. Add PDFs{remedy}."
         )
-
-
-def summarize(splits: Mapping[str, Sequence[Document]]) -> dict[str, object]:
-    """Returns the content of metrics/split.json."""
-    counts = {
-        name: {
-            "documents": len(documents),
-            "characters": sum(document.characters for document in documents),
-            "words": sum(len(words(document.text)) for document in documents),
-        }
-        for name, documents in splits.items()
-    }
-    train, test = ([document.text for document in splits[name]] for name in ("train", "test"))
-    return {**counts, "test_13grams_in_train": leakage(train, test)}

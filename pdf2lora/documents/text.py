@@ -1,7 +1,6 @@
-"""The words and the hash of a text; the scripts that write words without spaces."""
+"""The hash of a text, and the scripts that write words without spaces."""
 
 import hashlib
-import re
 
 # Character classes for regular expressions. Korean is not here: it separates words.
 CJK = (
@@ -12,13 +11,6 @@ CJK = (
 UNSPACED = CJK + "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # and Thai, Lao, Myanmar, Khmer
 CJK_PUNCTUATION = "\u3001-\u3003\u3008-\u3020\u3030\u30fb\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
 
-_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
-
 
 def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def words(text: str) -> list[str]:
-    """Returns the words in lower case, without punctuation. Without spaces between words, each character is a word."""
-    return _WORD.findall(text.lower())

@@ -1,7 +1,6 @@
 """A forecast of a run before it starts: sequences, steps, memory, time, disk space, and how each number is known."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pdf2lora.preflight.environment import Gpu
 from pdf2lora.preflight.model_shape import GIB, ModelShape
 from pdf2lora.preflight.previous_run import PreviousRun
 from pdf2lora.preflight.token_count import count_training_tokens
+from pdf2lora.runtime.parallel import num_cores
 from pdf2lora.training.throughput import peak_flop_per_s
 
 BASE = Path("models/base")
@@ -121,9 +121,8 @@ def time_estimate(
         return Estimate("time", format_duration(num_trained_tokens / tokens_per_s), "measured", text)
     flop = FLOP_PER_PARAMETER * shape.num_parameters * num_trained_tokens
     if gpu is None:
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        duration_s = flop / (CPU_GFLOP_PER_S * 1e9 * num_cores)
-        text = f"training alone: {CPU_GFLOP_PER_S} GFLOP/s per core, {num_cores} cores"
+        duration_s = flop / (CPU_GFLOP_PER_S * 1e9 * num_cores())
+        text = f"training alone: {CPU_GFLOP_PER_S} GFLOP/s per core, {num_cores()} cores"
         return Estimate("time", format_duration(duration_s), "estimated", text)
     peak = peak_flop_per_s(gpu)
     if peak is None:

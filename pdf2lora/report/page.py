@@ -4,7 +4,6 @@ The page has only numbers that a repeated run gives again, so DVC keeps it with 
 machine are on another page (machine.py).
 """
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,10 +69,6 @@ def render_page(results: Results, params: Params, svgs: Mapping[str, str]) -> st
     svgs: the SVG elements of result_figures by name.
     """
     rows = sorted(results.test_documents, key=lambda row: row["adapted_perplexity"])
-    excluded = defaultdict(list)
-    for document in results.documents:
-        if document.reason is not None:
-            excluded[document.reason].append(document)
     return (
         environment()
         .get_template("page.html.jinja")
@@ -85,7 +80,6 @@ def render_page(results: Results, params: Params, svgs: Mapping[str, str]) -> st
             models=model_rows(results, params),
             figures={name: Markup(svg) for name, svg in svgs.items()},
             palette=style.palette(),
-            excluded=dict(sorted(excluded.items())),
             memory_models=memory_models(results.batch),
             best=rows[:NUM_EXTREMES],
             worst=rows[max(NUM_EXTREMES, len(rows) - NUM_EXTREMES) :][::-1],

@@ -2,8 +2,8 @@
 
 import csv
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from pdf2lora.weights.licences import find_licences
 Curve = tuple[list[float], list[float]]  # x, y
 
 PLOTS = Path("metrics/train/plots/metrics")
+MAX_LISTED = 500  # documents in the page's table
+NUM_EXAMPLES = 5  # documents that are named for each reason
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,20 @@ class Results:
     curves: dict[str, Curve]  # train/loss, validation/loss, learning_rate, ... -> steps, values
     kept_step: int | None  # whose adapter train kept; None if it kept the last one
     test_documents: list[dict[str, Any]]  # rows of eval_documents.csv
-    documents: list[Document]  # all of the corpus
-    split_of: dict[str, str]  # id of a kept document -> train, validation or test
+    documents: list[Document]  # the first MAX_LISTED of the corpus, without their text
+    split_of: dict[str, str]  # id of a kept one of them -> train, validation or test
+    excluded: dict[str, list[str]]  # reason -> ids of the first NUM_EXAMPLES documents
     samples: list[dict[str, Any]]
     artifacts: list[Artifact]
     licence_files: list[str]  # of the source model
 
 
 def read_results(source: Path, paths: Iterable[str]) -> Results:
-    """Reads the outputs of the stages in the current folder.
+    """Reads the outputs of the stages in the current folder. The memory does not grow with the corpus.
 
     source: the folder of the source model; paths: files and folders whose hashes dvc.lock gives.
     """
+    documents, excluded = _read_corpus(Path("data/documents.jsonl"))
     return Results(
         extract=_json("metrics/extract.json"),
         split=_json("metrics/split.json"),
@@ -64,12 +68,36 @@ def read_results(source: Path, paths: Iterable[str]) -> Results:
         },
         kept_step=_json("metrics/train/metrics.json").get("kept_step"),
         test_documents=_rows(Path("metrics/eval_documents.csv")),
-        documents=list(read_documents(Path("data/documents.jsonl"))),
-        split_of={d.id: split for split in SPLITS for d in read_documents(Path(f"data/split/{split}.jsonl"))},
+        documents=documents,
+        split_of=_read_splits({document.id for document in documents}),
+        excluded=excluded,
         samples=_json("data/samples.json"),
         artifacts=read_artifacts(Path("dvc.lock"), paths),
         licence_files=find_licences(source),
     )
+
+
+def _read_corpus(file: Path) -> tuple[list[Document], dict[str, list[str]]]:
+    """Results.documents and Results.excluded."""
+    documents: list[Document] = []
+    excluded: dict[str, list[str]] = {}
+    for document in read_documents(file):
+        if len(documents) < MAX_LISTED:
+            documents.append(replace(document, text=""))
+        if document.reason is not None:
+            ids = excluded.setdefault(document.reason, [])
+            ids += [document.id] if len(ids) < NUM_EXAMPLES else []
+    return documents, dict(sorted(excluded.items()))
+
+
+def _read_splits(ids: Set[str]) -> dict[str, str]:
+    """The split of each of these documents that is kept."""
+    return {
+        document.id: split
+        for split in SPLITS
+        for document in read_documents(Path(f"data/split/{split}.jsonl"))
+        if document.id in ids
+    }
 
 
 def read_curve(file: Path) -> Curve:

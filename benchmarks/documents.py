@@ -1,0 +1,216 @@
+"""Time and memory of the document stages for synthetic corpora of different sizes.
+
+    python -m benchmarks.documents <results.json> [<number of documents> ...]
+
+Builds a project in a temporary folder (--folder chooses its place; 20,000 documents need 6 GB). Runs extract, split,
+tokenize and report there, each in a new process; extract and split again with one PDF more. The documents are random
+words of 48,000 characters; each twentieth one is an edited copy of the one before. extract reads them from its cache,
+so its numbers are those of everything but the PDF engines. `read` opens the tokens as find_batch, train and evaluate
+do, and reads each of them once in a random order.
+
+Needs the demo's outputs (make repro) for the base model and the report.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from pdf2lora.documents.records import Extraction, read_documents
+from pdf2lora.runtime.files import file_sha256, write_json
+
+PROJECT = Path(__file__).resolve().parents[1]
+SIZES = (1_000, 5_000, 20_000)
+NUM_CHARACTERS = 48_000
+NUM_WORDS = 50_000  # of the synthetic language
+COPY_EVERY = 20
+EDITED_SHARE = 0.02
+EXTRAPOLATED = 100_000
+READ = """
+import numpy as np
+from pathlib import Path
+from pdf2lora.token_files import TokenFile
+sequences = TokenFile.open(Path("data/tokens"), "train").sequences(512)
+order = np.random.default_rng(0).permutation(len(sequences))
+total = sum(int(sequences.batch(rows)[0].sum()) for rows in np.array_split(order, -(-len(order) // 64)))
+windows = TokenFile.open(Path("data/tokens"), "test").windows(seq_length=512, stride=256)
+total += sum(int(window.input_ids.sum()) for window in windows)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("results", type=Path)
+    parser.add_argument("sizes", type=int, nargs="*", default=SIZES)
+    parser.add_argument("--folder", type=Path)
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": f"{psutil.cpu_count()} cores, {round(psutil.virtual_memory().total / 2**30)} GiB, {processor()}",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("numpy", "tokenizers")}},
+        "characters_per_document": NUM_CHARACTERS,
+        "sizes": {},
+    }
+    for size in arguments.sizes:
+        stages = results["sizes"][size] = {}
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            for name, numbers in measure(Path(folder), size):
+                stages[name] = numbers
+                print(size, name, numbers, flush=True)
+                write_json(arguments.results, results)
+        if len(results["sizes"]) > 1:
+            results[f"extrapolated_to_{EXTRAPOLATED}"] = extrapolate(results["sizes"])
+            write_json(arguments.results, results)
+
+
+def measure(project: Path, size: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the numbers of each stage on a corpus of this size."""
+    write_project(project)
+    write_corpus(project, size)
+    for name in ("extract", "split"):
+        yield name, run(project, "-m", f"stages.{name}")
+    shutil.copy(next((PROJECT / "data/pdfs/demo/science").glob("*.pdf")), project / "data/pdfs/demo/new.pdf")
+    for name in ("extract", "split"):
+        yield f"{name}, one PDF more", run(project, "-m", f"stages.{name}")
+    yield "tokenize", run(project, "-m", "stages.tokenize")
+    yield "read", run(project, "-c", READ)
+    write_results(project)
+    numbers = run(project, "-m", "stages.report")
+    yield "report", numbers | {"page_mib": round((project / "reports/index.html").stat().st_size / 2**20, 2)}
+
+
+def run(project: Path, *arguments: str) -> dict[str, Any]:
+    """Runs Python in the project. Memory: of all its processes together, sampled; pages of files do not count."""
+    before = os.times()
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    peaks = {"anonymous_gib": 0.0, "resident_gib": 0.0}
+    watch = threading.Thread(target=sample_memory, args=(process.pid, peaks), daemon=True)
+    watch.start()
+    output, _ = process.communicate()
+    seconds, after = time.monotonic() - began, os.times()
+    watch.join()
+    if process.returncode:
+        raise RuntimeError(output)
+    cpu_s = after.children_user + after.children_system - before.children_user - before.children_system
+    lines = output.strip().splitlines()
+    return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_s, 1), **peaks, "line": lines[-1] if lines else ""}
+
+
+def sample_memory(pid: int, peaks: dict[str, float]) -> None:
+    """Keeps the largest sums over a process and its descendants, until it ends."""
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
+            anonymous, resident = 0, 0
+            for member in (parent, *parent.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    memory = member.memory_info()
+                    anonymous += memory.rss - memory.shared
+                    resident += memory.rss
+            for name, value in (("anonymous_gib", anonymous), ("resident_gib", resident)):
+                peaks[name] = max(peaks[name], round(value / 2**30, 3))
+            time.sleep(0.1)
+
+
+def write_project(project: Path) -> None:
+    """The settings and the base model of the demo."""
+    shutil.copy(PROJECT / "params.yaml", project)
+    for name in ("models/base", "models/source/demo"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).symlink_to(PROJECT / name)
+
+
+def write_corpus(project: Path, size: int) -> None:
+    """Small files in place of PDFs. Their texts are in the cache of extract."""
+    corpus = project / "data/pdfs/demo"
+    corpus.mkdir(parents=True)
+    shutil.copy(next((PROJECT / "data/pdfs/demo/mitigation").glob("*.pdf")), corpus / "real.pdf")
+    run(project, "-m", "stages.extract")
+    (cache,) = (project / ".scratch/extract").iterdir()
+    for number, text in enumerate(synthetic_texts(size - 1)):
+        file = corpus / f"{number // 1000:03}/{number:06}.pdf"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"synthetic {number}")
+        extraction = Extraction(
+            num_pages=16,
+            pages_read=16,
+            engine="pdfium",
+            attempts={"pdfium": "complete"},
+            characters_raw=len(text),
+            text=text,
+            reason=None,
+        )
+        (cache / f"{file_sha256(file)}.json").write_text(json.dumps(vars(extraction)), encoding="utf-8")
+
+
+def synthetic_texts(count: int) -> Iterator[str]:
+    """Words with the frequencies of a natural language (Zipf), in lines."""
+    random = np.random.default_rng(0)
+    syllables = np.array([consonant + vowel for consonant in "bcdfghklmnprstvz" for vowel in ("a", "e", "i", "o", "u")])
+    language = np.array(["".join(random.choice(syllables, size=random.integers(1, 5))) for _ in range(NUM_WORDS)])
+    weights = 1 / np.arange(1, NUM_WORDS + 1)
+    shares = np.cumsum(weights / weights.sum())
+    words = language[:0]
+    for number in range(count):
+        if number % COPY_EVERY == 1:
+            is_edited = random.random(len(words)) < EDITED_SHARE
+            words = np.where(is_edited, random.permutation(words), words)
+        else:
+            words = language[np.searchsorted(shares, random.random(NUM_CHARACTERS // 4))]
+        yield " ".join(words)[:NUM_CHARACTERS]
+
+
+def write_results(project: Path) -> None:
+    """What report reads beside the documents: the demo's results, with a row for each test document."""
+    measured = shutil.ignore_patterns("extract.json", "split.json", "tokenize.json", "eval_documents.csv")
+    shutil.copytree(PROJECT / "metrics", project / "metrics", dirs_exist_ok=True, ignore=measured)
+    for name in ("dvc.lock", "data/samples.json"):
+        shutil.copy(PROJECT / name, project / name)
+    header, row, *_ = (PROJECT / "metrics/eval_documents.csv").read_text(encoding="utf-8").splitlines()
+    numbers = row.partition(",")[2]
+    rows = [f"{document.id},{numbers}" for document in read_documents(project / "data/split/test.jsonl")]
+    (project / "metrics/eval_documents.csv").write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+
+
+def extrapolate(sizes: dict[int, Any]) -> dict[str, Any]:
+    """Seconds and memory of a stage with EXTRAPOLATED documents, on the line through the two largest sizes."""
+    (small, first), (large, second) = sorted(sizes.items())[-2:]
+    keys = ("seconds", "cpu_seconds", "anonymous_gib")
+
+    def at(stage: str, key: str) -> float:
+        low, high = first[stage][key], second[stage][key]
+        return round(float(high + (high - low) * (EXTRAPOLATED - large) / (large - small)), 2)
+
+    return {stage: {key: at(stage, key) for key in keys} for stage in second}
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()

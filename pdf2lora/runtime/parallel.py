@@ -1,0 +1,82 @@
+"""A function for each of many items, on all cores, with bounded memory."""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from typing import TypeVar
+
+from pdf2lora.errors import InputError
+
+ITEMS_PER_WORKER = 3  # that wait or are worked on
+
+MAX_BATCH_CHARACTERS = 1_000_000
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Workers:
+    """One process per core. They start when `map` first has two items, because the start takes half a second."""
+
+    def __init__(self) -> None:
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Yields function(item) for each item, in their order. Reads only so many items ahead as keep the workers busy.
+
+        Args:
+            function: of a module, because the workers import it.
+
+        Raises:
+            InputError: a worker was killed.
+        """
+        items = iter(items)
+        first = list(islice(items, 2))
+        if len(first) < 2 and self.pool is None:
+            yield from map(function, first)
+            return
+        if self.pool is None:
+            self.pool = ProcessPoolExecutor(num_cores(), multiprocessing.get_context("spawn"))
+        pending: deque[Future[Result]] = deque()
+        try:
+            for item in chain(first, items):
+                pending.append(self.pool.submit(function, item))
+                if len(pending) >= ITEMS_PER_WORKER * num_cores():
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                "A worker process was killed, probably because memory ran out (free -h shows it). Free some memory, "
+                "then run again."
+            ) from error
+
+
+def batches(texts: Iterable[str], max_characters: int = MAX_BATCH_CHARACTERS) -> Iterator[list[str]]:
+    """Cuts texts into batches with so many characters. A longer text is a batch."""
+    batch: list[str] = []
+    num_characters = 0
+    for text in texts:
+        if batch and num_characters + len(text) > max_characters:
+            yield batch
+            batch, num_characters = [], 0
+        batch.append(text)
+        num_characters += len(text)
+    if batch:
+        yield batch
+
+
+def num_cores() -> int:
+    """The number of cores that this process may use; the machine can have more."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
