@@ -15,11 +15,12 @@ from pdf2lora.preflight.corpus import corpus, find_pdfs
 from pdf2lora.preflight.environment import Gpu
 from pdf2lora.preflight.findings import Finding, has_problem
 from pdf2lora.preflight.folders import CORPORA, SOURCE_MODELS, require_folders
-from pdf2lora.preflight.forecast import Estimate, forecast, required_disk_gib
+from pdf2lora.preflight.forecast import Estimate, forecast, required_disk_gib, schedule_notes
 from pdf2lora.preflight.model_shape import ModelShape, model_shape
 from pdf2lora.preflight.previous_run import PreviousRun
 from pdf2lora.preflight.quantization import four_bit_weights
 from pdf2lora.preflight.source_model import source_model
+from pdf2lora.preflight.token_count import count_training_tokens
 
 REQUIREMENTS = Path("requirements.txt")
 LIBRARIES_GIB = 1.5  # torch, transformers and the rest, in memory
@@ -40,7 +41,9 @@ def main() -> None:
     if files is not None and not has_problem(inputs):
         shape = model_shape(files, SOURCE_MODELS / params.model)
         previous = PreviousRun.read(params)
-        estimates = forecast(params, previous, shape, gpus, pdfs)
+        tokens = count_training_tokens(params, previous, pdfs)
+        estimates = forecast(params, previous, shape, gpus, tokens)
+        findings += schedule_notes(previous, params, tokens.num_sequences(params.compute.seq_length))
         findings += check_capacity(params, previous, shape, gpus)
         if not has_problem(machine):
             findings += four_bit_weights(params, shape, has_gpu=bool(gpus))
@@ -54,6 +57,7 @@ def check_machine(params: Params, gpus: list[Gpu]) -> list[Finding]:
     return [
         environment.python_version(),
         environment.packages(REQUIREMENTS),
+        environment.git_identity(),
         environment.gpu(gpus),
         environment.torch_build(gpus),
         environment.bitsandbytes(params.quantization.bits, gpus),

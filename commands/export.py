@@ -10,7 +10,9 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
@@ -22,6 +24,7 @@ from pdf2lora.evaluation.sizes import text_sizes
 from pdf2lora.evaluation.unquantized import load_unquantized
 from pdf2lora.model.device import device
 from pdf2lora.model.forward import build_forward
+from pdf2lora.model.initialization import INITIAL
 from pdf2lora.params import Params, read_params
 from pdf2lora.report.card import render_card
 from pdf2lora.report.results import read_results
@@ -30,6 +33,7 @@ from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.manifest import write_manifest
 from pdf2lora.token_files import TokenFile
 from pdf2lora.weights.merge import merge, read_adapter
+from pdf2lora.weights.plain_adapter import write_plain_adapter
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
@@ -47,13 +51,23 @@ GGUF_COMMANDS = f"""\
 def main() -> None:
     params = read_params()
     require_current_adapter()
+    adapter = ADAPTER
+    with ExitStack() as stack:
+        if params.lora.reads_weights:  # models/adapter belongs to another base, or corrects its quantization
+            adapter = Path(stack.enter_context(TemporaryDirectory()))
+            write_plain_adapter(ADAPTER, ADAPTER / INITIAL, adapter)
+        export(params, adapter)
+
+
+def export(params: Params, adapter: Path) -> None:
+    """Writes both folders. adapter: an adapter of the unchanged base."""
     source = Path("models/source") / params.model
     results = read_results(source, [f"data/pdfs/{params.corpus}", str(source), "data/split", str(BASE), str(ADAPTER)])
     licences = [source / name for name in results.licence_files]
 
     with atomic_directory(MERGED) as folder:
-        with tqdm(total=len(read_adapter(ADAPTER)), desc="export", unit="weight", disable=None) as progress:
-            num_weights = merge(BASE, ADAPTER, folder, progress.update)
+        with tqdm(total=len(read_adapter(adapter)), desc="export", unit="weight", disable=None) as progress:
+            num_weights = merge(BASE, adapter, folder, progress.update)
         copy_files(licences, folder)
         merged = measure(folder, params)
         write_json(folder / "perplexity.json", {"merged": merged, "adapted": results.evaluation["adapted"]})
@@ -61,7 +75,7 @@ def main() -> None:
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_manifest(folder)
     with atomic_directory(RELEASE) as folder:
-        write_release(folder, params.hub_id or params.model)
+        write_release(adapter, folder, params.hub_id or params.model)
         copy_files(licences, folder)
         (folder / "README.md").write_text(render_card(results, params, merged=merged), encoding="utf-8")
 
@@ -76,14 +90,14 @@ def main() -> None:
     print(f"export: to GGUF with llama.cpp:\n{GGUF_COMMANDS}")
 
 
-def write_release(folder: Path, base_name: str) -> None:
+def write_release(adapter: Path, folder: Path, base_name: str) -> None:
     """The adapter with the name of its base model and the base model's tokenizer.
 
     models/adapter names models/base, a folder that other projects do not have.
     """
-    copy_files([file for file in sorted(ADAPTER.iterdir()) if file.name != CONFIG], folder)
+    copy_files([file for file in sorted(adapter.iterdir()) if file.name != CONFIG], folder)
     copy_files([file for pattern in TOKENIZER_FILES for file in sorted(BASE.glob(pattern))], folder)
-    config = json.loads((ADAPTER / CONFIG).read_text(encoding="utf-8"))
+    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     write_json(folder / CONFIG, config | {"base_model_name_or_path": base_name})
 
 

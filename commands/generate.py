@@ -31,6 +31,7 @@ def main() -> None:
     require_inputs(BASE, ADAPTER)
     # torch is imported after the checks that do not need it: the import takes seconds
     from pdf2lora.evaluation.generation import generate
+    from pdf2lora.model.initialization import restore_trained_base
     from pdf2lora.model.loading import load_adapter, load_base
     from pdf2lora.tokens import Encoder, require_context
 
@@ -40,6 +41,8 @@ def main() -> None:
     model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)
 
     for name in ("base", "adapted"):
+        if name == "adapted":
+            restore_trained_base(model, BASE, ADAPTER, params.lora)
         with model.disable_adapter() if name == "base" else nullcontext():
             if len(prompts) == 1:
                 print(f"--- {name} ---\n{prompts[0]}", end="", flush=True)

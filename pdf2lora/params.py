@@ -34,6 +34,25 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
 ALL_LINEAR = "all-linear"
+INITIALIZATION = re.compile(r"gaussian|loftq|olora|pissa(_niter_\d+)?")
+REFUSED_INITIALIZATIONS = {
+    "corda": "it needs the activations of a data set",
+    "eva": "it needs the activations of a data set",
+    "lora_ga": "it needs the gradients of a data set",
+    "mica": "it freezes B, and the training step updates A and B",
+    "orthogonal": "PEFT draws it in the type of the weights, and 4-bit weights have an integer type",
+}
+
+
+def _initialization(value: object) -> object:
+    """A value of lora.init_lora_weights."""
+    if value is True or (isinstance(value, str) and INITIALIZATION.fullmatch(value)):
+        return value
+    reason = REFUSED_INITIALIZATIONS.get(str(value), "it must be true, gaussian, loftq, pissa, pissa_niter_N or olora")
+    raise ValueError(f"lora.init_lora_weights is {value!r}; {reason}. Change it in {PARAMS_FILE}.")
+
+
+Initialization = Annotated[bool | str, BeforeValidator(_initialization)]
 Seed = Annotated[int, Field(ge=0)]
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "aim", "clearml", "swanlab"]
 
@@ -123,9 +142,21 @@ class Lora(Section):
     """Learns magnitude and direction separately (DoRA, Liu et al. 2024). Slower; often better at low rank."""
     use_rslora: bool
     """Scales by lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023). For high ranks."""
-    init_lora_weights: Literal[True, "gaussian"]
-    """PEFT's initialization of A: true draws from a uniform distribution, gaussian from a normal one. B is zero. PEFT's
-    other values change the weights of the base, which the adapter does not contain."""
+    init_lora_weights: Initialization
+    """PEFT's initialization. true: A is uniform, B is zero. gaussian: A is normal, B is zero. loftq: A and B correct
+    the error of quantization. pissa: A and B are the largest part of each weight, and the base keeps the rest.
+    pissa_niter_N: the same by a fast approximation with N iterations, such as 4 or 16. olora: a part by a QR
+    decomposition. docs/tuning.md compares them."""
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the initial matrices depend on the weights of the base."""
+        return self.init_lora_weights not in (True, "gaussian")
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the adapter is trained on a changed base."""
+        return self.reads_weights and self.init_lora_weights != "loftq"
 
 
 class Compute(Section):
@@ -283,6 +314,17 @@ class Params(Section):
             errors.append(
                 f"evaluate.stride is {self.evaluate.stride}; it must not be greater than compute.seq_length "
                 f"({self.compute.seq_length}), because windows would skip tokens. Reduce it."
+            )
+        start = self.lora.init_lora_weights
+        if self.lora.use_dora and start not in (True, "gaussian"):
+            errors.append(
+                f"lora.use_dora is true and lora.init_lora_weights is {start}; DoRA needs a B that starts at zero. Use "
+                "true or gaussian, or turn off use_dora."
+            )
+        if start == "loftq" and self.quantization.bits == 16:
+            errors.append(
+                "lora.init_lora_weights is loftq and quantization.bits is 16; loftq corrects the error of "
+                "quantization. Use true, or 4 or 8 bits."
             )
         if errors:
             raise ValueError("\n".join(errors))

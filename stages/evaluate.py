@@ -5,11 +5,9 @@ It also writes metrics/eval_documents.csv, and samples of their text to data/sam
 GPU (compute.num_processes).
 """
 
-from pathlib import Path
-
 from pdf2lora.errors import report_input_errors
 from pdf2lora.params import read_params
-from pdf2lora.runtime.inputs import require_inputs
+from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.launcher import run_in_processes
 from pdf2lora.runtime.processes import single_instance
 
@@ -18,7 +16,7 @@ from pdf2lora.runtime.processes import single_instance
 @single_instance
 def main() -> None:
     params = read_params()
-    require_inputs(Path("models/base"), Path("models/adapter"), Path("data/split/test.jsonl"), Path("data/tokens"))
+    require_inputs_of("evaluate")
 
     def work() -> None:
         from pdf2lora.evaluation.job import run  # imports torch, which the launcher of several processes must not

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.params import FindBatch, Params, read_params
 from pdf2lora.runtime.files import write_json
-from pdf2lora.runtime.inputs import require_inputs
+from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.launcher import allot_devices
 from pdf2lora.runtime.monitor import machine_metrics
 from pdf2lora.runtime.processes import single_instance
@@ -31,7 +31,7 @@ PROGRESS = "{desc}: probe {n}, {elapsed}{postfix}"  # the number of probes is no
 @single_instance
 def main() -> None:
     params = read_params()
-    require_inputs(BASE, TRAIN)
+    require_inputs_of("find_batch")
     require_context(BASE, params.compute.seq_length)
     with (
         allot_devices(params.compute.num_processes) as (num_processes, _),

@@ -14,6 +14,7 @@ from pdf2lora.report.page import render_page, result_figures
 from pdf2lora.report.results import read_results
 from pdf2lora.report.style import save
 from pdf2lora.runtime.files import atomic_directory, atomic_write
+from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.processes import single_instance
 
 REPORTS = Path("reports")
@@ -25,6 +26,7 @@ MACHINE_CURVES = Path("metrics/machine")
 @single_instance
 def main() -> None:
     params = read_params()
+    require_inputs_of("report")
     source = Path("models/source") / params.model
     hashed = ["data/documents.jsonl", "data/split", "data/tokens", "models/base", "models/adapter", "metrics/eval.json"]
     results = read_results(source, [f"data/pdfs/{params.corpus}", str(source), *hashed])

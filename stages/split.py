@@ -14,6 +14,7 @@ from pdf2lora.documents.splitting import split
 from pdf2lora.errors import report_input_errors
 from pdf2lora.params import read_params
 from pdf2lora.runtime.files import atomic_directory, write_json
+from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.parallel import Workers
 from pdf2lora.runtime.processes import single_instance
 from pdf2lora.runtime.scratch import fingerprint, scratch_folder, stage_code
@@ -28,6 +29,7 @@ METRICS = Path("metrics/split.json")
 def main() -> None:
     began = time.monotonic()
     params = read_params().split
+    require_inputs_of("split")
     scratch = scratch_folder("split", fingerprint(*stage_code("split")))
     offsets: list[int] = []
     num_characters: list[int] = []

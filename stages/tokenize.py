@@ -13,7 +13,7 @@ from pdf2lora.documents.records import SPLITS as NAMES
 from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import report_input_errors
 from pdf2lora.runtime.files import atomic_directory, write_json
-from pdf2lora.runtime.inputs import require_inputs
+from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.processes import single_instance
 from pdf2lora.token_files import write_tokens
 from pdf2lora.tokens import Encoder
@@ -28,7 +28,7 @@ METRICS = Path("metrics/tokenize.json")
 @single_instance
 def main() -> None:
     began = time.monotonic()
-    require_inputs(SPLITS, BASE)
+    require_inputs_of("tokenize")
     encoder = Encoder.load(BASE)
     counts = {}
     with atomic_directory(TOKENS) as folder:

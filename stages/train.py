@@ -5,6 +5,7 @@ Runs in one process per GPU (compute.num_processes). accelerate launch and torch
 
 from pdf2lora.errors import report_input_errors
 from pdf2lora.params import read_params
+from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.launcher import run_in_processes
 from pdf2lora.runtime.processes import single_instance
 
@@ -13,6 +14,7 @@ from pdf2lora.runtime.processes import single_instance
 @single_instance
 def main() -> None:
     params = read_params()
+    require_inputs_of("train")
 
     def work() -> None:
         from pdf2lora.training.job import run  # imports torch, which the launcher of several processes must not

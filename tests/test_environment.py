@@ -78,3 +78,19 @@ def test_no_gpu_if_nvidia_smi_fails(tmp_path, monkeypatch):
 def test_too_little_memory_or_disk_is_a_problem(tmp_path):
     assert environment.memory(1e6).level == environment.disk(tmp_path, 1e6).level == "problem"
     assert environment.memory(0.001).level == environment.disk(tmp_path, 0.001).level == "ok"
+
+
+def test_a_missing_git_identity_is_found(monkeypatch, tmp_path):
+    for name in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL", "EMAIL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(name, str(tmp_path / "gitconfig"))
+    (tmp_path / "gitconfig").write_text("[user]\n\tuseConfigOnly = true\n")
+
+    missing = environment.git_identity()
+
+    assert (missing.level, missing.subject) == ("note", "git")
+    assert "git config --global user.name" in missing.text
+    (tmp_path / "gitconfig").write_text("[user]\n\tname = A\n\temail = a@example.org\n")
+    assert environment.git_identity().level == "ok"

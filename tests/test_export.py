@@ -7,13 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import prose
 from example_run import write_run
+from safetensors.torch import load_file
 from tiny_adapter import write_tiny_models
-from tiny_llama import quiet, write_split
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed, quiet, write_split
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import export
+from pdf2lora.model.initialization import initialize
+from pdf2lora.model.loading import add_lora, load_base
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.manifest import MANIFEST, find_damage, read_manifest
 
 pytestmark = quiet
@@ -128,3 +133,24 @@ def test_the_release_names_the_hub_id_of_the_base(project, current, write_params
     released = project / "models/adapter_release"
     assert json.loads((released / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/demo"
     assert 'BASE = "someone/demo"' in (released / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_adapter_of_another_base_becomes_an_ordinary_one(project, current, write_params):
+    """pissa and loftq: merged model and released adapter are for the unquantized base."""
+    lora = changed(LORA, init_lora_weights="pissa", r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    write_params(SETTINGS | {f"lora.{key}": value for key, value in lora.model_dump().items()})
+    model = add_lora(load_base(Path("models/base"), QUANTIZATION, COMPUTE), lora)
+    shutil.rmtree("models/adapter")
+    alone = Processes.alone(torch.device("cpu"))
+    initialize(model, Path("models/base"), lora, seed=0, folder=Path("models/adapter/initial"), processes=alone)
+    model.save_pretrained("models/adapter")
+
+    export.main()
+
+    merged, base = (load_file(f"models/{name}/model.safetensors") for name in ("merged", "base"))
+    assert all(torch.allclose(merged[name], base[name], atol=1e-5) for name in base)  # it was not trained
+    released = json.loads(Path("models/adapter_release/adapter_config.json").read_text())
+    assert (released["r"], released["lora_alpha"], released["init_lora_weights"]) == (8, 32, True)
+    assert "initial" not in {path.name for path in Path("models/adapter_release").iterdir()}
+    card = Path("models/adapter_release/README.md").read_text(encoding="utf-8")
+    assert "BitsAndBytesConfig" not in card

@@ -5,7 +5,7 @@ from test_model_shape import LLAMA_3B
 
 from pdf2lora.params import read_params
 from pdf2lora.preflight.environment import Gpu
-from pdf2lora.preflight.forecast import format_duration, memory_estimate, num_optimizer_steps, time_estimate
+from pdf2lora.preflight.forecast import format_duration, memory_estimate, schedule_notes, step_estimate, time_estimate
 from pdf2lora.preflight.previous_run import PreviousRun
 
 T4 = Gpu("Tesla T4", "570.10", 15.0, 7.5)
@@ -25,8 +25,29 @@ def no_run(params):
 @pytest.mark.parametrize(
     ("num_sequences", "batch", "epochs", "expected"), [(167, 4, 1, 42), (167, 4, 0.1, 5), (8, 8, 3, 3)]
 )
-def test_num_optimizer_steps(num_sequences, batch, epochs, expected):
-    assert num_optimizer_steps(num_sequences, batch, epochs) == expected
+def test_steps(no_run, write_params, num_sequences, batch, epochs, expected):
+    params = read_params(write_params({"train.effective_batch": batch, "train.num_train_epochs": epochs}))
+
+    assert step_estimate(no_run, params, num_sequences).value == f"{expected} optimizer steps"
+
+
+def test_an_odd_schedule_is_a_note(no_run, write_params):
+    params = read_params(write_params({"train.effective_batch": 64, "train.warmup_steps": 10}))
+
+    batch, untrained = schedule_notes(no_run, params, 22)
+
+    assert (batch.level, batch.subject) == ("note", "training")
+    assert "there are 22 training sequences" in batch.text
+    assert "the adapter stays untrained" in untrained.text
+    assert schedule_notes(no_run, params, 64 * 30) == []
+
+
+def test_the_batch_of_auto_is_that_of_the_last_search(params, no_run, write_params):
+    params = read_params(write_params({"train.effective_batch": "auto"}))
+    searched = PreviousRun(params, stages={}, machine={}, batch={"effective_batch": 64})
+
+    assert schedule_notes(no_run, params, 22) == []
+    assert len(schedule_notes(searched, params, 22)) == 2
 
 
 def test_the_time_on_an_unknown_gpu_is_unknown(no_run, params):

@@ -23,11 +23,16 @@ import torch
 from conftest import REPOSITORY, prose
 from helpers import run_forked
 from safetensors.torch import load_file
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, quiet, same, write_split, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, changed, quiet, same, write_split, write_tiny_llama
 
+from pdf2lora.evaluation.scoring import nats_per_token
+from pdf2lora.model.forward import build_forward
+from pdf2lora.model.initialization import restore_trained_base
 from pdf2lora.model.loading import load_adapter, load_base
 from pdf2lora.params import read_params
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.monitor import device_name
+from pdf2lora.token_files import TokenFile
 from pdf2lora.training import job, loop
 from pdf2lora.training.checkpoints import save_checkpoint
 from stages import train
@@ -170,7 +175,7 @@ def test_the_adapter_has_settings_and_weights_and_no_empty_card() -> None:
 def test_metrics_log_and_curves_are_written(trained: Any) -> None:
     metrics = read("metrics/train/metrics.json")
     assert metrics["step"] == NUM_STEPS
-    assert metrics["train"]["perplexity"] == pytest.approx(math.exp(metrics["train"]["loss"]))
+    assert metrics["train"]["perplexity"] == pytest.approx(math.exp(metrics["train"]["loss"]), rel=1e-4)
     assert metrics["validation"]["loss"] < math.log(260)
     machine = read("metrics/machine.json")["train"]
     assert (machine["num_processes"], machine["steps"]) == (1, NUM_STEPS)
@@ -454,9 +459,25 @@ def test_two_processes_write_what_one_writes(project: Any, outputs: Path, traine
         results[count] = read("metrics/train/metrics.json"), adapter_in(Path())
 
     for split in ("train", "validation"):
-        assert results[2][0][split]["loss"] == pytest.approx(results[1][0][split]["loss"], rel=1e-6)
+        assert results[2][0][split]["loss"] == pytest.approx(results[1][0][split]["loss"], rel=1e-5)
     for name, value in results[1][1].items():
         torch.testing.assert_close(results[2][1][name], value, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("method", ["pissa", "loftq"])
+def test_an_adapter_that_starts_from_the_weights_is_loaded_as_it_was_trained(project: Any, method: str) -> None:
+    """Two processes train; the loaded model has the validation loss of the last step."""
+    project.configure({"lora.init_lora_weights": method, "train.num_train_epochs": 0.5})
+    assert [outcome.exit for outcome in run(2)] == [None, None]
+
+    lora = changed(LORA, init_lora_weights=method)
+    model = load_adapter(load_base(Path("models/base"), QUANTIZATION, COMPUTE), Path("models/adapter"))
+    restore_trained_base(model, Path("models/base"), Path("models/adapter"), lora)
+
+    validation = TokenFile.open(Path("data/tokens"), "validation").windows(seq_length=32, stride=32)
+    alone = Processes.alone(torch.device("cpu"))
+    nats = nats_per_token(build_forward(model, "reference"), validation, per_device_batch=8, processes=alone)
+    assert nats == pytest.approx(read("metrics/train/metrics.json")["validation"]["loss"], rel=1e-5)
 
 
 @pytest.mark.timeout(300)  # two processes import torch

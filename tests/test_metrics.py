@@ -11,9 +11,9 @@ from pdf2lora.evaluation.metrics import (
     evaluation_metrics,
     format_improvement,
     model_metrics,
-    rounded,
     summary_lines,
 )
+from pdf2lora.evaluation.rounding import rounded
 from pdf2lora.evaluation.sizes import TextSize
 
 SIZES = [TextSize(tokens=2, bytes=10, words=1), TextSize(tokens=7, bytes=26, words=2)]

@@ -7,9 +7,8 @@ import pytest
 import torch
 from tiny_llama import TRAIN, changed, quiet
 from torch import Tensor, nn
-from transformers import TrainingArguments
 
-from pdf2lora.training.optimizer import FlatParameters, build_optimizer, num_warmup_steps
+from pdf2lora.training.optimizer import FlatParameters, build_optimizer
 
 pytestmark = quiet
 SHAPES = [(8, 64), (32, 8), (5,), (1, 1), (3, 7)]
@@ -196,11 +195,3 @@ def test_every_optimizer_of_params(optim: str, bits: int | None, is_paged: bool 
     else:
         assert isinstance(optimizer, bnb.optim.AdamW)
         assert (optimizer.args.optim_bits, optimizer.is_paged) == (bits, is_paged)
-
-
-@pytest.mark.parametrize("warmup_steps", [0, 0.0, 0.05, 0.25, 0.999, 1, 1.0, 7, 7.0])
-@pytest.mark.parametrize("num_steps", [1, 30, 100])
-def test_warmup_steps_equal_those_of_the_hugging_face_trainer(warmup_steps: float, num_steps: int) -> None:
-    arguments = TrainingArguments(output_dir="unused", warmup_steps=warmup_steps, report_to=[])
-
-    assert num_warmup_steps(warmup_steps, num_steps) == arguments.get_warmup_steps(num_steps)

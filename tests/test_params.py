@@ -135,6 +135,33 @@ def test_gpu_memory_is_a_number_or_auto(write_params: WriteParams, value: float 
     assert read_params(write_params({"find_batch.memory_gib": value})).find_batch.memory_gib == value
 
 
+@pytest.mark.parametrize("value", [True, "gaussian", "loftq", "olora", "pissa", "pissa_niter_16"])
+def test_initializations_of_peft(write_params: WriteParams, value: bool | str) -> None:
+    assert read_params(write_params({"lora.init_lora_weights": value})).lora.init_lora_weights == value
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (False, "it must be true, gaussian, loftq, pissa, pissa_niter_N or olora"),
+        ("pissa_niter_", "it must be true, gaussian, loftq, pissa, pissa_niter_N or olora"),
+        ("eva", "it needs the activations of a data set"),
+        ("orthogonal", "PEFT draws it in the type of the weights, and 4-bit weights have an integer type"),
+    ],
+)
+def test_other_initializations_are_refused_with_the_reason(write_params: WriteParams, value: Any, reason: str) -> None:
+    assert error_lines(write_params({"lora.init_lora_weights": value})) == [
+        f"lora.init_lora_weights is {value!r}; {reason}. Change it in params.yaml."
+    ]
+
+
+def test_initializations_that_other_settings_exclude(write_params: WriteParams) -> None:
+    [line] = error_lines(write_params({"lora.init_lora_weights": "pissa", "lora.use_dora": True}))
+    assert line.startswith("lora.use_dora is true and lora.init_lora_weights is pissa; DoRA needs")
+    [line] = error_lines(write_params({"lora.init_lora_weights": "loftq", "quantization.bits": 16}))
+    assert line.startswith("lora.init_lora_weights is loftq and quantization.bits is 16; loftq corrects")
+
+
 def test_integer_is_valid_for_a_float_setting(write_params: WriteParams) -> None:
     assert read_params(write_params({"train.num_train_epochs": 3})).train.num_train_epochs == 3
 

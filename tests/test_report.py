@@ -22,6 +22,8 @@ def run(tmp_path, monkeypatch, write_params):
     write_params()
     monkeypatch.setattr(report, "result_figures", two_figures)
     monkeypatch.chdir(tmp_path)
+    for name in ("data/tokens", "models/base", "models/adapter"):  # the report has their hashes only
+        (tmp_path / name).mkdir(parents=True)
 
     def make(**details: object) -> str:
         write_run(tmp_path, **details)

@@ -5,7 +5,7 @@ from conftest import prose
 from tiny_adapter import write_tiny_models
 from tiny_llama import COMPUTE, QUANTIZATION, changed, make_document, quiet
 
-from pdf2lora.evaluation.samples import sample_documents
+from pdf2lora.evaluation.samples import continue_openings, read_openings, sample_entries
 from pdf2lora.model.loading import load_adapter, load_base
 from pdf2lora.params import Sample
 from pdf2lora.tokens import Encoder
@@ -24,7 +24,11 @@ def model(tmp_path_factory):
 
 def sample(model, settings=SETTINGS):
     documents = [make_document(f"{number}.pdf", text) for number, text in enumerate(TEXTS)]
-    return sample_documents(*model, documents, settings)
+    adapted, encoder = model
+    openings = read_openings(documents, encoder, settings)
+    with adapted.disable_adapter():
+        base_texts = continue_openings(adapted, openings, encoder, settings)
+    return sample_entries(openings, base_texts, continue_openings(adapted, openings, encoder, settings))
 
 
 def test_a_sample_has_prompt_reference_and_both_continuations(model):

@@ -1,6 +1,7 @@
 """The stages check, extract and split. Each test runs them as functions in an empty project."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -395,3 +396,15 @@ def test_two_documents_can_be_split_without_validation(project: WriteParams) -> 
     project({"split.validation_fraction": 0.0})
     split.main()
     assert (metrics("split")["train"]["documents"], metrics("split")["test"]["documents"]) == (1, 1)
+
+
+@pytest.mark.parametrize("folder", [CORPUS, Path("models/source/demo")])
+def test_check_names_a_file_name_that_is_not_utf_8(project: WriteParams, folder: Path) -> None:
+    """DVC ends with a traceback at such a name."""
+    shutil.copytree(REPOSITORY / "models/source/demo", "models/source/demo")
+    (folder / "sub").mkdir()
+    (folder / "sub" / os.fsdecode(b"caf\xe9.pdf")).touch()
+
+    message = error_message(check.main)
+
+    assert f"the name of '{folder}/sub/caf\\xe9.pdf' is not UTF-8, and DVC cannot store it. Rename" in message

@@ -23,6 +23,7 @@ from tiny_llama import TRAIN, changed, quiet, write_tiny_llama
 from tiny_training import run_training
 
 from pdf2lora.errors import InputError
+from pdf2lora.evaluation.rounding import rounded
 from pdf2lora.params import read_params
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.training.tracking import Tracker, Trackers, log_to_file, require_trackers
@@ -84,7 +85,7 @@ def test_curves_have_every_log_entry(run: Any, project: Path) -> None:
     assert [step for step, _ in curves["validation/loss"]] == [0, 2, 4]
     for split in ("train", "validation"):
         for (_, loss), (_, perplexity) in zip(curves[f"{split}/loss"], curves[f"{split}/perplexity"], strict=True):
-            assert perplexity == pytest.approx(math.exp(loss), rel=1e-9)
+            assert perplexity == pytest.approx(math.exp(loss), rel=1e-4)
 
 
 def test_curves_have_the_values_of_the_loop(base: Path, run: Any, project: Path, tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_curves_have_the_values_of_the_loop(base: Path, run: Any, project: Path,
     history = run_training(base, tmp_path / "other").history
     curves = curves_in(project / "train")
     for name in CURVES & {"train/loss", "validation/loss", "learning_rate", "gradient_norm"}:
-        assert curves[name] == [(entry["step"], entry[name]) for entry in history if name in entry]
+        assert curves[name] == [(entry["step"], rounded(entry[name])) for entry in history if name in entry]
 
 
 def test_dvc_yaml_plots_the_curves_that_each_machine_has() -> None:
@@ -273,7 +274,7 @@ def test_tensorboard_has_curves(run: Any, project: Path, write_params: Any) -> N
     curve = [(event.step, event.value) for event in accumulator.Scalars("train/loss")]
     expected = curves_in(project / "train")["train/loss"]
     assert [step for step, _ in curve] == [step for step, _ in expected]
-    assert [value for _, value in curve] == pytest.approx([value for _, value in expected])
+    assert [value for _, value in curve] == pytest.approx([value for _, value in expected], rel=1e-5)
 
 
 def test_the_end_of_the_trackers_leaves_the_process_group(project: Path, write_params: Any) -> None:

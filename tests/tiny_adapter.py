@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM
 def write_tiny_adapter(folder: Path, base: Path, **settings: Any) -> Path:
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     names = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]} | settings
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **names))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **names))
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.05)

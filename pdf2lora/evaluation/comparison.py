@@ -12,7 +12,8 @@ import pandas as pd
 
 from pdf2lora.errors import InputError
 from pdf2lora.evaluation.intervals import Estimate, improvement, interval_note, perplexity
-from pdf2lora.evaluation.metrics import format_improvement, rounded, share_metrics
+from pdf2lora.evaluation.metrics import format_improvement, share_metrics
+from pdf2lora.evaluation.rounding import rounded
 
 
 @dataclass(frozen=True)

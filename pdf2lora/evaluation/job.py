@@ -11,11 +11,12 @@ from pdf2lora.evaluation.comparison import compare, comparison_line, comparison_
 from pdf2lora.evaluation.general import read_general
 from pdf2lora.evaluation.metrics import Scores, document_table, evaluation_metrics, summary_lines
 from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
-from pdf2lora.evaluation.samples import sample_documents
+from pdf2lora.evaluation.samples import continue_openings, read_openings, sample_entries
 from pdf2lora.evaluation.scoring import Nats, nats_per_document
 from pdf2lora.evaluation.sizes import text_sizes
 from pdf2lora.evaluation.unquantized import load_unquantized
 from pdf2lora.model.forward import Forward, build_forward
+from pdf2lora.model.initialization import restore_trained_base
 from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.model.loading import load_adapter, load_base, read_config
 from pdf2lora.params import Params
@@ -59,6 +60,8 @@ def run(params: Params) -> None:
     encoded = [*TokenFile.open(TOKENS, "test").documents(), *encoder.encode(general_texts)]
     sizes = text_sizes(chain((document.text for document in read_documents(TEST)), general_texts), encoded)
     all_windows = windows(encoded, bos=encoder.start, seq_length=seq_length, stride=settings.stride)
+    first_documents = list(islice(read_documents(TEST), samples.num_documents))
+    openings = read_openings(first_documents, encoder, samples)
     scores_unquantized = settings.unquantized_base and params.quantization.bits < 16
     num_windows = (3 if scores_unquantized else 2) * len(all_windows)
 
@@ -84,14 +87,17 @@ def run(params: Params) -> None:
             del unquantized  # it leaves the memory before the quantized model is loaded
         kernels = choose_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
         model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)
-        forward = build_forward(model, "fused" if kernels == "fp8" else kernels)  # fp8 would approximate the nats
-        adapted = score(forward)
+        kernels = "fused" if kernels == "fp8" else kernels  # fp8 would approximate the nats
+        forward = build_forward(model, kernels)
         with model.disable_adapter():
             base = score(forward)
+            base_texts = continue_openings(model, openings, encoder, samples) if processes.is_main else None
+        restore_trained_base(model, BASE, ADAPTER, params.lora)
+        adapted = score(build_forward(model, kernels))
         processes.end()
-        if not processes.is_main:
+        if base_texts is None:
             return
-        sampled = sample_documents(model, encoder, list(islice(read_documents(TEST), samples.num_documents)), samples)
+        adapted_texts = continue_openings(model, openings, encoder, samples)
 
     scores = Scores(base, adapted, base_unquantized)
     test, general = slice(len(ids)), slice(len(ids), None)
@@ -104,7 +110,7 @@ def run(params: Params) -> None:
         lines.append(comparison_line(settings.compare_to, commit, comparison))
 
     write_json(METRICS, metrics)
-    write_json(SAMPLES, sampled)
+    write_json(SAMPLES, sample_entries(openings, base_texts, adapted_texts))
     with atomic_write(DOCUMENTS) as partial:
         table.to_csv(partial, index=False, lineterminator="\n")
     print(*(f"evaluate: {line}" for line in lines), sep="\n")

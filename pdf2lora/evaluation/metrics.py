@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from pdf2lora.evaluation.intervals import METHOD, Counts, Estimate, Nats, improvement, interval_note, perplexity
+from pdf2lora.evaluation.rounding import rounded
 from pdf2lora.evaluation.sizes import TextSize
 
-SIGNIFICANT_DIGITS = 6  # further digits depend on the processor
 COSTLY_QUANTIZATION = 0.05  # increase of the perplexity that is reported with remedies
 
 Metrics = dict[str, Any]
@@ -130,10 +130,6 @@ def negated(estimate: Estimate) -> Estimate:
 
 def token_counts(sizes: Sequence[TextSize]) -> Counts:
     return np.array([size.tokens for size in sizes], dtype=np.int64)
-
-
-def rounded(value: float) -> float:
-    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
 
 
 def _bounds(estimate: Estimate) -> Metrics:

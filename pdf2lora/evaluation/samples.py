@@ -5,7 +5,7 @@ text does.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from pdf2lora.documents.records import Document
@@ -17,45 +17,71 @@ DIGITS = 3  # of nats, after the decimal point
 MAX_CHARACTERS_PER_TOKEN = 40  # the text that is encoded for a sample: longer tokens shorten the sample
 
 
-def sample_documents(
-    model: Any, encoder: Encoder, documents: Sequence[Document], settings: Sample
-) -> list[dict[str, Any]]:
-    """An entry of data/samples.json for each document. `tokens` are the pieces of prompt and reference with their nats.
+@dataclass(frozen=True)
+class Opening:
+    """The beginning of a document: prompt and reference."""
 
-    model: a PeftModel.
-    """
-    openings = [_encode_opening(document.text, encoder, settings) for document in documents]
-    prompts = [ids[: settings.prompt_tokens] for _, ids, _ in openings]
-    continuations, nats = {}, {}
-    for name in ("base", "adapted"):
-        with model.disable_adapter() if name == "base" else nullcontext():
-            continuations[name] = generate(model, prompts, encoder, settings)
-            nats[name] = [token_nats(model, ids, encoder).round(DIGITS).tolist() for _, ids, _ in openings]
-    samples = []
-    for number, (document, (text, _, ends)) in enumerate(zip(documents, openings, strict=True)):
-        prompt_end = ends[: settings.prompt_tokens][-1]
-        samples.append(
+    document: str
+    text: str
+    tokens: Tokens
+    ends: list[int]  # position in the text after each token
+    num_prompt_tokens: int
+
+    @property
+    def prompt(self) -> Tokens:
+        return self.tokens[: self.num_prompt_tokens]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What one model makes of an opening."""
+
+    text: str
+    nats: list[float]  # of each token of the opening
+
+
+def read_openings(documents: Sequence[Document], encoder: Encoder, settings: Sample) -> list[Opening]:
+    num_tokens = settings.prompt_tokens + settings.max_new_tokens
+    openings = []
+    for document in documents:
+        text = document.text[: MAX_CHARACTERS_PER_TOKEN * num_tokens]
+        offsets = encoder.tokenizer.encode(text, add_special_tokens=False).offsets
+        ends = [end for _, end in offsets][:num_tokens]
+        tokens = encoder.encode([text])[0][: len(ends)]
+        openings.append(Opening(document.id, text, tokens, ends, settings.prompt_tokens))
+    return openings
+
+
+def continue_openings(
+    model: Any, openings: Sequence[Opening], encoder: Encoder, settings: Sample
+) -> list[Continuation]:
+    """Continues each opening with the model as it is: a PeftModel, with its adapter on or off."""
+    texts = generate(model, [opening.prompt for opening in openings], encoder, settings)
+    nats = [token_nats(model, opening.tokens, encoder).round(DIGITS).tolist() for opening in openings]
+    return [Continuation(text, values) for text, values in zip(texts, nats, strict=True)]
+
+
+def sample_entries(
+    openings: Sequence[Opening], base: Sequence[Continuation], adapted: Sequence[Continuation]
+) -> list[dict[str, Any]]:
+    """The entries of data/samples.json. `tokens` are the pieces of prompt and reference with their nats."""
+    entries = []
+    for opening, of_base, of_adapted in zip(openings, base, adapted, strict=True):
+        text, ends = opening.text, opening.ends
+        prompt_end = ends[: opening.num_prompt_tokens][-1]
+        entries.append(
             {
-                "document": document.id,
+                "document": opening.document,
                 "prompt": text[:prompt_end],
                 "truth": text[prompt_end : ends[-1]],
-                "base": continuations["base"][number],
-                "adapted": continuations["adapted"][number],
+                "base": of_base.text,
+                "adapted": of_adapted.text,
                 "tokens": [
-                    {"text": text[begin:end], "base_nats": base, "adapted_nats": adapted}
-                    for begin, end, base, adapted in zip(
-                        [0, *ends], ends, nats["base"][number], nats["adapted"][number], strict=False
+                    {"text": text[begin:end], "base_nats": base_nats, "adapted_nats": adapted_nats}
+                    for begin, end, base_nats, adapted_nats in zip(
+                        [0, *ends], ends, of_base.nats, of_adapted.nats, strict=False
                     )
                 ],
             }
         )
-    return samples
-
-
-def _encode_opening(text: str, encoder: Encoder, settings: Sample) -> tuple[str, Tokens, list[int]]:
-    """The beginning of a text, its first tokens, and the position in the text after each of them."""
-    num_tokens = settings.prompt_tokens + settings.max_new_tokens
-    opening = text[: MAX_CHARACTERS_PER_TOKEN * num_tokens]
-    encoding = encoder.tokenizer.encode(opening, add_special_tokens=False)
-    ends = [end for _, end in encoding.offsets][:num_tokens]
-    return opening, encoder.encode([opening])[0][: len(ends)], ends
+    return entries

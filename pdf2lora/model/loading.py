@@ -134,6 +134,8 @@ def _quantization_config(
 def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
     """Adds new LoRA matrices in float32 (Hu et al. 2021) to the frozen base model. B is zero.
 
+    If lora.init_lora_weights needs the base's weights, initialization.initialize() replaces the matrices.
+
     Does not call PEFT's prepare_model_for_kbit_training, which casts embeddings, head and norms to float32.
 
     Raises:
@@ -141,6 +143,8 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
     """
     targets = target_modules(model, lora)
     settings = lora.model_dump() | {"target_modules": targets}
+    if lora.reads_weights:
+        settings["init_lora_weights"] = True
     config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="models/base", **settings)
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     # PEFT keeps a set, which has another order in every process: adapter_config.json would differ.

@@ -126,6 +126,19 @@ def flash_attention(attention: str, gpus: list[Gpu]) -> Finding:
     return Finding("ok", "flash-attn", "not installed, so sdpa is used. It needs a GPU.")
 
 
+def git_identity() -> Finding:
+    """Whether git knows who makes a commit: `dvc exp run` commits each experiment."""
+    process = subprocess.run(["git", "var", "GIT_COMMITTER_IDENT"], capture_output=True, text=True, check=False)
+    if process.returncode == 0:
+        return Finding("ok", "git", "user.name and user.email are set")
+    return Finding(
+        "note",
+        "git",
+        "dvc exp run cannot commit: git has no identity. Run: git config --global user.name NAME; "
+        "git config --global user.email ADDRESS",
+    )
+
+
 def memory(needed_gib: float) -> Finding:
     available_gib = psutil.virtual_memory().available / GIB
     if available_gib < needed_gib:

@@ -1,5 +1,6 @@
 """The folders that params.yaml names."""
 
+import os
 from pathlib import Path
 
 from pdf2lora.errors import InputError
@@ -10,7 +11,10 @@ SOURCE_MODELS = Path("models/source")
 
 
 def require_folders(params: Params) -> None:
-    """Raises InputError if the folder of the corpus or of the source model is missing."""
+    """
+    Raises:
+        InputError: the folder of the corpus or of the source model is missing, or DVC cannot store a file's name.
+    """
     _require_folder("corpus", CORPORA / params.corpus, "Put your PDFs there")
     _require_folder("model", SOURCE_MODELS / params.model, "Put the source model there")
 
@@ -22,3 +26,11 @@ def _require_folder(key: str, folder: Path, remedy: str) -> None:
             f"{key}: '{folder.name}' must be a folder of {folder.parent} (existing ones: {known}). "
             f"{remedy}, or choose another folder with -S {key}=..."
         )
+    for path in folder.rglob("*"):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+            raise InputError(
+                f"{key}: the name of '{shown}' is not UTF-8, and DVC cannot store it. Rename the file."
+            ) from None

@@ -1,6 +1,5 @@
 """A forecast of a run before it starts: sequences, steps, memory, time, disk space, and how each number is known."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +7,13 @@ from typing import Literal
 
 from pdf2lora.params import Params
 from pdf2lora.preflight.environment import Gpu
+from pdf2lora.preflight.findings import Finding
 from pdf2lora.preflight.model_shape import GIB, ModelShape
 from pdf2lora.preflight.previous_run import PreviousRun
-from pdf2lora.preflight.token_count import count_training_tokens
+from pdf2lora.preflight.token_count import TokenCount
 from pdf2lora.runtime.parallel import num_cores
+from pdf2lora.training.data_order import DataOrder
+from pdf2lora.training.schedule import schedule_warnings
 from pdf2lora.training.throughput import peak_flop_per_s
 
 BASE = Path("models/base")
@@ -38,11 +40,10 @@ class Estimate:
 
 
 def forecast(
-    params: Params, previous: PreviousRun, shape: ModelShape, gpus: Sequence[Gpu], pdfs: Sequence[Path]
+    params: Params, previous: PreviousRun, shape: ModelShape, gpus: Sequence[Gpu], tokens: TokenCount
 ) -> list[Estimate]:
     """The forecast of a run with these params on this machine."""
-    tokens = count_training_tokens(params, previous, pdfs)
-    num_sequences = -(-tokens.num_tokens // params.compute.seq_length)
+    num_sequences = tokens.num_sequences(params.compute.seq_length)
     text = f"{num_sequences:,} of {params.compute.seq_length} tokens for training"
     return [
         Estimate("sequences", text, tokens.source, tokens.explanation),
@@ -54,19 +55,27 @@ def forecast(
 
 
 def step_estimate(previous: PreviousRun, params: Params, num_sequences: int) -> Estimate:
-    batch = params.train.effective_batch
-    if batch == "auto":
-        batch = previous.batch.get("effective_batch", "auto")
-    if not isinstance(batch, int):
+    batch = effective_batch(previous, params)
+    if batch is None:
         return Estimate("steps", "-", "unknown", "train.effective_batch is auto: find_batch chooses it")
-    num_steps = num_optimizer_steps(num_sequences, batch, params.train.num_train_epochs)
+    num_steps = DataOrder(num_sequences, batch, params.train.num_train_epochs, params.train.seed).num_steps
     text = f"sequences / effective batch {batch} x {params.train.num_train_epochs:g} epochs"
     return Estimate("steps", f"{num_steps:,} optimizer steps", "computed", text)
 
 
-def num_optimizer_steps(num_sequences: int, effective_batch: int, num_train_epochs: float) -> int:
-    """The last step of an epoch may have fewer sequences."""
-    return math.ceil(num_train_epochs * math.ceil(num_sequences / effective_batch))
+def effective_batch(previous: PreviousRun, params: Params) -> int | None:
+    """train.effective_batch; for auto the choice of the last find_batch, None without one."""
+    batch = params.train.effective_batch
+    return previous.batch.get("effective_batch") if batch == "auto" else batch
+
+
+def schedule_notes(previous: PreviousRun, params: Params, num_sequences: int) -> list[Finding]:
+    """Warnings about the training's schedule, with the counted or estimated number of sequences."""
+    batch = effective_batch(previous, params)
+    if batch is None:
+        return []
+    warnings = schedule_warnings(params.train, num_sequences=num_sequences, effective_batch=batch)
+    return [Finding("note", "training", text) for text in warnings]
 
 
 def memory_estimate(previous: PreviousRun, params: Params, shape: ModelShape) -> Estimate:

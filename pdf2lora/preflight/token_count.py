@@ -22,6 +22,9 @@ class TokenCount:
     source: Literal["counted", "estimated"]
     explanation: str
 
+    def num_sequences(self, seq_length: int) -> int:
+        return -(-self.num_tokens // seq_length)
+
 
 def count_training_tokens(params: Params, previous: PreviousRun, pdfs: Sequence[Path]) -> TokenCount:
     """The tokens of data/tokens if it is current, else an estimate from the characters of data/split or from pages."""

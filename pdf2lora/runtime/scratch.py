@@ -3,10 +3,13 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
 from pdf2lora.runtime.files import file_sha256
+
+ROOT = Path(__file__).resolve().parents[2]  # of the code
 
 
 def project_root() -> Path:
@@ -35,9 +38,13 @@ def scratch_folder(stage: str, key: str) -> Path:
 
 def stage_code(stage: str) -> list[Path]:
     """The code dependencies of a stage in dvc.yaml: files and folders."""
-    root = Path(__file__).resolve().parents[2]
-    pipeline = YAML(typ="safe", pure=True).load((root / "dvc.yaml").read_text(encoding="utf-8"))
-    return [root / dep for dep in pipeline["stages"][stage]["deps"] if dep.startswith(("pdf2lora/", "stages/"))]
+    return [ROOT / dep for dep in pipeline_stages()[stage]["deps"] if dep.startswith(("pdf2lora/", "stages/"))]
+
+
+def pipeline_stages() -> dict[str, Any]:
+    """The stages in dvc.yaml."""
+    stages: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return stages
 
 
 def _files_of(path: Path) -> list[Path]:

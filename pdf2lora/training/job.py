@@ -14,12 +14,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from peft import PeftModel
 
 from pdf2lora.errors import InputError
 from pdf2lora.model.device import limit_gpu_memory
+from pdf2lora.model.initialization import INITIAL, initialize
 from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.model.loading import add_lora, load_base, read_config
 from pdf2lora.params import Params
@@ -37,6 +39,7 @@ from pdf2lora.training.checkpoints import latest_valid, step_of
 from pdf2lora.training.data_order import DataOrder
 from pdf2lora.training.interrupt import Interrupt
 from pdf2lora.training.loop import BatchPlan, Learner, TrainingResult, train
+from pdf2lora.training.schedule import schedule_warnings
 from pdf2lora.training.throughput import model_flops_utilization
 from pdf2lora.training.tracking import Tracker, Trackers, log_to_file, require_trackers
 
@@ -92,7 +95,15 @@ def run(params: Params) -> None:
         )
         if batch["memory_gib"] != "auto":
             limit_gpu_memory(batch["memory_gib"])
+        if processes.is_main:
+            warnings = schedule_warnings(
+                params.train, num_sequences=len(sequences), effective_batch=plan.effective_batch
+            )
+            print(*(f"train: warning: {text}" for text in warnings), sep="\n", end="\n" if warnings else "")
         model = build_model(BASE, params)
+        if params.lora.reads_weights:
+            folder = checkpoints / INITIAL
+            initialize(model, BASE, params.lora, seed=params.train.seed, folder=folder, processes=processes)
         order = DataOrder(len(sequences), plan.effective_batch, params.train.num_train_epochs, params.train.seed)
         learner = Learner(
             model,
@@ -102,7 +113,8 @@ def run(params: Params) -> None:
             num_steps=order.num_steps,
             processes=processes,
         )
-        tokens_per_step = plan.effective_batch * params.compute.seq_length
+        all_rows = np.arange(len(sequences))
+        tokens_per_step = sequences.num_targets(all_rows) / order.steps_per_epoch  # a mean: some steps are smaller
         tracker = Tracker(METRICS, processes, trackers, tokens_per_step=tokens_per_step)
         log_start(params, batch, model, processes)
         interrupt = stack.enter_context(Interrupt())
@@ -128,6 +140,8 @@ def run(params: Params) -> None:
             with atomic_directory(ADAPTER) as folder:
                 model.save_pretrained(folder)
                 (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; report writes the model card
+                if params.lora.reads_weights:
+                    shutil.copytree(checkpoints / INITIAL, folder / INITIAL)
             shutil.rmtree(checkpoints)  # a forced re-run trains again, and does not load the last checkpoint
     if processes.is_main:
         kept = f", kept step {result.kept_step}" if result.kept_step != result.steps else ""
@@ -144,7 +158,9 @@ def tracker_names(params: Params) -> list[str]:
 
 
 def build_model(base: Path, params: Params) -> PeftModel:
-    """The quantized base model with new LoRA matrices, the same ones for the same train.seed.
+    """The quantized base model with new LoRA matrices, the same ones for the same train.seed; B is zero.
+
+    find_batch measures it: another lora.init_lora_weights changes neither time nor memory of a step.
 
     Raises:
         InputError: the machine cannot run what the settings ask for.
@@ -179,7 +195,7 @@ def measurements(
     else:
         numbers["tokens_per_s"] = 0
     if tracker.median_step_s:
-        tokens_per_s = plan.effective_batch * params.compute.seq_length / tracker.median_step_s
+        tokens_per_s = result.num_targets / (result.steps - result.first_step) / tracker.median_step_s
         utilization = model_flops_utilization(
             tokens_per_s / processes.count, model.config, params.compute.seq_length, device_name()
         )

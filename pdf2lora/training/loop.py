@@ -54,7 +54,8 @@ from pdf2lora.training.checkpoints import latest_valid, load_checkpoint, save_ch
 from pdf2lora.training.data_order import DataOrder, Rows, micro_batches
 from pdf2lora.training.interrupt import Interrupt
 from pdf2lora.training.micro_batch import MicroBatch, graph_obstacle
-from pdf2lora.training.optimizer import FlatParameters, build_optimizer, num_warmup_steps
+from pdf2lora.training.optimizer import FlatParameters, build_optimizer
+from pdf2lora.training.schedule import num_warmup_steps
 from pdf2lora.training.tracking import Entry, Tracker
 
 MIN_LOSS_SCALE = 2.0**-10  # a smaller one only follows steps that were all skipped

@@ -5,7 +5,6 @@ LoRA matrices of a 3B Llama cost 25 ms per step. AdamW works number by number, s
 blocks of the 8-bit moments (Dettmers et al. 2022) start elsewhere. One gradient buffer means one all-reduce per step.
 """
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -62,8 +61,3 @@ def build_optimizer(parameter: torch.nn.Parameter, train: Train) -> torch.optim.
         [parameter], optim_bits=bits, is_paged=train.optim.startswith("paged"), **settings
     )
     return optimizer
-
-
-def num_warmup_steps(warmup_steps: float, num_steps: int) -> int:
-    """train.warmup_steps in optimizer steps: a value under 1 is a share of all steps, rounded up."""
-    return int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * num_steps)

@@ -20,6 +20,7 @@ from dvclive import Live
 from tqdm import tqdm
 
 from pdf2lora.errors import InputError
+from pdf2lora.evaluation.rounding import rounded
 from pdf2lora.params import Params
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.scratch import project_root
@@ -112,7 +113,7 @@ class Tracker:
     DVC removes the outputs of a stage before it runs. start() writes the checkpoint's history again.
     """
 
-    def __init__(self, folder: Path, processes: Processes, trackers: Trackers | None, *, tokens_per_step: int):
+    def __init__(self, folder: Path, processes: Processes, trackers: Trackers | None, *, tokens_per_step: float):
         self.is_main = processes.is_main
         self.trackers = trackers
         self.tokens_per_step = tokens_per_step
@@ -195,7 +196,7 @@ class Tracker:
         for name, value in sorted(entry.items()):
             if name == "step":
                 continue
-            self.live.log_metric(name, value)
+            self.live.log_metric(name, rounded(value))
             if name.endswith("/loss"):
-                self.live.log_metric(name.replace("loss", "perplexity"), math.exp(value))
+                self.live.log_metric(name.replace("loss", "perplexity"), rounded(math.exp(value)))
         self.live.make_summary()

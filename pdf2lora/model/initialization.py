@@ -1,0 +1,162 @@
+"""lora.init_lora_weights: initial LoRA matrices that PEFT computes from the unquantized weights W of the base.
+
+Q is the quantization, s the scaling of the adapter, A0 and B0 the initial matrices of one layer:
+
+- loftq (Li et al. 2023, one iteration): s B0 A0 is the best approximation of W - Q(W) of rank r. The base stays Q(W).
+- pissa (Meng et al. 2024), pissa_niter_N: s B0 A0 has the r largest singular values of W. The base becomes
+  Q(W - s B0 A0). N is the number of subspace iterations of a fast, approximate decomposition.
+- olora (Büyükakyüz 2024): s B0 A0 comes from the first r columns of a QR decomposition of W. The base becomes
+  Q(W - s B0 A0).
+
+Training then runs as with other initial matrices. models/adapter/initial keeps A0 and B0, from which evaluate and
+generate make the changed base. Without quantization the trained model is W + s (B A - B0 A0), which an ordinary adapter
+of rank 2r also gives (weights/plain_adapter.py). export merges and releases that one.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear
+from peft.utils.integrations import dequantize_bnb_weight
+from peft.utils.loftq_utils import _low_rank_decomposition
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pdf2lora.errors import InputError
+from pdf2lora.model.dropout import lora_layers
+from pdf2lora.params import Lora
+from pdf2lora.runtime.distributed import Processes
+from pdf2lora.runtime.files import atomic_directory
+
+INITIAL = "initial"  # a folder beside the adapter's files
+FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+Matrices = dict[str, Tensor]  # by PEFT's names: base_model.model.<layer>.lora_A.weight
+
+
+def initialize(model: PeftModel, base: Path, lora: Lora, *, seed: int, folder: Path, processes: Processes) -> None:
+    """Sets A and B of a new adapter, and changes the base where the method does.
+
+    The processes deal the layers. The main process keeps the matrices in `folder`: a resumed training reads them.
+
+    Raises:
+        InputError: the files of the base do not have unquantized weights of these layers, or r is too large.
+    """
+    matrices = processes.broadcast(load_file(folder / FILE) if processes.is_main and folder.exists() else None)
+    if matrices is None:
+        names = layer_names(model)[processes.index :: processes.count]
+        part: Matrices = {}
+        for name, weight in unquantized_weights(base, names):
+            with torch.random.fork_rng():
+                torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
+                a, b = _initial_pair(_layer(model, name), weight.to(_layer(model, name).weight.device), lora, name)
+            part |= {f"{PREFIX}{name}.lora_A.weight": a.cpu(), f"{PREFIX}{name}.lora_B.weight": b.cpu()}
+        matrices = {key: value for parts in processes.gather(part) for key, value in parts.items()}
+        if processes.is_main:
+            with atomic_directory(folder) as partial:
+                save_file(matrices, partial / FILE)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, value in matrices.items():
+            parameters[key.replace(".weight", ".default.weight")].copy_(value)
+    if lora.changes_base:
+        _change_base(model, base, matrices)
+
+
+def restore_trained_base(model: PeftModel, base: Path, adapter: Path, lora: Lora) -> None:
+    """Changes the base of a loaded adapter to the one that it was trained on; nothing for most methods."""
+    if lora.changes_base:
+        _change_base(model, base, load_file(adapter / INITIAL / FILE))
+
+
+def layer_names(model: PeftModel) -> list[str]:
+    """The layers with LoRA matrices, by their names in the base model."""
+    layers = {id(layer) for layer in lora_layers(model)}
+    return [name.removeprefix(PREFIX) for name, module in model.named_modules() if id(module) in layers]
+
+
+def unquantized_weights(base: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Name and weight in float32, as the file stores it, of each layer. Holds one weight at a time.
+
+    Raises:
+        InputError: the files have no unquantized weight of a layer.
+    """
+    missing = set(names)
+    for file in sorted(base.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for key in sorted(weights.keys()):
+                name = key.removesuffix(".weight")
+                if name in missing and weights.get_slice(key).get_dtype() in ("F32", "F16", "BF16"):
+                    missing.remove(name)
+                    yield name, weights.get_tensor(key).float()
+    if missing:
+        raise InputError(
+            f"lora.init_lora_weights needs the unquantized weights of the base; {base} has none for {min(missing)}. "
+            "Use true, or an unquantized source model."
+        )
+
+
+def _layer(model: PeftModel, name: str) -> Any:
+    """The layer of the base, without its LoRA matrices."""
+    return model.get_submodule(f"{PREFIX}{name}").base_layer
+
+
+def _initial_pair(layer: nn.Module, weight: Tensor, lora: Lora, name: str) -> tuple[Tensor, Tensor]:
+    """A0 (r, in_features) and B0 (out_features, r) of one layer, float32."""
+    weight = weight.T if isinstance(layer, Conv1D) else weight  # (out_features, in_features)
+    if lora.r > min(weight.shape):
+        raise InputError(
+            f"lora.r is {lora.r}; with lora.init_lora_weights {lora.init_lora_weights} it must not be greater than the "
+            f"smaller side of each layer, and {name} is {weight.shape[0]} x {weight.shape[1]}. Reduce it."
+        )
+    if lora.init_lora_weights == "loftq":
+        scaling = lora.lora_alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
+        rest = weight - dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).float()
+        pair = _low_rank_decomposition(rest / scaling, reduced_rank=lora.r)  # PEFT's LoftQ leaves the scaling out
+        return pair["R"].contiguous(), pair["L"].contiguous()
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    settings = LoraConfig(**(lora.model_dump() | {"lora_dropout": 0.0, "target_modules": None}))
+    adapted = Linear(linear, "default", config=settings, r=lora.r, lora_alpha=lora.lora_alpha)
+    return adapted.lora_A["default"].weight.detach(), adapted.lora_B["default"].weight.detach()
+
+
+@torch.no_grad()
+def _change_base(model: PeftModel, base: Path, matrices: Matrices) -> None:
+    """Q(W - s B0 A0) instead of Q(W) in each layer with LoRA matrices."""
+    for name, stored in unquantized_weights(base, layer_names(model)):
+        lora_layer = model.get_submodule(f"{PREFIX}{name}")
+        layer = lora_layer.base_layer
+        weight = stored.to(layer.weight.device)
+        a, b = (matrices[f"{PREFIX}{name}.lora_{part}.weight"].to(weight) for part in "AB")
+        product = lora_layer.scaling["default"] * b @ a
+        weight -= product.T if isinstance(layer, Conv1D) else product
+        _set_weight(layer, weight)
+
+
+def _set_weight(layer: Any, weight: Tensor) -> None:
+    """Replaces the weight of a layer in the layer's own precision, with bitsandbytes' quantization as at loading."""
+    old = layer.weight
+    if isinstance(old, bnb.nn.Params4bit):
+        layer.weight = bnb.nn.Params4bit(
+            weight.to(old.quant_state.dtype),
+            requires_grad=False,
+            quant_type=old.quant_type,
+            compress_statistics=old.compress_statistics,
+            quant_storage=old.quant_storage,
+            blocksize=old.blocksize,
+            module=layer,
+        ).to(old.device)
+    elif isinstance(old, bnb.nn.Int8Params):
+        layer.weight = bnb.nn.Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False).to(old.device)
+        layer.init_8bit_state()
+    else:
+        old.copy_(weight)
