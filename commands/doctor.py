@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pdf2lora.errors import report_input_errors
+from pdf2lora.documents.sources import Listing, list_corpus
+from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.params import Params, read_params
 from pdf2lora.preflight import environment
-from pdf2lora.preflight.corpus import corpus, find_pdfs
+from pdf2lora.preflight.corpus import corpus
 from pdf2lora.preflight.environment import Gpu
 from pdf2lora.preflight.findings import Finding, has_problem
 from pdf2lora.preflight.folders import CORPORA, SOURCE_MODELS, require_folders
@@ -31,17 +32,22 @@ def main() -> None:
     params = read_params()
     require_folders(params)
     gpus = environment.find_gpus()
-    pdfs = find_pdfs(CORPORA / params.corpus)
+    folder = CORPORA / params.corpus
     machine = check_machine(params, gpus)
     model_findings, files = source_model(params)
-    inputs = [corpus(CORPORA / params.corpus, pdfs), *model_findings]
+    try:
+        listing = list_corpus(folder)
+        corpus_findings = corpus(folder, listing)
+    except InputError as error:
+        listing, corpus_findings = Listing([], []), [Finding("problem", "corpus", str(error))]
+    inputs = [*corpus_findings, *model_findings]
     findings = [Finding("ok", "params", "params.yaml is valid"), *machine, *inputs]
     estimates: list[Estimate] = []
 
     if files is not None and not has_problem(inputs):
         shape = model_shape(files, SOURCE_MODELS / params.model)
         previous = PreviousRun.read(params)
-        tokens = count_training_tokens(params, previous, pdfs)
+        tokens = count_training_tokens(params, previous, folder, listing.sources)
         estimates = forecast(params, previous, shape, gpus, tokens)
         findings += schedule_notes(previous, params, tokens.num_sequences(params.compute.seq_length))
         findings += check_capacity(params, previous, shape, gpus)

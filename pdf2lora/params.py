@@ -95,6 +95,17 @@ class Extract(Section):
     """Address space of one OCR worker, in GiB. A page at 200 dpi needs about 2 GiB."""
 
 
+class Cluster(Section):
+    """Where the work runs. No stage depends on this section: it changes the time, not the results."""
+
+    scheduler: Annotated[str, Field(pattern=r"^(local|[a-z]+://\S+|\S+\.json)$")]
+    """local: extract uses the cores of this machine. Otherwise the address of a Dask scheduler (tcp://host:8786) or
+    the file that it writes (--scheduler-file), which ends in .json."""
+    corpus: Annotated[str, Field(min_length=1)]
+    """Where the Dask workers find the corpus: a folder, or an address that fsspec knows (s3://bucket/folder). none: the
+    folder has the same path on all machines."""
+
+
 class Split(Section):
     """Documents -> train, validation and test documents."""
 
@@ -275,6 +286,7 @@ class Params(Section):
     """Folder of the source model: models/source/<model>."""
     models: dict[Name, SourceModel]
     """The Llama version of each model in Meta's format. Models in Hugging Face's format need no entry."""
+    cluster: Cluster
     extract: Extract
     split: Split
     convert: Convert

@@ -1,16 +1,17 @@
 """check: params.yaml -> data/checked
 
-Runs before the other stages whenever params.yaml has changed. It reports invalid settings, missing folders and an
-unusable source model within a second or two, before a later stage imports torch, and before DVC deletes old outputs.
-The output never changes, so this stage re-runs no other one.
+Runs before the other stages whenever params.yaml has changed. It reports invalid settings, missing folders, damaged
+archives and an unusable source model within a second or two, before a later stage imports torch, and before DVC deletes
+old outputs. The output never changes, so this stage re-runs no other one.
 """
 
 from pathlib import Path
 
+from pdf2lora.documents.sources import list_corpus
 from pdf2lora.errors import report_input_errors
 from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
 from pdf2lora.params import read_params
-from pdf2lora.preflight.folders import require_folders
+from pdf2lora.preflight.folders import CORPORA, require_folders
 from pdf2lora.preflight.source_model import inspect_for
 from pdf2lora.runtime.files import atomic_write
 from pdf2lora.runtime.processes import single_instance
@@ -24,6 +25,7 @@ CHECKED = Path("data/checked")
 def main() -> None:
     params = read_params()
     require_folders(params)
+    list_corpus(CORPORA / params.corpus)
     inspect_for(params)
 
     if params.evaluate.compare_to != "none":

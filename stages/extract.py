@@ -4,12 +4,16 @@ Writes one record per PDF: its text, or the reason why it is left out.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from pdf2lora.documents import ocr
-from pdf2lora.documents.corpus import extract_corpus, find_linked_folders, find_pdfs, summarize
-from pdf2lora.documents.records import write_documents
+from pdf2lora.documents.cluster import extract_on_cluster
+from pdf2lora.documents.corpus import extract_corpus, summarize
+from pdf2lora.documents.extraction import PACKAGES, extract
+from pdf2lora.documents.records import write_through
+from pdf2lora.documents.sources import list_corpus, require_sources
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.params import read_params
 from pdf2lora.runtime.files import atomic_write, write_json
@@ -26,18 +30,30 @@ METRICS = Path("metrics/extract.json")
 def main() -> None:
     params = read_params()
     folder = CORPORA / params.corpus
-    files = find_pdfs(folder)
-    print(f"extract: {len(files)} PDFs in {folder}", flush=True)  # first, because the extraction can take long
-    for link in find_linked_folders(folder):
-        print(f"extract: the linked folder {link} is not read, because DVC does not track its files. Copy them.")
+    listing = list_corpus(folder)
+    require_sources(folder, listing)
+    print(
+        f"extract: {len(listing.sources)} PDFs in {folder}", flush=True
+    )  # first, because the extraction can take long
+    for sentence in listing.unread:
+        print(f"extract: {sentence}")
 
     settings = params.extract.model_dump()
-    engine_versions = [version(name) for name in ("PyPDF2", "pypdfium2")]
+    versions = [version(name) for name in PACKAGES]
     ocr_version = require_ocr(params.extract.ocr)
-    cache = scratch_folder("extract", fingerprint(settings, *stage_code("extract"), *engine_versions, ocr_version))
-    documents = extract_corpus(folder, files, cache, settings)
-    metrics = summarize(documents)
-    left_out = describe(metrics["left_out"])
+    cache = scratch_folder("extract", fingerprint(settings, *stage_code("extract"), *versions, ocr_version))
+    run = extract
+    if params.cluster.scheduler != "local":
+        run = partial(extract_on_cluster, params.cluster.scheduler, params.cluster.corpus)
+    documents = extract_corpus(folder, listing.sources, cache, settings, run)
+    with atomic_write(DOCUMENTS) as partial_file:
+        metrics = summarize(write_through(partial_file, documents))
+        left_out = describe(metrics["left_out"])
+        if not metrics["kept"]:
+            raise InputError(
+                f"{folder}: none of the {metrics['documents']} PDFs is usable ({left_out}). Add PDFs with a text layer."
+            )
+    write_json(METRICS, metrics)
     print(
         f"extract: {metrics['kept']} of {metrics['documents']} PDFs kept, {metrics['pages_read']} pages, "
         f"{metrics['characters']:,} characters; left out: {left_out}"
@@ -47,12 +63,6 @@ def main() -> None:
             f"extract: {metrics['pages_unread']} pages after the first {params.extract.max_pages} of a document "
             "are not read (extract.max_pages)"
         )
-    if not metrics["kept"]:
-        raise InputError(f"{folder}: none of the {len(files)} PDFs is usable ({left_out}). Add PDFs with a text layer.")
-
-    with atomic_write(DOCUMENTS) as partial:
-        write_documents(partial, documents)
-    write_json(METRICS, metrics)
 
 
 def require_ocr(setting: str) -> str | None:

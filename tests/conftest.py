@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen.canvas import Canvas
 from ruamel.yaml import YAML
 
+from pdf2lora.documents.extraction import extract
+from pdf2lora.documents.records import Extraction
+from pdf2lora.documents.sources import Source
+from pdf2lora.runtime.files import file_sha256
 from pdf2lora.runtime.gpus import has_cuda_driver
 
 # Without a CUDA driver, Triton's interpreter runs the kernels. Triton reads this variable when it is imported, and
@@ -56,6 +60,15 @@ def prose(seed: int, num_words: int = 120) -> str:
     words = rng.choices(VOCABULARY.split(), k=num_words)
     lines = [" ".join(words[start : start + 12]) for start in range(0, num_words, 12)]
     return "\n".join(lines).capitalize() + "."
+
+
+def extract_files(
+    files: Iterable[Path], *, num_workers: int | None = None, **settings: Any
+) -> list[tuple[Path, Extraction]]:
+    """The extractions of some files, in their order."""
+    sources = {Source(file): file_sha256(file) for file in files}
+    results = dict(extract(Path(), sources, settings, num_workers=num_workers))
+    return [(source.path, results[source]) for source in sources]
 
 
 def write_pdf(file: Path, pages: list[str], password: str | None = None) -> Path:

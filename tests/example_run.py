@@ -35,7 +35,8 @@ def write_run(folder: Path, *, num_test: int = 4, num_validation: int = 1, impro
         {"gradient_checkpointing": "full", "batch": 8, "fits": True, "peak_gib": 11.0},
     ]
     metrics = {
-        "extract": {"documents": 8, "kept": 7, "left_out": {"no_text_layer": 1}, "engine": {"pdfium": 7}, "partial": 0,
+        "extract": {"documents": 8, "kept": 7, "left_out": {"no_text_layer": 1},
+                    "engine": {"pdfium": 7}, "language": {"de": 2, "en": 5}, "partial": 0,
                     "pages_read": 7, "characters_raw": 1100, "characters": 1000},
         "split": {split: {"documents": len(ids), "characters": 100, "words": 20} for split, ids in splits.items()}
         | {"test_13grams_in_train": 0.02},

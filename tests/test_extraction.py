@@ -1,11 +1,13 @@
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EXTRACT_SETTINGS, hanging_pdf, prose, write_pdf
+from conftest import EXTRACT_SETTINGS, extract_files, hanging_pdf, prose, write_pdf
 
-from pdf2lora.documents.extraction import extract
+from pdf2lora.documents.extraction import run_all
 from pdf2lora.documents.records import Extraction
+from pdf2lora.documents.sources import Source
 from tests.long.fuzz import fuzz_pdfs
 
 SETTINGS = EXTRACT_SETTINGS | {"num_workers": 1}
@@ -13,7 +15,7 @@ SHORT_TIMEOUT_S = 1.5  # for an engine that hangs
 
 
 def read(file: Path, **changes: Any) -> Extraction:
-    [(_, extraction)] = extract([file], **SETTINGS | changes)
+    [(_, extraction)] = extract_files([file], **SETTINGS | changes)
     return extraction
 
 
@@ -25,7 +27,7 @@ def flat(text: str) -> str:
 def extractions(pdfs: dict[str, Path]) -> dict[str, Extraction]:
     """The extractions of all PDFs that need no time limit."""
     names = [name for name in pdfs if name not in ("hanging", "bomb")]
-    results = list(extract([pdfs[name] for name in names], **SETTINGS | {"num_workers": 2}))
+    results = extract_files([pdfs[name] for name in names], **SETTINGS | {"num_workers": 2})
     return dict(zip(names, [extraction for _, extraction in results], strict=True))
 
 
@@ -123,7 +125,7 @@ def test_a_document_that_hangs_on_its_first_page_is_left_out(tmp_path: Path) -> 
 @pytest.mark.parametrize("engine", ["pypdf2", "pdfium"])
 def test_a_bomb_stops_at_the_memory_limit_and_the_next_document_is_read(pdfs: dict[str, Path], engine: str) -> None:
     files = [pdfs["bomb"], pdfs["plain"]]
-    (_, bomb), (_, plain) = extract(files, **SETTINGS | {"engines": [engine]})
+    (_, bomb), (_, plain) = extract_files(files, **SETTINGS | {"engines": [engine]})
     assert bomb.reason in ("out_of_memory", "crashed")
     assert bomb.attempts == {engine: bomb.reason}
     assert (plain.reason, plain.pages_read) == (None, 3)
@@ -132,13 +134,13 @@ def test_a_bomb_stops_at_the_memory_limit_and_the_next_document_is_read(pdfs: di
 def test_results_and_order_do_not_depend_on_the_number_of_workers(pdfs: dict[str, Path], tmp_path: Path) -> None:
     large = write_pdf(tmp_path / "large.pdf", [prose(seed) for seed in range(40)])
     files = [large, *(pdfs[name] for name in ("no_pdf", "plain", "short", "password", "one_bad_page", "scan"))]
-    one, three = (list(extract(files, **SETTINGS | {"max_pages": 40, "num_workers": number})) for number in (1, 3))
+    one, three = (extract_files(files, **SETTINGS | {"max_pages": 40, "num_workers": number}) for number in (1, 3))
     assert [file for file, _ in three] == files
     assert one == three
 
 
 def test_no_files_result_in_no_extractions() -> None:
-    assert list(extract([], **SETTINGS)) == []
+    assert extract_files([], **SETTINGS) == []
 
 
 def test_a_document_that_hangs_on_page_20_keeps_19_pages(tmp_path: Path) -> None:
@@ -150,6 +152,25 @@ def test_a_document_that_hangs_on_page_20_keeps_19_pages(tmp_path: Path) -> None
     assert (extraction.num_pages, extraction.pages_read, extraction.reason) == (20, 19, None)
     assert extraction.attempts == {"pypdf2": "timed_out"}
     assert flat(extraction.text) == flat(" ".join(prose(number) for number in range(19)))
+
+
+def test_at_most_num_waiting_tasks_wait() -> None:
+    sources = {Source(Path(f"{number}.pdf")): str(number) for number in range(21)}
+    submitted: list[Future[Any]] = []
+
+    def submit(source: Source, sha256: str) -> Future[Any]:
+        submitted.append(Future())
+        if len(submitted) % 3 == 0:
+            for future in submitted[-3:]:
+                future.set_result(sha256)
+        return submitted[-1]
+
+    num_waiting, results = [], []
+    for source, _ in run_all(submit, sources, 3):
+        num_waiting.append(len(submitted) - len(results))
+        results.append(source)
+    assert sorted(results, key=str) == sorted(sources, key=str)
+    assert max(num_waiting) == 3
 
 
 def test_mutated_pdfs(tmp_path: Path) -> None:

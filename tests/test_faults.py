@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, prose, write_pdf
+from conftest import REPOSITORY, extract_files, prose, write_pdf
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, write_split, write_tiny_llama
 
-from pdf2lora.documents import corpus as corpus_module
-from pdf2lora.documents.extraction import extract
 from pdf2lora.documents.records import Extraction, Reason, read_documents
+from pdf2lora.documents.sources import Source
 from pdf2lora.documents.worker import Worker
 from pdf2lora.errors import report_input_errors
 from pdf2lora.params import read_params
@@ -220,13 +219,13 @@ def test_read_only_folder_is_reported(project: Path) -> None:
 def test_pdf_that_changes_while_it_is_read_is_an_error(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = Path("data/pdfs/reports/1.pdf")
     whole = cut.read_bytes()
-    extract_all = corpus_module.extract
+    extract_all = extract_stage.extract
 
-    def extract_while_cut(files: Any, **settings: Any) -> Iterator[tuple[Path, Extraction]]:
+    def extract_while_cut(*arguments: Any) -> Iterator[tuple[Source, Extraction]]:
         cut.write_bytes(whole[: len(whole) // 2])
-        yield from extract_all(files, **settings)
+        yield from extract_all(*arguments)
 
-    monkeypatch.setattr(corpus_module, "extract", extract_while_cut)
+    monkeypatch.setattr(extract_stage, "extract", extract_while_cut)
     with pytest.raises(SystemExit) as ended:
         extract_stage.main()
     assert ended.value.code == (
@@ -234,7 +233,7 @@ def test_pdf_that_changes_while_it_is_read_is_an_error(project: Path, monkeypatc
     )
 
     cut.write_bytes(whole)
-    monkeypatch.setattr(corpus_module, "extract", extract_all)
+    monkeypatch.setattr(extract_stage, "extract", extract_all)
     extract_stage.main()
 
     assert [document.reason for document in read_documents(Path("data/documents.jsonl"))] == [None] * 3
@@ -243,7 +242,7 @@ def test_pdf_that_changes_while_it_is_read_is_an_error(project: Path, monkeypatc
 def test_killed_worker_changes_no_text(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After kill -9 or the out-of-memory killer, the document is read once more."""
     files = sorted(Path("data/pdfs/reports").iterdir())
-    undisturbed = list(extract(files, num_workers=1, **EXTRACT))
+    undisturbed = extract_files(files, num_workers=1, **EXTRACT)
     processor_time_s = Worker._processor_time_s
     pids: list[int] = []
 
@@ -255,7 +254,7 @@ def test_killed_worker_changes_no_text(project: Path, monkeypatch: pytest.Monkey
         return processor_time_s(worker)
 
     monkeypatch.setattr(Worker, "_processor_time_s", kill_once)
-    assert list(extract(files, num_workers=1, **EXTRACT)) == undisturbed
+    assert extract_files(files, num_workers=1, **EXTRACT) == undisturbed
     assert len(set(pids)) == 2
 
 
@@ -269,7 +268,7 @@ def test_pdf_that_kills_its_worker_twice_has_crashed(project: Path, monkeypatch:
         raise EOFError
 
     monkeypatch.setattr(Worker, "_processor_time_s", kill)
-    [(_, extraction)] = extract([Path("data/pdfs/reports/0.pdf")], num_workers=1, **EXTRACT)
+    [(_, extraction)] = extract_files([Path("data/pdfs/reports/0.pdf")], num_workers=1, **EXTRACT)
     assert extraction.reason == Reason.CRASHED
     assert len(killed) == 2
 

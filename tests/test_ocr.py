@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pypdfium2
 import pytest
-from conftest import EXTRACT_SETTINGS, prose, write_pdf, write_scan
+from conftest import EXTRACT_SETTINGS, extract_files, prose, write_pdf, write_scan
 from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen.canvas import Canvas
 
 from pdf2lora.documents import ocr
-from pdf2lora.documents.extraction import extract
 
 NEEDS_OCR = pytest.mark.skipif(ocr.installed_version() is None, reason="needs requirements-ocr.txt")
 SETTINGS = EXTRACT_SETTINGS | {"ocr": "rapidocr", "num_workers": 1}
@@ -70,7 +69,7 @@ def test_a_blank_page_needs_no_ocr(tmp_path: Path) -> None:
 @NEEDS_OCR
 def test_a_scan_is_read_with_few_errors(tmp_path: Path) -> None:
     scan = scan_of(write_pdf(tmp_path / "source.pdf", [prose(1), prose(2)]), tmp_path / "scan.pdf")
-    [(_, extraction)] = extract([scan], **SETTINGS)
+    [(_, extraction)] = extract_files([scan], **SETTINGS)
     assert (extraction.reason, extraction.engine, extraction.pages_ocr) == (None, "ocr", 2)
     expected = re.sub(r"\s+", " ", f"{prose(1)} {prose(2)}")
     assert error_rate(re.sub(r"\s+", " ", extraction.text), expected) < 0.02
@@ -84,7 +83,7 @@ def test_only_the_pages_without_text_are_read_by_ocr(tmp_path: Path) -> None:
     with pypdfium2.PdfDocument(write_pdf(tmp_path / "source.pdf", [prose(2)])) as source:
         canvas.drawImage(ImageReader(source[0].render(scale=200 / 72).to_pil()), 0, 0, *source[0].get_size())
     canvas.save()
-    [(_, extraction)] = extract([tmp_path / "mixed.pdf"], **SETTINGS)
+    [(_, extraction)] = extract_files([tmp_path / "mixed.pdf"], **SETTINGS)
     assert (extraction.engine, extraction.pages_ocr) == ("pdfium", 1)
     assert extraction.attempts == {"pdfium": "complete", "pypdf2": "complete", "ocr": "complete"}
     assert "has a text layer" in extraction.text
@@ -94,11 +93,11 @@ def test_only_the_pages_without_text_are_read_by_ocr(tmp_path: Path) -> None:
 @NEEDS_OCR
 def test_ocr_that_takes_too_long_is_killed(tmp_path: Path) -> None:
     scan = scan_of(write_pdf(tmp_path / "source.pdf", [prose(1)]), tmp_path / "scan.pdf")
-    [(_, extraction)] = extract([scan], **SETTINGS | {"ocr_timeout_s": 0.1})
+    [(_, extraction)] = extract_files([scan], **SETTINGS | {"ocr_timeout_s": 0.1})
     assert extraction.reason == "no_text_layer"
 
 
 @NEEDS_OCR
 def test_a_picture_without_text_stays_without_text(tmp_path: Path) -> None:
-    [(_, extraction)] = extract([write_scan(tmp_path / "scan.pdf")], **SETTINGS)
+    [(_, extraction)] = extract_files([write_scan(tmp_path / "scan.pdf")], **SETTINGS)
     assert extraction.reason == "no_text_layer"

@@ -109,6 +109,7 @@ def test_has_the_results_of_the_stages(html):
     assert "out of memory" in text
     assert "over the budget" in text
     assert "no text layer" in text
+    assert "Languages: de 2, en 5." in text
     assert "test-3.pdf" in text
 
 

@@ -34,6 +34,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorte
 
 # Code that stages import and that cannot change an output. No stage depends on it.
 PLUMBING = {
+    "pdf2lora/documents/cluster.py": "the machines that read PDFs; it compares their code and packages",
     "pdf2lora/errors.py": "error messages",
     "pdf2lora/params.py": "validation; the values are params of the stage",
     "pdf2lora/runtime": "files, locks, processes, monitoring",
@@ -328,7 +329,9 @@ def test_stages_without_a_model_do_not_import_torch(stage):
         assert not {name for name in names if name.split(".")[0] in ("torch", "transformers")}, file
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "requirements-gpu.txt"])
+@pytest.mark.parametrize(
+    "name", ["requirements.txt", "requirements-dev.txt", "requirements-gpu.txt", "requirements-cluster.txt"]
+)
 def test_requirements_are_pinned(name):
     lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
 
@@ -417,7 +420,7 @@ class TestDemo:
     def test_corpus_is_small_and_has_documents_for_most_reasons(self, tmp_path, monkeypatch):
         monkeypatch.chdir(ROOT)
         monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-        files = extract.find_pdfs(Path("data/pdfs/demo"))
+        files = list(Path("data/pdfs/demo").rglob("*.pdf"))
         monkeypatch.setattr(extract, "DOCUMENTS", tmp_path / "documents.jsonl")
         monkeypatch.setattr(extract, "METRICS", tmp_path / "extract.json")
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, prose, write_pdf
 
-from pdf2lora.documents import corpus, ocr
+from pdf2lora.documents import ocr
 from pdf2lora.documents.extraction import extract as extract_pdfs
 from pdf2lora.documents.records import SPLITS, Document, Extraction, read_documents, write_documents
+from pdf2lora.documents.sources import Source
 from pdf2lora.errors import InputError
 from stages import check, extract, split
 
@@ -45,12 +46,11 @@ def extracted_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of all PDFs that a stage extracted up to now."""
     names: list[str] = []
 
-    def recorded(files: Iterable[Path], **settings: Any) -> Iterator[tuple[Path, Extraction]]:
-        batch = list(files)
-        names.extend(file.name for file in batch)
-        yield from extract_pdfs(batch, **settings)
+    def recorded(folder: Path, sources: dict[Source, str], settings: Any) -> Iterator[tuple[Source, Extraction]]:
+        names.extend(source.path.name for source in sources)
+        yield from extract_pdfs(folder, sources, settings)
 
-    monkeypatch.setattr(corpus, "extract", recorded)
+    monkeypatch.setattr(extract, "extract", recorded)
     return names
 
 
@@ -102,6 +102,7 @@ def test_extract_records_every_pdf(pdfs: dict[str, Path], capsys: pytest.Capture
         "kept": 3,
         "left_out": {"duplicate": 2, "encrypted": 1, "no_text_layer": 1},
         "engine": {"pdfium": 3},
+        "language": {"en": 3},
         "partial": 0,
         "pages_read": 2 + 1 + 3,
         "pages_unread": 0,
@@ -191,24 +192,24 @@ def test_an_interrupted_run_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         write_pdf(CORPUS / f"{name}.pdf", [prose(ord(name))])
 
-    def interrupted(files: Iterable[Path], **settings: Any) -> Iterator[tuple[Path, Extraction]]:
-        yield next(extract_pdfs(list(files)[:1], **settings))
+    def interrupted(folder: Path, sources: dict[Source, str], settings: Any) -> Iterator[tuple[Source, Extraction]]:
+        yield next(extract_pdfs(folder, sources, settings))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(corpus, "extract", interrupted)
+    monkeypatch.setattr(extract, "extract", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract.main()
     assert not DOCUMENTS.exists()
     assert len(list(Path(".scratch/extract").glob("*/*.json"))) == 1
     assert not list(Path(".scratch").rglob("*.partial"))
 
-    remaining: list[Path] = []
+    remaining: list[Source] = []
 
-    def recorded(files: Iterable[Path], **settings: Any) -> Iterator[tuple[Path, Extraction]]:
-        remaining.extend(files)
-        return extract_pdfs(remaining, **settings)
+    def recorded(folder: Path, sources: dict[Source, str], settings: Any) -> Iterator[tuple[Source, Extraction]]:
+        remaining.extend(sources)
+        return extract_pdfs(folder, sources, settings)
 
-    monkeypatch.setattr(corpus, "extract", recorded)
+    monkeypatch.setattr(extract, "extract", recorded)
     extract.main()
     assert len(remaining) == 1
     assert metrics("extract")["kept"] == 2

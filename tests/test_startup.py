@@ -28,7 +28,7 @@ def test_extract_prints_the_number_of_pdfs_before_it_reads_them(start_python, tm
         (folder / f"{name}.pdf").write_bytes(pdfs[name].read_bytes())
     stage = start_python(
         "import os, sys; os.chdir(sys.argv[1]); from stages import extract; from pdf2lora.documents import corpus\n"
-        "corpus.file_sha256 = lambda file: os._exit(7)\n"
+        "corpus.hash_source = lambda *arguments: os._exit(7)\n"
         "extract.main()",
         tmp_path,
     )

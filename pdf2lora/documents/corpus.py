@@ -1,57 +1,53 @@
-"""A folder of PDFs -> one record per PDF. PDFs that were extracted before are read from a cache."""
+"""The PDFs of a corpus -> one record per PDF. PDFs that were extracted before are read from a cache."""
 
 import json
-import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from pdf2lora.documents.extraction import extract
 from pdf2lora.documents.records import COMPLETE, Document, Extraction, Reason
+from pdf2lora.documents.sources import Source, changed, corpus_state, hash_source
 from pdf2lora.documents.text import text_sha256
-from pdf2lora.errors import InputError
-from pdf2lora.runtime.files import atomic_write, file_sha256
+from pdf2lora.runtime.files import atomic_write
+from pdf2lora.runtime.parallel import num_cores
+
+SUMMED = ("pages_unreadable", "pages_ocr", "pages_reordered", "characters_raw", "characters")  # fields of a Document
 
 
-def find_pdfs(folder: Path) -> list[Path]:
-    """Returns all PDFs of a corpus, sorted by path. Sub-folders are included, linked folders are not.
-
-    Raises:
-        InputError: the folder has no PDF.
-    """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".pdf" and path.is_file())
-    if not files:
-        remedy = " Linked folders are not read; copy their files." if find_linked_folders(folder) else ""
-        raise InputError(f"corpus: {folder} has no .pdf file. Put PDFs there or select another corpus.{remedy}")
-    return files
+Extract = Callable[[Path, Mapping[Source, str], Mapping[str, Any]], Iterator[tuple[Source, Extraction]]]
 
 
-def find_linked_folders(folder: Path) -> list[Path]:
-    """Returns the links to folders in a corpus. DVC does not track the files in them, so a corpus has none."""
-    return sorted(path for path in folder.rglob("*") if path.is_symlink() and path.is_dir())
+def extract_corpus(
+    folder: Path, sources: Sequence[Source], cache: Path, settings: Mapping[str, Any], run: Extract
+) -> Iterator[Document]:
+    """Yields one Document per source, in the order of `sources`. Holds no text but the current one.
 
-
-def extract_corpus(folder: Path, files: Sequence[Path], cache: Path, settings: Mapping[str, Any]) -> list[Document]:
-    """Returns one Document per file, in the order of `files`.
-
-    folder: the corpus folder. The id of a document is its path in this folder.
+    folder: the corpus folder.
     cache: a folder of finished extractions, by SHA-256 of the PDF. A PDF in the cache is not read again.
     settings: the section `extract` of params.yaml.
+    run: extraction.extract, or a function that does the same on other machines.
 
     Raises:
-        InputError: a PDF changed during the extraction.
+        InputError: the corpus changed during the extraction.
     """
-    hashes = {file: file_sha256(file) for file in files}
-    by_hash = {sha256: file for file, sha256 in reversed(hashes.items())}  # the first file of each content
-    extractions = _extract_with_cache(by_hash, cache, settings)
-    documents = []
+    state = corpus_state(folder)
+    hashes = _hash_all(folder, sources)
+    crashed = _fill_cache(folder, hashes, cache, settings, run)
+    if corpus_state(folder) != state:  # DVC hashes the corpus after the stage, so it would not read the change again
+        raise changed(folder)
     known_texts: set[str] = set()
-    for file in files:
-        extraction = extractions[hashes[file]]
+    for source in sources:
+        sha256 = hashes[source]
+        if isinstance(sha256, Reason):
+            yield Document(source.id, "", None, 0, None, {}, 0, 0, sha256, "")
+            continue
+        extraction = crashed.get(sha256) or _read_cache(cache, sha256)
         reason, text = extraction.reason, extraction.text
         if reason is None:
             key = text_sha256(text)
@@ -59,45 +55,72 @@ def extract_corpus(folder: Path, files: Sequence[Path], cache: Path, settings: M
                 reason, text = Reason.DUPLICATE, ""
             known_texts.add(key)
         fields = asdict(extraction) | {"reason": reason, "text": text}
-        document_id = os.fsencode(file.relative_to(folder)).decode("utf-8", "backslashreplace")
-        documents.append(Document(id=document_id, sha256=hashes[file], characters=len(text), **fields))
-    return documents
+        if reason is not None:
+            fields["language"] = None
+        yield Document(id=source.id, sha256=sha256, characters=len(text), **fields)
 
 
-def _extract_with_cache(files: Mapping[str, Path], cache: Path, settings: Mapping[str, Any]) -> dict[str, Extraction]:
-    """Returns SHA-256 -> extraction. Writes each new extraction at once, so that an interrupted stage loses nothing."""
-    extractions = {}
-    for sha256 in files:
-        cached = cache / f"{sha256}.json"
-        if cached.exists():
-            extractions[sha256] = Extraction(**json.loads(cached.read_text(encoding="utf-8")))
-    missing = {file: sha256 for sha256, file in files.items() if sha256 not in extractions}
-    progress = tqdm(extract(missing, **settings), total=len(missing), desc="extract", unit="pdf", disable=None)
-    for file, extraction in progress:
-        if not file.exists() or file_sha256(file) != missing[file]:
-            raise InputError(f"{file} changed during the extraction. Run again when no program writes to it.")
-        if Reason.CRASHED not in extraction.attempts.values():  # the machine can be the cause of a crash
-            with atomic_write(cache / f"{missing[file]}.json") as partial:
-                partial.write_text(json.dumps(asdict(extraction), ensure_ascii=False), encoding="utf-8")
-        extractions[missing[file]] = extraction
-    return extractions
+def _hash_all(folder: Path, sources: Sequence[Source]) -> dict[Source, str | Reason]:
+    """Returns the SHA-256 of each PDF, or the reason why it cannot be read."""
+    try:
+        with ThreadPoolExecutor(num_cores()) as threads:
+            return dict(zip(sources, threads.map(partial(hash_source, folder), sources), strict=True))
+    except FileNotFoundError as error:
+        raise changed(error.filename) from error
 
 
-def summarize(documents: Sequence[Document]) -> dict[str, Any]:
+def _fill_cache(
+    folder: Path, hashes: Mapping[Source, str | Reason], cache: Path, settings: Mapping[str, Any], run: Extract
+) -> dict[str, Extraction]:
+    """Extracts the PDFs that are not in the cache. Writes each one at once: an interrupted stage loses nothing.
+
+    Returns SHA-256 -> extraction of the PDFs that crashed an engine. They are not cached, because the machine can be
+    the cause.
+    """
+    missing: dict[str, Source] = {}  # the first source of each content
+    for source, sha256 in hashes.items():
+        if not isinstance(sha256, Reason) and sha256 not in missing and not (cache / f"{sha256}.json").exists():
+            missing[sha256] = source
+    tasks = {source: sha256 for sha256, source in missing.items()}
+    crashed = {}
+    progress = tqdm(run(folder, tasks, settings), total=len(tasks), desc="extract", unit="pdf", disable=None)
+    for source, extraction in progress:
+        if Reason.CRASHED in extraction.attempts.values():
+            crashed[tasks[source]] = extraction
+            continue
+        with atomic_write(cache / f"{tasks[source]}.json") as partial_file:
+            partial_file.write_text(json.dumps(asdict(extraction), ensure_ascii=False), encoding="utf-8")
+    return crashed
+
+
+def _read_cache(cache: Path, sha256: str) -> Extraction:
+    return Extraction(**json.loads((cache / f"{sha256}.json").read_text(encoding="utf-8")))
+
+
+def summarize(documents: Iterable[Document]) -> dict[str, Any]:
     """Returns the content of metrics/extract.json."""
-    kept = [document for document in documents if document.reason is None]
+    num_documents = 0
+    left_out, engines, languages, removed = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    sums = Counter[str](dict.fromkeys(("partial", "pages_read", "pages_unread", *SUMMED), 0))
+    for document in documents:
+        num_documents += 1
+        if document.reason is not None:
+            left_out[str(document.reason)] += 1
+            continue
+        engines[str(document.engine)] += 1
+        languages[str(document.language)] += 1
+        removed.update(document.removed)
+        sums["partial"] += document.attempts[str(document.engine)] != COMPLETE
+        sums["pages_read"] += document.pages_read
+        sums["pages_unread"] += (document.num_pages or document.pages_read) - document.pages_read
+        for name in SUMMED:
+            sums[name] += getattr(document, name)
     return {
-        "documents": len(documents),
-        "kept": len(kept),
-        "left_out": dict(sorted(Counter(str(d.reason) for d in documents if d.reason is not None).items())),
-        "engine": dict(sorted(Counter(str(d.engine) for d in kept).items())),
-        "partial": sum(d.attempts[str(d.engine)] != COMPLETE for d in kept),
-        "pages_read": sum(d.pages_read for d in kept),
-        "pages_unread": sum((d.num_pages or d.pages_read) - d.pages_read for d in kept),
-        "pages_unreadable": sum(d.pages_unreadable for d in kept),
-        "pages_ocr": sum(d.pages_ocr for d in kept),
-        "pages_reordered": sum(d.pages_reordered for d in kept),
-        "characters_raw": sum(d.characters_raw for d in kept),
-        "characters": sum(d.characters for d in kept),
-        "removed": dict(sorted(sum((Counter(d.removed) for d in kept), Counter[str]()).items())),
+        "documents": num_documents,
+        "kept": engines.total(),
+        "left_out": dict(sorted(left_out.items())),
+        "engine": dict(sorted(engines.items())),
+        "language": dict(sorted(languages.items())),
+        **sums,
+        "removed": dict(sorted(removed.items())),
     }

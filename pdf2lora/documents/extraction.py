@@ -1,61 +1,141 @@
-"""Text of many PDFs, in parallel worker processes."""
+"""Text of many PDFs, in parallel. The unit of work is one PDF, read by worker processes that can be killed."""
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from queue import Empty, SimpleQueue
+from typing import Any, Literal
 
 from pdf2lora.documents import ocr as ocr_package
+from pdf2lora.documents.archives import DamagedMember
 from pdf2lora.documents.records import Attempt, Extraction, Reason
 from pdf2lora.documents.selection import add_ocr, best_attempt, judge, pages_for_ocr
+from pdf2lora.documents.sources import Source, changed, local_file
 from pdf2lora.documents.worker import Worker
+from pdf2lora.runtime.files import file_sha256
 from pdf2lora.runtime.parallel import num_cores
 
+PACKAGES = ("PyPDF2", "pypdfium2", "py3langid")  # another version can read another text
+WAITING_PER_CORE = 4  # tasks that are submitted before the first one has finished
+POLL_S = 10
 
-def extract(
-    files: Iterable[Path],
-    *,
-    engines: list[str],
-    max_pages: int,
-    timeout_s: float,
-    memory_gib: float,
-    clean: bool,
-    min_characters: int,
-    ocr: Literal["auto", "rapidocr", "none"],
-    ocr_timeout_s: float,
-    ocr_memory_gib: float,
-    num_workers: int | None = None,
-) -> Iterator[tuple[Path, Extraction]]:
-    """Yields (file, extraction) in the order of `files`. The results do not depend on num_workers.
 
-    Each engine reads each file; the best text is kept. OCR then reads the pages without readable text. The settings
-    are those of the section `extract` of params.yaml. num_workers: None starts one worker per core.
-    """
-    local = threading.local()
-    has_ocr = ocr != "none" and ocr_package.installed_version() is not None
+class Reader:
+    """Reads PDFs with the settings of the section `extract` of params.yaml. Each thread needs its own one."""
 
-    def extract_one(file: Path) -> tuple[Path, Extraction]:
-        if not hasattr(local, "worker"):
-            local.worker = Worker(timeout_s=timeout_s, memory_gib=memory_gib)
-            local.ocr_worker = Worker(timeout_s=ocr_timeout_s, memory_gib=ocr_memory_gib, timeout_per_page=True)
-        pages = range(max_pages)
-        attempts = [_read(local.worker, file, engine, pages) for engine in engines]
+    def __init__(
+        self,
+        *,
+        engines: list[str],
+        max_pages: int,
+        timeout_s: float,
+        memory_gib: float,
+        clean: bool,
+        min_characters: int,
+        ocr: Literal["auto", "rapidocr", "none"],
+        ocr_timeout_s: float,
+        ocr_memory_gib: float,
+    ):
+        self.engines, self.max_pages, self.clean, self.min_characters = engines, max_pages, clean, min_characters
+        self.has_ocr = ocr != "none" and ocr_package.installed_version() is not None
+        self.worker = Worker(timeout_s=timeout_s, memory_gib=memory_gib)
+        self.ocr_worker = Worker(timeout_s=ocr_timeout_s, memory_gib=ocr_memory_gib, timeout_per_page=True)
+
+    def read(self, file: Path) -> Extraction:
+        """Each engine reads the file; the best text is kept. OCR then reads the pages without readable text."""
+        pages = range(self.max_pages)
+        attempts = [_read(self.worker, file, engine, pages) for engine in self.engines]
         best = best_attempt(attempts)
         num_ocr = 0
-        if has_ocr and (numbers := pages_for_ocr(attempts, best, max_pages)):
-            attempt = _read(local.ocr_worker, file, "ocr", numbers)
+        if self.has_ocr and (numbers := pages_for_ocr(attempts, best, self.max_pages)):
+            attempt = _read(self.ocr_worker, file, "ocr", numbers)
             num_ocr = sum(map(bool, map(str.strip, attempt.pages)))
             if num_ocr:
                 attempts.append(attempt)
                 best = add_ocr(best, attempt, numbers)
-        return file, judge(attempts, best, pages_ocr=num_ocr, clean=clean, min_characters=min_characters)
-
-    with ThreadPoolExecutor(num_workers or num_cores()) as threads:
-        yield from threads.map(extract_one, files)
+        return judge(attempts, best, pages_ocr=num_ocr, clean=self.clean, min_characters=self.min_characters)
 
 
 def _read(worker: Worker, file: Path, engine: str, pages: Sequence[int]) -> Attempt:
     """The machine can be the cause of a crash (memory, kill -9), so a crash is tried once more."""
     attempt = worker.read(file, engine, pages)
     return worker.read(file, engine, pages) if attempt.outcome == Reason.CRASHED else attempt
+
+
+def extract(
+    folder: Path, sources: Mapping[Source, str], settings: Mapping[str, Any], *, num_workers: int | None = None
+) -> Iterator[tuple[Source, Extraction]]:
+    """Yields (source, extraction) as they finish. The results do not depend on num_workers.
+
+    sources: each PDF with the SHA-256 of its bytes. settings: the section `extract` of params.yaml. num_workers: None
+    starts one worker per core.
+
+    Raises:
+        InputError: a PDF changed.
+    """
+    num_workers = num_workers or num_cores()
+    with ThreadPoolExecutor(num_workers) as threads:
+        task = partial(extract_source, str(folder), settings)
+        for source, future in run_all(partial(threads.submit, task), sources, WAITING_PER_CORE * num_workers):
+            try:
+                extraction = future.result()
+            except FileNotFoundError as error:
+                raise changed(folder / source.path) from error
+            yield source, extraction
+
+
+def run_all(
+    submit: Callable[[Source, str], Future[Extraction]],
+    sources: Mapping[Source, str],
+    num_waiting: int,
+    poll: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Source, Future[Extraction]]]:
+    """Submits all sources, at most num_waiting at a time. Yields the futures as they finish.
+
+    num_waiting: 1 or more. poll: is called when no task finishes for POLL_S seconds.
+    """
+    waiting: dict[Future[Extraction], Source] = {}
+    finished: SimpleQueue[Future[Extraction]] = SimpleQueue()
+    remaining = iter(sources.items())
+    try:
+        while True:
+            for source, sha256 in islice(remaining, num_waiting - len(waiting)):
+                future = submit(source, sha256)
+                waiting[future] = source
+                future.add_done_callback(finished.put)
+            if not waiting:
+                return
+            try:
+                future = finished.get(timeout=POLL_S)
+            except Empty:
+                poll()
+                continue
+            yield waiting.pop(future), future
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+_thread = threading.local()
+
+
+def extract_source(folder: str, settings: Mapping[str, Any], source: Source, sha256: str) -> Extraction:
+    """Extracts one PDF with the worker processes of this thread.
+
+    Raises:
+        FileNotFoundError: the PDF or its archive does not exist.
+        InputError: the PDF does not have this SHA-256 any more.
+    """
+    if getattr(_thread, "settings", None) != settings:
+        _thread.settings, _thread.reader = settings, Reader(**settings)
+    try:
+        with local_file(folder, source) as file:
+            extraction: Extraction = _thread.reader.read(file)
+            if file_sha256(file) == sha256:
+                return extraction
+    except DamagedMember as error:
+        raise changed(f"{folder}/{source.id}") from error
+    raise changed(f"{folder}/{source.id}")

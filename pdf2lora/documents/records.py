@@ -21,6 +21,8 @@ class Reason(StrEnum):
     NO_TEXT_LAYER = "no_text_layer"
     UNREADABLE_FONT = "unreadable_font"
     PLACEHOLDER = "placeholder"  # an XFA form: the page only asks for another viewer
+    TOO_LARGE = "too_large"  # a member of an archive: more than 1 GiB, or a compression bomb
+    UNSAFE_MEMBER = "unsafe_member"  # of an archive: a link, a path out of the archive, or an unusual compression
     ONLY_ATTACHMENTS = "only_attachments"  # the documents are attached to a cover page (PDF portfolio)
     TOO_SHORT = "too_short"
     DUPLICATE = "duplicate"
@@ -54,14 +56,15 @@ class Extraction:
     pages_reordered: int = 0
     pages_unreadable: int = 0
     removed: dict[str, int] = field(default_factory=dict)
+    language: str | None = None
 
 
 @dataclass(frozen=True)
 class Document:
     """One PDF of the corpus, kept or left out."""
 
-    id: str  # path in the corpus folder
-    sha256: str  # of the PDF's bytes
+    id: str  # path in the corpus folder; of an archive's member: path of the archive, then path in it
+    sha256: str  # of the PDF's bytes; "" for a member that cannot be read
     num_pages: int | None  # of the file; None if no engine could count them
     pages_read: int
     engine: str | None  # that read the text
@@ -74,13 +77,21 @@ class Document:
     pages_reordered: int = 0  # two columns that are drawn row by row, put in reading order
     pages_unreadable: int = 0  # left out, because their font has no Unicode map
     removed: dict[str, int] = field(default_factory=dict)  # by cleaning: kind -> count
+    language: str | None = None  # code of ISO 639-1; None: no text
 
 
 def write_documents(file: Path, documents: Iterable[Document]) -> None:
     """Writes one JSON object per line, in UTF-8."""
+    for _ in write_through(file, documents):
+        pass
+
+
+def write_through(file: Path, documents: Iterable[Document]) -> Iterator[Document]:
+    """Like write_documents, and yields each document that it wrote."""
     with file.open("w", encoding="utf-8", newline="\n") as out:
         for document in documents:
             out.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
+            yield document
 
 
 def read_documents(file: Path) -> Iterator[Document]:

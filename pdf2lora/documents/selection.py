@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from pdf2lora.documents import cleaning
+from pdf2lora.documents.language import detect_language
 from pdf2lora.documents.quality import has_codes, is_readable, is_right_to_left, num_word_errors
 from pdf2lora.documents.records import COMPLETE, Attempt, Extraction, Reason
 
@@ -99,6 +100,7 @@ def judge(
         pages_reordered=best.pages_reordered if best else 0,
         pages_unreadable=_num_unreadable(attempts, best) if best else 0,
         removed=cleaned.removed,
+        language=detect_language(cleaned.text) if reason is None else None,
     )
 
 

@@ -3,42 +3,54 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from pdf2lora.documents.archives import DamagedMember
+from pdf2lora.documents.sources import Listing, Source, local_file
 from pdf2lora.preflight.findings import Finding
 
 MAX_OPENED_PDFS = 200  # of which pages are counted; the rest is extrapolated
 COUNT_TIMEOUT_S = 10
 
 
-def find_pdfs(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".pdf")
+def corpus(folder: Path, listing: Listing) -> list[Finding]:
+    """Whether the folder has PDFs, and what extract will not read."""
+    notes = [Finding("note", "corpus", sentence) for sentence in listing.unread]
+    if not listing.sources:
+        return [Finding("problem", "corpus", f"{folder} has no file that ends in .pdf"), *notes]
+    sizes = [_num_bytes(folder, source) for source in listing.sources]
+    num_members = sum(source.member is not None for source in listing.sources)
+    text = f"{folder}: {len(sizes):,} PDFs, {sum(sizes) / 2**20:,.1f} MiB"
+    return [Finding("ok", "corpus", text + (f"; {num_members:,} in archives" if num_members else "")), *notes]
 
 
-def corpus(folder: Path, pdfs: Sequence[Path]) -> Finding:
-    """Whether the folder has PDFs."""
-    if not pdfs:
-        return Finding("problem", "corpus", f"{folder} has no file that ends in .pdf")
-    mebibytes = sum(pdf.stat().st_size for pdf in pdfs) / 2**20
-    return Finding("ok", "corpus", f"{folder}: {len(pdfs):,} PDFs, {mebibytes:,.1f} MiB")
+def _num_bytes(folder: Path, source: Source) -> int:
+    return (folder / source.path).stat().st_size if source.member is None else source.member.packed_bytes
 
 
-def count_pages(files: Sequence[Path], max_pages: int) -> int:
+def count_pages(folder: Path, sources: Sequence[Source], max_pages: int) -> int:
     """Pages that extract will read. pdfium counts them in a child process, because a hostile PDF may crash it.
 
     max_pages: of each document.
     """
-    opened = files[:: max(1, len(files) // MAX_OPENED_PDFS)]
+    readable = [source for source in sources if source.member is None or source.member.reason is None]
+    opened = readable[:: max(1, len(readable) // MAX_OPENED_PDFS)]
     code = (
         "import sys, pypdfium2\n"
         "for file in sys.argv[2:]:\n"
         "    try: print(min(int(sys.argv[1]), len(pypdfium2.PdfDocument(file))), flush=True)\n"
         "    except pypdfium2.PdfiumError: print(0, flush=True)\n"
     )
-    command = [sys.executable, "-c", code, str(max_pages), *map(str, opened)]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=COUNT_TIMEOUT_S).stdout
-    except subprocess.TimeoutExpired as expired:
-        output = (expired.stdout or b"").decode()
+    with ExitStack() as copies:
+        files = []
+        for source in opened:
+            with suppress(DamagedMember):
+                files.append(copies.enter_context(local_file(str(folder), source)))
+        command = [sys.executable, "-c", code, str(max_pages), *map(str, files)]
+        try:
+            output = subprocess.run(command, capture_output=True, text=True, timeout=COUNT_TIMEOUT_S).stdout
+        except subprocess.TimeoutExpired as expired:
+            output = (expired.stdout or b"").decode()
     pages = [int(line) for line in output.split()]
-    return round(sum(pages) * len(files) / max(1, len(pages)))
+    return round(sum(pages) * len(readable) / max(1, len(pages)))

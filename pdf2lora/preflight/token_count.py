@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pdf2lora.documents.sources import Source
 from pdf2lora.params import Params
 from pdf2lora.preflight.corpus import count_pages
 from pdf2lora.preflight.previous_run import PreviousRun
@@ -26,7 +27,7 @@ class TokenCount:
         return -(-self.num_tokens // seq_length)
 
 
-def count_training_tokens(params: Params, previous: PreviousRun, pdfs: Sequence[Path]) -> TokenCount:
+def count_training_tokens(params: Params, previous: PreviousRun, folder: Path, sources: Sequence[Source]) -> TokenCount:
     """The tokens of data/tokens if it is current, else an estimate from the characters of data/split or from pages."""
     if previous.has_current_tokens and TOKENS.exists():
         return TokenCount(len(TokenFile.open(TOKENS, "train").stream) - 1, "counted", f"{TOKENS}/train.npy")
@@ -34,7 +35,7 @@ def count_training_tokens(params: Params, previous: PreviousRun, pdfs: Sequence[
         num_characters = previous.split["train"]["characters"]
         text = f"{num_characters:,} characters in data/split/train.jsonl, {CHARACTERS_PER_TOKEN:g} per token"
         return TokenCount(round(num_characters / CHARACTERS_PER_TOKEN), "estimated", text)
-    num_pages = count_pages(pdfs, params.extract.max_pages)
+    num_pages = count_pages(folder, sources, params.extract.max_pages)
     train_fraction = 1 - params.split.test_fraction - params.split.validation_fraction
     num_characters = round(num_pages * CHARACTERS_PER_PAGE * train_fraction)
     text = (

@@ -23,8 +23,10 @@ from typing import Any
 import psutil
 
 from pdf2lora.documents.extraction import extract
+from pdf2lora.documents.sources import Source
 from pdf2lora.documents.worker import MAX_CHARACTERS
 from pdf2lora.errors import InputError
+from pdf2lora.runtime.files import file_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 PDFS = ROOT / "data/pdfs/demo"
@@ -79,9 +81,10 @@ def fuzz_pdfs(folder: Path, number: int, seed: int, *, num_workers: int | None =
     start_s = time.monotonic()
     outcomes: Counter[str] = Counter()
     files_with_result, last_s, longest_wait_s, largest_gib = [], start_s, 0.0, 0.0
-    for file, extraction in extract(
-        files, timeout_s=TIMEOUT_S, memory_gib=MEMORY_GIB, num_workers=num_workers, **SETTINGS
-    ):
+    sources = {Source(file): file_sha256(file) for file in files}
+    settings = SETTINGS | {"timeout_s": TIMEOUT_S, "memory_gib": MEMORY_GIB}
+    for source, extraction in extract(Path(), sources, settings, num_workers=num_workers):
+        file = source.path
         files_with_result.append(file)
         outcomes[str(extraction.reason or "kept")] += 1
         longest_wait_s, last_s = max(longest_wait_s, time.monotonic() - last_s), time.monotonic()
@@ -89,7 +92,7 @@ def fuzz_pdfs(folder: Path, number: int, seed: int, *, num_workers: int | None =
         assert (extraction.reason is None) == (len(extraction.text) >= 300), file
         assert len(extraction.text) <= 20 * MAX_CHARACTERS, file
     parent_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    assert files_with_result == files, "results are missing"
+    assert sorted(files_with_result) == files, "results are missing"
     assert largest_gib <= MEMORY_GIB, f"a worker uses {largest_gib:.2f} GiB"
     summary = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
     return (

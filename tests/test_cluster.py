@@ -1,0 +1,203 @@
+"""Extraction on a Dask scheduler and workers that run as processes on this machine."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import EXTRACT_SETTINGS, REPOSITORY, prose, write_pdf
+from test_worker import slow_pdf
+
+from pdf2lora.documents import cluster
+from pdf2lora.documents.cluster import environment, extract_on_cluster
+from pdf2lora.documents.corpus import extract_corpus
+from pdf2lora.documents.extraction import extract
+from pdf2lora.documents.records import write_documents
+from pdf2lora.documents.sources import list_corpus
+from pdf2lora.errors import InputError
+
+pytest.importorskip("distributed", reason="needs requirements-cluster.txt")
+pytestmark = pytest.mark.timeout(300)
+ENVIRONMENT = {
+    "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "5s",  # a worker that stops is given up after this time
+    "DASK_DISTRIBUTED__WORKER__DAEMON": "False",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@contextmanager
+def dask(kind: str, scheduler_file: Path, *options: str, folder: Path = REPOSITORY, **changes: str) -> Iterator[Any]:
+    """A scheduler or a worker, started as a user would start it."""
+    command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", "--scheduler-file", str(scheduler_file)]
+    environ = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(folder), **changes}
+    process = subprocess.Popen([*command, *options], cwd=folder, env=environ, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    file = tmp_path_factory.mktemp("dask") / "scheduler.json"
+    with dask("scheduler", file, "--port", "0", "--no-dashboard", "--host", "127.0.0.1"):
+        wait_until(file.exists)
+        yield file
+
+
+def worker(scheduler: Path, *options: str, **changes: Any) -> Any:
+    return dask("worker", scheduler, "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1", *options, **changes)
+
+
+def wait_until(condition: Any, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def write_corpus(folder: Path, number: int) -> Path:
+    for n in range(number):
+        write_pdf(folder / f"{n}.pdf", [prose(n), prose(1000 + n)])
+    (folder / "slow.pdf").write_bytes(slow_pdf(3))
+    (folder / "no.pdf").write_text("no PDF")
+    shutil.make_archive(str(folder / "archive"), "zip", folder)
+    write_pdf(folder / "only here.pdf", [prose(5000)])
+    return folder
+
+
+def documents(folder: Path, file: Path, run: Any) -> bytes:
+    """The bytes of data/documents.jsonl."""
+    sources = list_corpus(folder).sources
+    write_documents(file, extract_corpus(folder, sources, file.with_suffix(".cache"), EXTRACT_SETTINGS, run))
+    return file.read_bytes()
+
+
+def test_a_killed_and_a_stopped_worker_lose_nothing(scheduler: Path, tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "corpus", 30)
+    expected = documents(folder, tmp_path / "local.jsonl", extract)
+    assert expected.count(b"\n") == 2 * 32 + 1
+    num_done_at_signals: list[int] = []
+
+    def disturb() -> None:
+        for process, number in ((killed, signal.SIGKILL), (stopped, signal.SIGSTOP)):
+            wait_until(lambda: len(list((tmp_path / "dask.cache").glob("*"))) > 3 * (1 + len(num_done_at_signals)))
+            process.send_signal(number)
+            num_done_at_signals.append(len(list((tmp_path / "dask.cache").glob("*"))))
+
+    with worker(scheduler, "--no-nanny") as killed, worker(scheduler, "--no-nanny") as stopped, worker(scheduler):
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        result = documents(folder, tmp_path / "dask.jsonl", partial(extract_on_cluster, str(scheduler), "none"))
+        thread.join()
+
+    assert num_done_at_signals[-1] < 32  # both signals came in mid-run
+    assert result == expected
+
+
+def test_workers_can_read_the_corpus_at_another_address(scheduler: Path, tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "corpus", 2)
+    expected = documents(folder, tmp_path / "local.jsonl", extract)
+    shutil.copytree(folder, tmp_path / "shared")
+    address = f"file://{tmp_path}/shared/"
+    with worker(scheduler):
+        result = documents(folder, tmp_path / "dask.jsonl", partial(extract_on_cluster, str(scheduler), address))
+        assert result == expected
+        (tmp_path / "shared/1.pdf").write_bytes(b"another file")
+        with pytest.raises(InputError, match=r"shared/1\.pdf changed during the extraction"):
+            documents(folder, tmp_path / "a.jsonl", partial(extract_on_cluster, str(scheduler), address))
+        (tmp_path / "shared/1.pdf").unlink()
+        for other in (address, f"{tmp_path}/shared"):
+            with pytest.raises(InputError, match=r"has no file .*shared/1\.pdf\. Share the folder"):
+                documents(folder, tmp_path / "b.jsonl", partial(extract_on_cluster, str(scheduler), other))
+
+
+def error_of_run(scheduler: Path | str, tmp_path: Path) -> str:
+    write_pdf(tmp_path / "corpus/a.pdf", [prose(1)])
+    with pytest.raises(InputError) as caught:
+        documents(tmp_path / "corpus", tmp_path / "a.jsonl", partial(extract_on_cluster, str(scheduler), "none"))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_another_version_of_the_code_or_of_a_package_is_refused(
+    scheduler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = tmp_path / "checkout"
+    for name in ("pdf2lora", "stages"):
+        shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "dvc.yaml", checkout)
+    with (checkout / "pdf2lora/documents/cleaning.py").open("a") as code:
+        code.write("# another version\n")
+    with worker(scheduler, folder=checkout):
+        message = error_of_run(scheduler, tmp_path)
+    assert message.startswith("the Dask worker tcp://127.0.0.1:")
+    assert ": the code is " in message
+    same = environment(True)
+    for name, value in (("pypdfium2", "0.1"), ("OCR", "rapidocr 99")):
+        monkeypatch.setattr(cluster, "environment", lambda has_ocr, n=name, v=value: {**same, n: v})
+        with worker(scheduler):
+            assert f": {name} is {same[name]}, but {value} on this machine" in error_of_run(scheduler, tmp_path)
+
+
+def test_a_worker_that_must_not_start_processes_is_refused(scheduler: Path, tmp_path: Path) -> None:
+    with worker(scheduler, DASK_DISTRIBUTED__WORKER__DAEMON="True"):
+        assert "DASK_DISTRIBUTED__WORKER__DAEMON=False" in error_of_run(scheduler, tmp_path)
+
+
+def test_a_worker_without_the_project_is_refused(scheduler: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    with worker(scheduler, folder=tmp_path / "elsewhere"):
+        assert "cannot import pdf2lora" in error_of_run(scheduler, tmp_path)
+
+
+def test_a_scheduler_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "SCHEDULER_TIMEOUT_S", 1)
+    assert "did not answer within 1 s" in error_of_run("tcp://127.0.0.1:9", tmp_path)
+    assert "is not the file of a running scheduler" in error_of_run(tmp_path / "missing.json", tmp_path)
+    (tmp_path / "stale.json").write_text(json.dumps({"address": "tcp://127.0.0.1:9"}))
+    assert "did not answer" in error_of_run(tmp_path / "stale.json", tmp_path)
+
+
+def test_a_scheduler_without_workers_is_refused(
+    scheduler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "WORKERS_TIMEOUT_S", 1)
+    assert "had no workers for 1 s" in error_of_run(scheduler, tmp_path)
+
+
+def test_a_scheduler_that_ends_is_reported(tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "corpus", 10)
+    file = tmp_path / "scheduler.json"
+
+    def end() -> None:
+        wait_until(lambda: list((tmp_path / "a.cache").glob("*")))
+        scheduler.kill()
+
+    with dask("scheduler", file, "--port", "0", "--no-dashboard", "--host", "127.0.0.1") as scheduler:
+        wait_until(file.exists)
+        with worker(file):
+            thread = threading.Thread(target=end)
+            thread.start()
+            with pytest.raises(InputError, match=r"was lost\. Run again"):
+                documents(folder, tmp_path / "a.jsonl", partial(extract_on_cluster, str(file), "none"))
+            thread.join()
+
+
+def test_without_the_package_a_scheduler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert "pip install -r requirements-cluster.txt" in error_of_run("tcp://127.0.0.1:9", tmp_path)
