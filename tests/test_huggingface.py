@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from tiny_meta import Weights, convert_default, read_weights, rewrite_json, write_tiny_meta
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pdf2lora.errors import InputError
 from pdf2lora.weights.conversion import convert
+from pdf2lora.weights.huggingface_files import ROPE_TYPES
 
 
 @pytest.fixture
@@ -173,6 +175,10 @@ def test_known_rope_types_are_accepted(source: Path, target: Path, rope: dict[st
     convert_default(source, target)
 
     assert torch.equal(logits(target), logits(source))
+
+
+def test_the_rope_types_are_those_of_transformers() -> None:
+    assert set(ROPE_TYPES) == {"default", *ROPE_INIT_FUNCTIONS}
 
 
 def logits(folder: Path) -> Tensor:

@@ -56,7 +56,7 @@ def test_sizes_are_read_from_the_headers(source: Path) -> None:
         ({"quantization_config": None}, "quantized (UNKNOWN)"),
         (
             {"rope_parameters": {"rope_type": "longlora"}},
-            'rope_parameters has the type "longlora", must be one of default, linear, dynamic, yarn, longrope, llama3.',
+            'rope_parameters has the type "longlora", must be one of default, linear, dynamic, yarn, longrope, ',
         ),
         ({"rope_scaling": {"type": "su"}}, 'rope_scaling has the type "su"'),
         ({"rope_parameters": {"full_attention": {"rope_type": "nope"}}}, 'rope_parameters has the type "nope"'),

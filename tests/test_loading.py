@@ -293,3 +293,15 @@ def test_other_architectures_are_refused_in_one_line(tmp_path, model_type, reaso
     with pytest.raises(InputError, match=reason) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_layer_that_peft_refuses_is_named(tmp_path):
+    """Falcon-H1 has Mamba layers, whose out_proj gets no LoRA."""
+    sizes = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
+    folder = write_tiny_family(tmp_path / "base", "FalconH1ForCausalLM", "falcon_h1", **sizes)
+    model = load_base(folder, QUANTIZATION, COMPUTE)
+
+    with pytest.raises(
+        InputError, match=r"lora.target_modules: PEFT cannot add LoRA .* 'out_proj' .* Name other layers"
+    ):
+        add_lora(model, changed(LORA, target_modules="all-linear"))

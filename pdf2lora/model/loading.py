@@ -139,14 +139,20 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
     Does not call PEFT's prepare_model_for_kbit_training, which casts embeddings, head and norms to float32.
 
     Raises:
-        InputError: a name in lora.target_modules is not a linear layer of the model.
+        InputError: a name in lora.target_modules is not a linear layer of the model, or PEFT refuses it.
     """
     targets = target_modules(model, lora)
     settings = lora.model_dump() | {"target_modules": targets}
     if lora.reads_weights:
         settings["init_lora_weights"] = True
     config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="models/base", **settings)
-    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    try:
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:  # all-linear has a layer that PEFT refuses, such as Mamba's out_proj
+        text = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"lora.target_modules: PEFT cannot add LoRA to this model: {text}. Name other layers."
+        ) from error
     # PEFT keeps a set, which has another order in every process: adapter_config.json would differ.
     peft_model.peft_config["default"].target_modules = targets
     for parameter in peft_model.parameters():
