@@ -1,6 +1,7 @@
 """Extraction on a Dask scheduler and workers that run as processes on this machine."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -180,9 +181,14 @@ def test_a_scheduler_without_workers_is_refused(
     assert "had no workers for 1 s" in error_of_run(scheduler, tmp_path)
 
 
-def test_a_scheduler_that_ends_is_reported(tmp_path: Path) -> None:
+def test_a_scheduler_that_ends_is_reported_in_one_line(tmp_path: Path) -> None:
     folder = write_corpus(tmp_path / "corpus", 10)
     file = tmp_path / "scheduler.json"
+
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("distributed.client").addHandler(handler)
 
     def end() -> None:
         wait_until(lambda: list((tmp_path / "a.cache").glob("*")))
@@ -196,6 +202,7 @@ def test_a_scheduler_that_ends_is_reported(tmp_path: Path) -> None:
             with pytest.raises(InputError, match=r"was lost\. Run again"):
                 documents(folder, tmp_path / "a.jsonl", partial(extract_on_cluster, str(file), "none"))
             thread.join()
+    assert not records
 
 
 def test_without_the_package_a_scheduler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ and after it the bytes of the PDF. A PDF whose Dask worker dies is read by anoth
 """
 
 import json
+import logging
 import multiprocessing
 import pickle
 import sys
@@ -49,7 +50,7 @@ def extract_on_cluster(
 
         return extract_on_worker(*pickle.loads(arguments))
 
-    with _connect(scheduler) as client:
+    with _without_logs(), _connect(scheduler) as client:
         folder_on_workers = str(folder.resolve()) if shared_corpus == "none" else shared_corpus.rstrip("/")
         has_ocr = settings["ocr"] != "none" and ocr.installed_version() is not None
         settings = {**settings, "ocr": "rapidocr" if has_ocr else "none"}
@@ -63,6 +64,16 @@ def extract_on_cluster(
         poll = partial(_require_workers, client, scheduler)
         for source, future in run_all(submit, sources, NUM_WAITING, poll):
             yield source, _result(scheduler, future)
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """distributed logs tracebacks of a lost connection; the error message is enough."""
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @contextmanager
