@@ -1,12 +1,11 @@
-"""Time and memory of the document stages for synthetic corpora of different sizes.
+"""Time and memory of split, tokenize and report for synthetic corpora of different sizes.
 
     python -m benchmarks.documents <results.json> [<number of documents> ...]
 
-Builds a project in a temporary folder (--folder chooses its place; 20,000 documents need 6 GB). Runs extract, split,
-tokenize and report there, each in a new process; extract and split again with one PDF more. The documents are random
-words of 48,000 characters; each twentieth one is an edited copy of the one before. extract reads them from its cache,
-so its numbers are those of everything but the PDF engines. `read` opens the tokens as find_batch, train and evaluate
-do, and reads each of them once in a random order.
+Writes data/documents.jsonl of a project in a temporary folder (--folder chooses its place; 20,000 documents need 5 GB)
+and runs the stages there, each in a new process; split again with one document more. The documents are random phrases,
+48,000 characters each; each twentieth one is an edited copy of the one before. `read` opens the tokens as find_batch,
+train and evaluate do, and reads each of them once in a random order.
 
 Needs the demo's outputs (make repro) for the base model and the report.
 """
@@ -21,23 +20,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-from pdf2lora.documents.records import Extraction, read_documents
-from pdf2lora.runtime.files import file_sha256, write_json
+from pdf2lora.documents.records import Document, read_documents
+from pdf2lora.documents.text import text_sha256
+from pdf2lora.runtime.files import write_json
 
 PROJECT = Path(__file__).resolve().parents[1]
 SIZES = (1_000, 5_000, 20_000)
 NUM_CHARACTERS = 48_000
 NUM_WORDS = 50_000  # of the synthetic language
+NUM_PHRASES, PHRASE_WORDS = 200_000, 3
 COPY_EVERY = 20
 EDITED_SHARE = 0.02
 EXTRAPOLATED = 100_000
@@ -58,6 +60,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("sizes", type=int, nargs="*", default=SIZES)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--split-only", action="store_true", help="leave out tokenize and report")
     arguments = parser.parse_args()
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
@@ -69,7 +72,7 @@ def main() -> None:
     for size in arguments.sizes:
         stages = results["sizes"][size] = {}
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            for name, numbers in measure(Path(folder), size):
+            for name, numbers in measure(Path(folder), size, arguments.split_only):
                 stages[name] = numbers
                 print(size, name, numbers, flush=True)
                 write_json(arguments.results, results)
@@ -78,15 +81,16 @@ def main() -> None:
             write_json(arguments.results, results)
 
 
-def measure(project: Path, size: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure(project: Path, size: int, split_only: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the numbers of each stage on a corpus of this size."""
     write_project(project)
-    write_corpus(project, size)
-    for name in ("extract", "split"):
-        yield name, run(project, "-m", f"stages.{name}")
-    shutil.copy(next((PROJECT / "data/pdfs/demo/science").glob("*.pdf")), project / "data/pdfs/demo/new.pdf")
-    for name in ("extract", "split"):
-        yield f"{name}, one PDF more", run(project, "-m", f"stages.{name}")
+    texts = synthetic_texts()
+    append_documents(project, islice(texts, size))
+    yield "split", run(project, "-m", "stages.split")
+    append_documents(project, islice(texts, 1))
+    yield "split, one document more", run(project, "-m", "stages.split")
+    if split_only:
+        return
     yield "tokenize", run(project, "-m", "stages.tokenize")
     yield "read", run(project, "-c", READ)
     write_results(project)
@@ -138,54 +142,53 @@ def sample_memory(pid: int, peaks: dict[str, float]) -> None:
 def write_project(project: Path) -> None:
     """The settings and the base model of the demo."""
     shutil.copy(PROJECT / "params.yaml", project)
+    (project / "data").mkdir()
     for name in ("models/base", "models/source/demo"):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).symlink_to(PROJECT / name)
 
 
-def write_corpus(project: Path, size: int) -> None:
-    """Small files in place of PDFs. Their texts are in the cache of extract."""
-    corpus = project / "data/pdfs/demo"
-    corpus.mkdir(parents=True)
-    shutil.copy(next((PROJECT / "data/pdfs/demo/mitigation").glob("*.pdf")), corpus / "real.pdf")
-    run(project, "-m", "stages.extract")
-    (cache,) = (project / ".scratch/extract").iterdir()
-    for number, text in enumerate(synthetic_texts(size - 1)):
-        file = corpus / f"{number // 1000:03}/{number:06}.pdf"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(f"synthetic {number}")
-        extraction = Extraction(
-            num_pages=16,
-            pages_read=16,
-            engine="pdfium",
-            attempts={"pdfium": "complete"},
-            characters_raw=len(text),
-            text=text,
-            reason=None,
-        )
-        (cache / f"{file_sha256(file)}.json").write_text(json.dumps(vars(extraction)), encoding="utf-8")
+def append_documents(project: Path, texts: Iterable[str]) -> None:
+    """Adds a record for each text to data/documents.jsonl."""
+    with (project / "data/documents.jsonl").open("a", encoding="utf-8") as out:
+        for text in texts:
+            sha256 = text_sha256(text)
+            document = Document(
+                id=f"{sha256[:2]}/{sha256[2:20]}.pdf",
+                sha256=sha256,
+                num_pages=16,
+                pages_read=16,
+                engine="pdfium",
+                attempts={"pdfium": "complete"},
+                characters_raw=len(text),
+                characters=len(text),
+                reason=None,
+                text=text,
+            )
+            out.write(json.dumps(vars(document)) + "\n")
 
 
-def synthetic_texts(count: int) -> Iterator[str]:
-    """Words with the frequencies of a natural language (Zipf), in lines."""
+def synthetic_texts() -> Iterator[str]:
+    """Phrases of words with the frequencies of a natural language (Zipf)."""
     random = np.random.default_rng(0)
-    syllables = np.array([consonant + vowel for consonant in "bcdfghklmnprstvz" for vowel in ("a", "e", "i", "o", "u")])
-    language = np.array(["".join(random.choice(syllables, size=random.integers(1, 5))) for _ in range(NUM_WORDS)])
-    weights = 1 / np.arange(1, NUM_WORDS + 1)
-    shares = np.cumsum(weights / weights.sum())
-    words = language[:0]
-    for number in range(count):
+    syllables = [consonant + vowel for consonant in "bcdfghklmnprstvz" for vowel in "aeiou"]
+    language = ["".join(random.choice(syllables, size=random.integers(1, 5))) for _ in range(NUM_WORDS)]
+    shares = np.cumsum(1 / np.arange(1, NUM_WORDS + 1))
+    ranks = np.searchsorted(shares / shares[-1], random.random((NUM_PHRASES, PHRASE_WORDS)))
+    phrases = np.array([" ".join(language[rank] for rank in row) for row in ranks], dtype=object)
+    chosen = phrases
+    for number in count():
         if number % COPY_EVERY == 1:
-            is_edited = random.random(len(words)) < EDITED_SHARE
-            words = np.where(is_edited, random.permutation(words), words)
+            is_edited = random.random(len(chosen)) < EDITED_SHARE
+            chosen = np.where(is_edited, random.permutation(chosen), chosen)
         else:
-            words = language[np.searchsorted(shares, random.random(NUM_CHARACTERS // 4))]
-        yield " ".join(words)[:NUM_CHARACTERS]
+            chosen = random.choice(phrases, size=NUM_CHARACTERS // 12)
+        yield " ".join(chosen)[:NUM_CHARACTERS]
 
 
 def write_results(project: Path) -> None:
     """What report reads beside the documents: the demo's results, with a row for each test document."""
-    measured = shutil.ignore_patterns("extract.json", "split.json", "tokenize.json", "eval_documents.csv")
+    measured = shutil.ignore_patterns("split.json", "tokenize.json", "eval_documents.csv")
     shutil.copytree(PROJECT / "metrics", project / "metrics", dirs_exist_ok=True, ignore=measured)
     for name in ("dvc.lock", "data/samples.json"):
         shutil.copy(PROJECT / name, project / name)
