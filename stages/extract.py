@@ -3,6 +3,7 @@
 Writes one record per PDF: its text, or the reason why it is left out.
 """
 
+import time
 from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
@@ -28,6 +29,7 @@ METRICS = Path("metrics/extract.json")
 @report_input_errors
 @single_instance
 def main() -> None:
+    began = time.monotonic()
     params = read_params()
     folder = CORPORA / params.corpus
     listing = list_corpus(folder)
@@ -56,7 +58,7 @@ def main() -> None:
     write_json(METRICS, metrics)
     print(
         f"extract: {metrics['kept']} of {metrics['documents']} PDFs kept, {metrics['pages_read']} pages, "
-        f"{metrics['characters']:,} characters; left out: {left_out}"
+        f"{metrics['characters']:,} characters, {time.monotonic() - began:.1f} s; left out: {left_out}"
     )
     if metrics["pages_unread"]:
         print(
