@@ -16,7 +16,7 @@ from pdf2lora.preflight.corpus import corpus
 from pdf2lora.preflight.environment import Gpu
 from pdf2lora.preflight.findings import Finding, has_problem
 from pdf2lora.preflight.folders import CORPORA, SOURCE_MODELS, require_folders
-from pdf2lora.preflight.forecast import Estimate, forecast, required_disk_gib, schedule_notes
+from pdf2lora.preflight.forecast import Estimate, forecast, required_disk_gib, schedule_notes, training_sequences
 from pdf2lora.preflight.model_shape import ModelShape, model_shape
 from pdf2lora.preflight.previous_run import PreviousRun
 from pdf2lora.preflight.quantization import four_bit_weights
@@ -49,7 +49,7 @@ def main() -> None:
         previous = PreviousRun.read(params)
         tokens = count_training_tokens(params, previous, folder, listing.sources)
         estimates = forecast(params, previous, shape, gpus, tokens)
-        findings += schedule_notes(previous, params, tokens.num_sequences(params.compute.seq_length))
+        findings += schedule_notes(previous, params, training_sequences(params, tokens))
         findings += check_capacity(params, previous, shape, gpus)
         if not has_problem(machine):
             findings += four_bit_weights(params, shape, has_gpu=bool(gpus))

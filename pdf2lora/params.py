@@ -242,6 +242,11 @@ class Train(Section):
     """Seed of the LoRA matrices, the order of the sequences and dropout."""
     keep: Literal["last", "best"]
     """The adapter to keep: of the last step, or of the step with the lowest validation loss."""
+    replay: Name
+    """A folder of data/replay whose text is mixed into the training, so that the model forgets less; or none."""
+    replay_share: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the training sequences that are replay text. An epoch has all sequences of the corpus and, in addition,
+    replay sequences up to this share, none of them twice."""
     early_stopping_patience: Positive | Literal["none"]
     """Validations in a row without a new lowest loss after which training stops. none: training never stops early."""
     report_to: Literal["none"] | Tracker | Annotated[list[Tracker], Field(min_length=1)]

@@ -76,7 +76,7 @@ class Sequences:
     seq_length: int
 
     def __len__(self) -> int:
-        return -(-(len(self.stream) - 1) // self.seq_length)
+        return max(0, -(-(len(self.stream) - 1) // self.seq_length))  # an empty stream has none
 
     def batch(self, rows: NDArray[np.int64]) -> tuple[Tokens, Tokens]:
         """Inputs and the next token at each position, both (len(rows), seq_length), int64; IGNORED at the end."""
@@ -88,6 +88,31 @@ class Sequences:
     def num_targets(self, rows: NDArray[np.int64]) -> int:
         """The tokens that these sequences train on."""
         return int(np.minimum(self.seq_length, len(self.stream) - 1 - rows * self.seq_length).sum())
+
+
+@dataclass(frozen=True)
+class MixedSequences:
+    """The sequences of the corpus, then those of the replay text, as one set."""
+
+    corpus: Sequences
+    replay: Sequences
+
+    def __len__(self) -> int:
+        return len(self.corpus) + len(self.replay)
+
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tokens, Tokens]:
+        """See Sequences.batch."""
+        is_replay = rows >= len(self.corpus)
+        inputs, targets = self.corpus.batch(np.where(is_replay, 0, rows))
+        inputs[is_replay], targets[is_replay] = self.replay.batch(rows[is_replay] - len(self.corpus))
+        return inputs, targets
+
+    def num_targets(self, rows: NDArray[np.int64]) -> int:
+        """The tokens that these sequences train on."""
+        return self.corpus.num_targets(rows[rows < len(self.corpus)]) + self.num_replay_targets(rows)
+
+    def num_replay_targets(self, rows: NDArray[np.int64]) -> int:
+        return self.replay.num_targets(rows[rows >= len(self.corpus)] - len(self.corpus))
 
 
 @dataclass(frozen=True, slots=True)

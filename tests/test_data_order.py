@@ -82,3 +82,47 @@ def test_the_end_of_training_does_not_change_the_order() -> None:
     long, short = (DataOrder(9, 2, num_train_epochs, 3) for num_train_epochs in (3, 1.5))
 
     assert all(long.rows(step).tolist() == short.rows(step).tolist() for step in range(short.num_steps))
+
+
+@settings(deadline=None)
+@given(
+    num_sequences=sizes,
+    num_replay_sequences=st.integers(0, 40),
+    share=st.floats(0.01, 0.9),
+    effective_batch=sizes,
+    seed=st.integers(0, 2**32),
+)
+def test_an_epoch_has_the_corpus_once_and_its_share_of_replay(
+    num_sequences: int, num_replay_sequences: int, share: float, effective_batch: int, seed: int
+) -> None:
+    order = DataOrder(num_sequences, effective_batch, 3, seed, num_replay_sequences, share)
+    wanted = round(share / (1 - share) * num_sequences)
+
+    used: list[int] = []
+    for epoch in range(3):
+        first = epoch * order.steps_per_epoch
+        rows = np.concatenate([order.rows(first + step) for step in range(order.steps_per_epoch)])
+        replay = rows[rows >= num_sequences]
+        assert sorted(rows[rows < num_sequences]) == list(range(num_sequences))
+        assert len(replay) == len(set(replay)) == min(wanted, num_replay_sequences)
+        used += replay.tolist()
+    assert set(used) <= set(range(num_sequences, num_sequences + num_replay_sequences))
+    assert len(set(used)) == min(3 * order.num_replay, num_replay_sequences)  # others in each epoch
+    assert order.num_steps == 3 * math.ceil((num_sequences + order.num_replay) / effective_batch)
+
+
+def test_without_replay_text_the_order_is_the_same() -> None:
+    plain, with_share = DataOrder(9, 2, 2, 5), DataOrder(9, 2, 2, 5, num_replay_sequences=0, replay_share=0.5)
+
+    assert all(plain.rows(step).tolist() == with_share.rows(step).tolist() for step in range(plain.num_steps))
+    assert plain.num_steps == with_share.num_steps
+
+
+def test_replay_is_mixed_over_the_epoch() -> None:
+    order = DataOrder(900, 10, 1, 0, 100, 0.1)
+
+    shares = [float((order.rows(step) >= 900).mean()) for step in range(order.num_steps)]
+
+    assert order.num_steps == 100
+    assert 0.05 < np.mean(shares[:50]) < 0.15
+    assert max(shares) <= 0.5

@@ -105,6 +105,7 @@ def project(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, write_p
         monkeypatch.delenv(name, raising=False)
     for split, texts in TEXTS.items():
         write_split(tmp_path, split, texts, base)
+    write_split(tmp_path, "replay", [], base)
     shutil.copytree(base, tmp_path / "models/base")
     (tmp_path / "metrics").mkdir()
 
@@ -460,6 +461,28 @@ def test_two_processes_write_what_one_writes(project: Any, outputs: Path, traine
 
     for split in ("train", "validation"):
         assert results[2][0][split]["loss"] == pytest.approx(results[1][0][split]["loss"], rel=1e-5)
+    for name, value in results[1][1].items():
+        torch.testing.assert_close(results[2][1][name], value, rtol=0, atol=2e-3)
+
+
+def test_replay_text_is_mixed_in_and_its_share_is_in_the_metrics(project: Any) -> None:
+    """One process and two give the same training."""
+    project.configure({"lora.lora_dropout": 0.0, "train.replay": "books", "train.replay_share": 0.4})
+    texts = [prose(seed, 20) for seed in range(30, 33)]
+    write_split(Path(), "replay", texts, Path("models/base"))
+    results = {}
+    for count in (1, 2):
+        shutil.rmtree("models/adapter", ignore_errors=True)
+        assert [outcome.exit for outcome in run(count)] == [None] * count
+        results[count] = read("metrics/train/metrics.json"), adapter_in(Path())
+
+    metrics = results[1][0]
+    corpus, replay = (TokenFile.open(Path("data/tokens"), name).sequences(32) for name in ("train", "replay"))
+    num_replay = round(0.4 / 0.6 * len(corpus))
+    assert len(replay) >= num_replay
+    assert metrics["step"] == math.ceil((len(corpus) + num_replay) / 2) > NUM_STEPS
+    assert metrics["replay_share"] == pytest.approx(num_replay / (len(corpus) + num_replay), abs=0.02)
+    assert results[2][0]["replay_share"] == metrics["replay_share"]
     for name, value in results[1][1].items():
         torch.testing.assert_close(results[2][1][name], value, rtol=0, atol=2e-3)
 

@@ -216,3 +216,16 @@ def test_shows_the_kept_step(tmp_path, monkeypatch):
 
     assert "that of step 2" in render_page(results, read_params(REPOSITORY / "params.yaml"), {})
     assert ">kept</text>" in style.svg(result_figures(results)["loss"])
+
+
+def test_shows_the_share_of_replay_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    params = read_params(REPOSITORY / "params.yaml")
+    without = render_page(read_results(tmp_path / "models/source/demo", []), params, {})
+    (tmp_path / "metrics/train/metrics.json").write_text('{"step": 3, "replay_share": 0.0987}')
+
+    html = render_page(read_results(tmp_path / "models/source/demo", []), params, {})
+
+    assert "9.9% of the training tokens are replay text" in html
+    assert "replay text" not in without.replace("Replay text (train.replay)", "")

@@ -19,8 +19,9 @@ TEXTS = {"train": [prose(1), prose(2)], "validation": [], "test": [prose(3)]}
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def project(tmp_path, monkeypatch, write_params):
     monkeypatch.chdir(tmp_path)
+    write_params()
     monkeypatch.delenv("DVC_ROOT", raising=False)
     write_tiny_llama(tmp_path / "models/base")
     for name, texts in TEXTS.items():
@@ -49,6 +50,26 @@ def test_without_the_stages_before_it_one_line_names_what_is_missing():
         tokenize.main()
 
 
+def test_the_replay_text_is_tokenized_too(project, write_params):
+    write_params({"train.replay": "books"})
+    (project / "data/replay/books").mkdir(parents=True)
+    (project / "data/replay/books/a.txt").write_text(prose(7))
+    (project / "data/general").mkdir()
+    (project / "data/general/general.txt").write_text(prose(8, 60))
+
+    tokenize.main()
+
+    (tokens,) = TokenFile.open(Path("data/tokens"), "replay").documents()
+    assert Encoder.load(Path("models/base")).tokenizer.decode(tokens.tolist()) == prose(7)
+    assert json.loads(Path("metrics/tokenize.json").read_text())["replay"]["documents"] == 1
+    (project / "data/replay/books/b.txt").write_text(prose(8, 60))
+    with pytest.raises(SystemExit, match=r"100\.0% of the 13-word sequences of the general text"):
+        tokenize.main()
+    (project / "data/replay/books/b.txt").write_text(TEXTS["test"][0])
+    with pytest.raises(SystemExit, match=r"% of the 13-word sequences of the test documents"):
+        tokenize.main()
+
+
 @pytest.fixture
 def changed(project):
     """Whether DVC would run tokenize again, after a run of the stage on this project."""
@@ -57,6 +78,8 @@ def changed(project):
     stage = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["tokenize"]
     stage["deps"] = [dep for dep in stage["deps"] if not dep.endswith(".py")]
     stage["cmd"] = "true"
+    for folder in ("data/general", "data/replay"):
+        (project / folder).mkdir()
     YAML(typ="safe").dump({"stages": {"tokenize": stage}}, project / "dvc.yaml")
     tokenize.main()
     with Repo.init(no_scm=True) as repo:

@@ -7,7 +7,7 @@ from tiny_meta import rewrite_json
 
 from pdf2lora.errors import InputError
 from pdf2lora.token_files import TokenFile, write_tokens
-from pdf2lora.tokens import IGNORED, Encoder, Sequences, require_context, windows
+from pdf2lora.tokens import IGNORED, Encoder, MixedSequences, Sequences, require_context, windows
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +240,25 @@ def test_without_bos_only_eos_separates_documents(tmp_path):
     assert targets.tolist() == [[*a[1:], EOS, *b, EOS, IGNORED]]
     assert window.input_ids[:3].tolist() == [EOS, *a[:2]]  # so that the first token is scored too
     assert window.targets[:3].tolist() == a.tolist()
+
+
+def test_mixed_sequences_are_those_of_both_texts() -> None:
+    corpus = Sequences(np.arange(0, 27, dtype=np.int32), 8)
+    replay = Sequences(np.arange(100, 120, dtype=np.int32), 8)
+    mixed = MixedSequences(corpus, replay)
+
+    inputs, targets = mixed.batch(np.array([5, 0, 3, 6]))
+
+    assert len(mixed) == 4 + 3
+    expected = [replay.batch(np.array([1])), corpus.batch(np.array([0])), corpus.batch(np.array([3]))]
+    expected.append(replay.batch(np.array([2])))
+    assert inputs.tolist() == [rows[0].tolist() for rows, _ in expected]
+    assert targets.tolist() == [rows[0].tolist() for _, rows in expected]
+    for rows in ([5, 0, 3, 6], [0], [6]):
+        assert mixed.num_targets(np.array(rows)) == (mixed.batch(np.array(rows))[1] != IGNORED).sum()
+    assert mixed.num_replay_targets(np.array([0, 5, 6])) == 8 + 3
+    assert mixed.num_replay_targets(np.array([0, 1])) == 0
+
+
+def test_an_empty_stream_has_no_sequence() -> None:
+    assert len(Sequences(np.empty(0, dtype=np.int32), 8)) == 0

@@ -57,6 +57,8 @@ TRAIN = Train(
     save_steps=2,
     seed=0,
     keep="last",
+    replay="none",
+    replay_share=0.1,
     early_stopping_patience="none",
     report_to="none",
 )

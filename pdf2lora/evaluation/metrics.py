@@ -101,7 +101,10 @@ def summary_lines(metrics: Metrics, bits: int) -> list[str]:
         )
         if cost > COSTLY_QUANTIZATION:
             remedy = "quantization.bits=8 or a larger model" if bits == 4 else "quantization.bits=16 or a larger model"
-            lines.append(f"quantization costs more than {COSTLY_QUANTIZATION:.0%}; {remedy} reduces this cost")
+            lines.append(
+                f"quantization costs more than {COSTLY_QUANTIZATION:.0%}; {remedy} reduces this cost, "
+                "lora.init_lora_weights=loftq or pissa with a high lora.r corrects a part of it"
+            )
     lines.append(
         f"general text {general['base']['perplexity']:.2f} (base) -> {general['adapted']['perplexity']:.2f} (adapted), "
         f"{format_improvement(general['improvement'])}"

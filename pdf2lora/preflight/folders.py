@@ -8,15 +8,19 @@ from pdf2lora.params import Params
 
 CORPORA = Path("data/pdfs")
 SOURCE_MODELS = Path("models/source")
+REPLAY = Path("data/replay")
 
 
 def require_folders(params: Params) -> None:
     """
     Raises:
-        InputError: the folder of the corpus or of the source model is missing, or DVC cannot store a file's name.
+        InputError: the folder of the corpus, of the source model or of the replay text is missing, or DVC cannot store
+            a file's name.
     """
     _require_folder("corpus", CORPORA / params.corpus, "Put your PDFs there")
     _require_folder("model", SOURCE_MODELS / params.model, "Put the source model there")
+    if params.train.replay != "none":
+        _require_folder("train.replay", REPLAY / params.train.replay, "Put the text there")
 
 
 def _require_folder(key: str, folder: Path, remedy: str) -> None:

@@ -43,7 +43,7 @@ def forecast(
     params: Params, previous: PreviousRun, shape: ModelShape, gpus: Sequence[Gpu], tokens: TokenCount
 ) -> list[Estimate]:
     """The forecast of a run with these params on this machine."""
-    num_sequences = tokens.num_sequences(params.compute.seq_length)
+    num_sequences = training_sequences(params, tokens)
     text = f"{num_sequences:,} of {params.compute.seq_length} tokens for training"
     return [
         Estimate("sequences", text, tokens.source, tokens.explanation),
@@ -52,6 +52,12 @@ def forecast(
         time_estimate(previous, params, shape, gpus, num_sequences * params.compute.seq_length),
         disk_estimate(previous, shape),
     ]
+
+
+def training_sequences(params: Params, tokens: TokenCount) -> int:
+    """Of one epoch: those of the corpus and of the replay text, if there is enough of it."""
+    share = 0.0 if params.train.replay == "none" else params.train.replay_share
+    return round(tokens.num_sequences(params.compute.seq_length) / (1 - share))
 
 
 def step_estimate(previous: PreviousRun, params: Params, num_sequences: int) -> Estimate:

@@ -41,6 +41,7 @@ class Results:
     evaluation: dict[str, Any]
     curves: dict[str, Curve]  # train/loss, validation/loss, learning_rate, ... -> steps, values
     kept_step: int | None  # whose adapter train kept; None if it kept the last one
+    replay_share: float | None  # of the training tokens; None without replay text
     test_documents: list[dict[str, Any]]  # rows of eval_documents.csv
     documents: list[Document]  # the first MAX_LISTED of the corpus, without their text
     split_of: dict[str, str]  # id of a kept one of them -> train, validation or test
@@ -67,6 +68,7 @@ def read_results(source: Path, paths: Iterable[str]) -> Results:
             str(file.relative_to(PLOTS).with_suffix("")): read_curve(file) for file in sorted(PLOTS.rglob("*.tsv"))
         },
         kept_step=_json("metrics/train/metrics.json").get("kept_step"),
+        replay_share=_json("metrics/train/metrics.json").get("replay_share"),
         test_documents=_rows(Path("metrics/eval_documents.csv")),
         documents=documents,
         split_of=_read_splits({document.id for document in documents}),

@@ -24,13 +24,13 @@ def run_warnings(results: Results, params: Params) -> list[str]:
         cost = evaluation["quantization_cost"]["share"]
         warnings.append(
             f"{params.quantization.bits} bits raise the perplexity of the base by {cost:.1%}. More bits or a larger "
-            "model reduce this cost."
+            "model reduce this cost; lora.init_lora_weights (loftq, pissa) with a high rank corrects a part of it."
         )
     general = evaluation["general"]["improvement"]["share"]
     if -general > FORGOTTEN:
         warnings.append(
-            f"The adapter raises the perplexity of general text by {-general:.1%}. Fewer epochs, a lower learning rate "
-            "or a lower rank reduce this increase."
+            f"The adapter raises the perplexity of general text by {-general:.1%}. Replay text "
+            "(train.replay), fewer epochs, a lower learning rate or a lower rank reduce this increase."
         )
     leakage = results.split["test_13grams_in_train"]
     if leakage is not None and leakage > LEAKAGE:

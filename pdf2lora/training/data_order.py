@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
+REPLAY_STREAM = 2**32 - 1  # of random numbers; no epoch has this number
 
 
 class MicroBatchRows(NamedTuple):
@@ -26,17 +27,33 @@ class MicroBatchRows(NamedTuple):
 class DataOrder:
     """The sequences of each optimizer step, in a new order in each epoch.
 
-    The last step of an epoch has fewer sequences where effective_batch does not divide num_sequences.
+    An epoch has all num_sequences of the corpus and num_replay of the num_replay_sequences that follow them. The replay
+    sequences of the next epoch are others, until all were used. The last step of an epoch has fewer sequences where
+    effective_batch does not divide their number.
+
+    replay_share: of the sequences of an epoch; less where there are too few replay sequences.
     """
 
     num_sequences: int
     effective_batch: int
     num_train_epochs: float
     seed: int
+    num_replay_sequences: int = 0
+    replay_share: float = 0.0
+
+    @property
+    def num_replay(self) -> int:
+        """Replay sequences of one epoch."""
+        wanted = round(self.replay_share / (1 - self.replay_share) * self.num_sequences)
+        return min(wanted, self.num_replay_sequences)
+
+    @property
+    def num_in_epoch(self) -> int:
+        return self.num_sequences + self.num_replay
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_sequences / self.effective_batch)
+        return math.ceil(self.num_in_epoch / self.effective_batch)
 
     @property
     def num_steps(self) -> int:
@@ -46,13 +63,19 @@ class DataOrder:
     def rows(self, step: int) -> Rows:
         """The numbers of the sequences of a step; steps count from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = _epoch_order(self.num_sequences, self.seed, epoch)
-        return order[place * self.effective_batch : (place + 1) * self.effective_batch]
+        order = _epoch_order(self.num_in_epoch, self.seed, epoch)
+        rows = order[place * self.effective_batch : (place + 1) * self.effective_batch]
+        if not self.num_replay:
+            return rows
+        replay = _epoch_order(self.num_replay_sequences, self.seed, REPLAY_STREAM)
+        number = epoch * self.num_replay + rows - self.num_sequences  # of the replay sequences since the first epoch
+        replay_rows = self.num_sequences + replay[number % self.num_replay_sequences]
+        return np.where(rows < self.num_sequences, rows, replay_rows)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _epoch_order(num_sequences: int, seed: int, epoch: int) -> Rows:
-    """All sequences in the order of an epoch. Cached, because two million sequences take 0.2 s."""
+    """All sequences in the order of an epoch, or of the replay text. Cached: two million sequences take 0.2 s."""
     return np.random.default_rng([seed, epoch]).permutation(num_sequences)
 
 

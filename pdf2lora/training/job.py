@@ -34,7 +34,7 @@ from pdf2lora.runtime.monitor import device_name, machine_metrics
 from pdf2lora.runtime.processes import LOCK_TIMEOUT_S
 from pdf2lora.runtime.scratch import fingerprint, project_root, scratch_folder, stage_code
 from pdf2lora.token_files import TokenFile
-from pdf2lora.tokens import Sequences, Window, require_context
+from pdf2lora.tokens import MixedSequences, Sequences, Window, require_context
 from pdf2lora.training.checkpoints import latest_valid, step_of
 from pdf2lora.training.data_order import DataOrder
 from pdf2lora.training.interrupt import Interrupt
@@ -67,7 +67,8 @@ def run(params: Params) -> None:
     if processes.is_main:
         require_intact(BASE, made_by="convert")
         log_file = log_to_file(project_root() / "logs")
-    sequences, validation_windows = read_data(params)
+    corpus, replay, validation_windows = read_data(params)
+    sequences = MixedSequences(corpus, replay) if len(replay) else corpus
     if not validation_windows and (params.train.keep == "best" or params.train.early_stopping_patience != "none"):
         raise InputError(
             f"train.keep is {params.train.keep!r} and train.early_stopping_patience is "
@@ -95,16 +96,23 @@ def run(params: Params) -> None:
         )
         if batch["memory_gib"] != "auto":
             limit_gpu_memory(batch["memory_gib"])
+        order = DataOrder(
+            len(corpus),
+            plan.effective_batch,
+            params.train.num_train_epochs,
+            params.train.seed,
+            len(replay),
+            params.train.replay_share,
+        )
         if processes.is_main:
             warnings = schedule_warnings(
-                params.train, num_sequences=len(sequences), effective_batch=plan.effective_batch
+                params.train, num_sequences=order.num_in_epoch, effective_batch=plan.effective_batch
             )
             print(*(f"train: warning: {text}" for text in warnings), sep="\n", end="\n" if warnings else "")
         model = build_model(BASE, params)
         if params.lora.reads_weights:
             folder = checkpoints / INITIAL
             initialize(model, BASE, params.lora, seed=params.train.seed, folder=folder, processes=processes)
-        order = DataOrder(len(sequences), plan.effective_batch, params.train.num_train_epochs, params.train.seed)
         learner = Learner(
             model,
             train=params.train,
@@ -113,8 +121,8 @@ def run(params: Params) -> None:
             num_steps=order.num_steps,
             processes=processes,
         )
-        all_rows = np.arange(len(sequences))
-        tokens_per_step = sequences.num_targets(all_rows) / order.steps_per_epoch  # a mean: some steps are smaller
+        first_epoch = np.concatenate([order.rows(step) for step in range(order.steps_per_epoch)])
+        tokens_per_step = sequences.num_targets(first_epoch) / order.steps_per_epoch  # a mean: some steps are smaller
         tracker = Tracker(METRICS, processes, trackers, tokens_per_step=tokens_per_step)
         log_start(params, batch, model, processes)
         interrupt = stack.enter_context(Interrupt())
@@ -170,12 +178,13 @@ def build_model(base: Path, params: Params) -> PeftModel:
     return add_lora(model, params.lora)
 
 
-def read_data(params: Params) -> tuple[Sequences, list[Window]]:
-    """The training sequences, and the windows of the validation documents."""
+def read_data(params: Params) -> tuple[Sequences, Sequences, list[Window]]:
+    """The training sequences of the corpus, those of the replay text, and the windows of the validation documents."""
     seq_length = params.compute.seq_length
     require_context(BASE, seq_length)
     windows = TokenFile.open(TOKENS, "validation").windows(seq_length=seq_length, stride=seq_length)
-    return TokenFile.open(TOKENS, "train").sequences(seq_length), windows
+    corpus, replay = (TokenFile.open(TOKENS, name).sequences(seq_length) for name in ("train", "replay"))
+    return corpus, replay, windows
 
 
 def measurements(

@@ -19,6 +19,8 @@ Settings (params.yaml), their effect and what they trade:
   whole batches of windows.
 - train.keep: `last` keeps the adapter of the last step, `best` the one with the lowest validation loss.
 - train.early_stopping_patience: stops after so many validations in a row without a new lowest loss; none never stops.
+- train.replay, replay_share: replay text beside the corpus, mixed over each epoch, which has more steps. Each token has
+  the same weight in the loss. The data order includes it, so a resumed training and several processes see the same.
 - train.logging_steps: the loss is the mean over the steps since the last log entry.
 - train.save_steps: a checkpoint every so many steps. SIGTERM, Ctrl-C and the end of the terminal save one more.
 - train.report_to: accelerate's trackers beside dvclive (tracking.py).
@@ -39,6 +41,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import get_scheduler
@@ -49,7 +52,7 @@ from pdf2lora.model.forward import Forward, build_forward
 from pdf2lora.model.kernel_choice import Kernels
 from pdf2lora.params import Compute, Train
 from pdf2lora.runtime.distributed import Processes
-from pdf2lora.tokens import Sequences, Window
+from pdf2lora.tokens import MixedSequences, Sequences, Window
 from pdf2lora.training.checkpoints import latest_valid, load_checkpoint, save_checkpoint
 from pdf2lora.training.data_order import DataOrder, Rows, micro_batches
 from pdf2lora.training.interrupt import Interrupt
@@ -127,7 +130,9 @@ class Learner:
         )
         model.train()
 
-    def step(self, sequences: Sequences, rows: Rows, number: int, *, stop_requested: bool = False) -> torch.Tensor:
+    def step(
+        self, sequences: Sequences | MixedSequences, rows: Rows, number: int, *, stop_requested: bool = False
+    ) -> torch.Tensor:
         """One optimizer step on `rows` of the sequences; returns the gradient's norm before clipping, a scalar.
 
         Afterwards parameters.loss is the step's mean loss over all processes.
@@ -182,7 +187,7 @@ class Learner:
 
 def train(
     learner: Learner,
-    sequences: Sequences,
+    sequences: Sequences | MixedSequences,
     *,
     order: DataOrder,
     validation_windows: Sequence[Window],
@@ -270,8 +275,17 @@ def train(
             parameters.parameter.copy_(best)
         kept_step = progress.best_step
     processes.require_equal(parameters.parameter, "the trained adapter")
-    tracker.end(kept_step if kept_step != progress.step else None)
+    tracker.end(
+        kept_step if kept_step != progress.step else None,
+        replay_share(sequences, order, progress.step) if isinstance(sequences, MixedSequences) else None,
+    )
     return TrainingResult(progress.step, first_step, kept_step, num_targets, stopped_by)
+
+
+def replay_share(sequences: MixedSequences, order: DataOrder, num_steps: int) -> float:
+    """The share of replay text in the tokens that the first num_steps steps trained on."""
+    rows = np.concatenate([order.rows(step) for step in range(num_steps)])
+    return sequences.num_replay_targets(rows) / sequences.num_targets(rows)
 
 
 def stop_signal(parameters: FlatParameters, processes: Processes, interrupt: Interrupt) -> str | None:

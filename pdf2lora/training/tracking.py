@@ -155,13 +155,17 @@ class Tracker:
     def end_step(self) -> None:
         self.progress.update()
 
-    def end(self, kept_step: int | None = None) -> None:
-        """kept_step: the step whose adapter train kept, for metrics/train/metrics.json; None: the last one."""
+    def end(self, kept_step: int | None = None, replay_share: float | None = None) -> None:
+        """For metrics/train/metrics.json: the step whose adapter train kept, if it is not the last one, and the share
+        of the training tokens that were replay text, if there was any.
+        """
         self.progress.close()
         if self.live:
             if kept_step is not None:
                 self.live.summary["kept_step"] = kept_step
-                self.live.make_summary()
+            if replay_share is not None:
+                self.live.summary["replay_share"] = rounded(replay_share)
+            self.live.make_summary()
             self.live.end()
         if self.trackers:
             self.trackers.end()

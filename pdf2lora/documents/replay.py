@@ -1,0 +1,45 @@
+"""Text of another kind that train mixes into the corpus, so that the adapted model forgets less (train.replay)."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pdf2lora.documents.leakage import NGRAM_WORDS, leakage
+from pdf2lora.documents.records import read_documents
+from pdf2lora.errors import InputError
+from pdf2lora.runtime.parallel import Workers
+
+MAX_LEAKAGE = 0.01  # share of 13-word sequences; common phrases give less
+
+
+def read_replay(folder: Path) -> Iterator[str]:
+    """The documents of the folder in the order of the files' names, one at a time.
+
+    A .txt file is one document in UTF-8. A .jsonl file has the format of data/documents.jsonl and data/split.
+
+    Raises:
+        InputError: the folder has no text.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.suffix in (".txt", ".jsonl"))
+    if not files:
+        raise InputError(f"train.replay: {folder} has no text. Put .txt files there, or data/documents.jsonl of PDFs.")
+    for file in files:
+        if file.suffix == ".txt":
+            yield file.read_text(encoding="utf-8")
+        else:
+            yield from (document.text for document in read_documents(file) if document.reason is None)
+
+
+def require_unseen(replay: Iterable[str], scored: Iterable[str], name: str, folder: Path, workers: Workers) -> None:
+    """Refuses replay text that evaluate scores: the perplexity would then measure memory.
+
+    name: of the scored text; folder, workers: see leakage().
+
+    Raises:
+        InputError: more than 1% of the 13-word sequences of `scored` occur in the replay text.
+    """
+    share = leakage(replay, scored, folder, workers)
+    if share is not None and share > MAX_LEAKAGE:
+        raise InputError(
+            f"train.replay: {share:.1%} of the {NGRAM_WORDS}-word sequences of {name} occur in the replay text, and "
+            "evaluate scores them. Remove these texts from the folder, or use another one."
+        )

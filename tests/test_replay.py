@@ -1,0 +1,42 @@
+"""Replay text: its files, and text that evaluate scores."""
+
+import pytest
+from conftest import prose
+from tiny_llama import write_texts
+
+from pdf2lora.documents.replay import read_replay, require_unseen
+from pdf2lora.errors import InputError
+from pdf2lora.runtime.parallel import Workers
+
+TEXTS = [prose(1, 60), prose(2, 60), prose(3, 60)]
+
+
+def check(tmp_path, replay, scored):
+    with Workers() as workers:
+        require_unseen(replay, scored, "the test documents", tmp_path, workers)
+
+
+def test_reads_text_files_and_documents_of_pdfs(tmp_path):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books/a.txt").write_text(TEXTS[0], encoding="utf-8")
+    write_texts(tmp_path / "books/b.jsonl", TEXTS[1:])
+    (tmp_path / "books/README.md").write_text("no text")
+
+    assert list(read_replay(tmp_path / "books")) == TEXTS
+
+
+def test_a_folder_without_text_is_refused(tmp_path):
+    (tmp_path / "a.pdf").touch()
+
+    with pytest.raises(InputError, match=r"train\.replay: .* has no text\. Put \.txt files there"):
+        list(read_replay(tmp_path))
+
+
+def test_text_that_evaluate_scores_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"train\.replay: 50\.\d% of the 13-word sequences of the test documents"):
+        check(tmp_path, [TEXTS[0], TEXTS[1]], [TEXTS[1], TEXTS[2]])
+
+
+def test_other_text_is_fine(tmp_path):
+    check(tmp_path, TEXTS[:2], [TEXTS[2]])
+    check(tmp_path, TEXTS[:2], [])
