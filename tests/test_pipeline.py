@@ -242,6 +242,10 @@ def test_every_section_of_params_belongs_to_a_stage():
     assert used == set(Params.model_fields)
 
 
+def test_the_machines_of_extract_re_run_no_stage_that_makes_data():
+    assert {stage for stage in STAGES if "cluster" in params_of(stage)} == {"check", "report"}
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_small_results_are_in_git_and_not_in_the_cache(stage):
     for kind in ("metrics", "plots"):
