@@ -232,6 +232,25 @@ def test_a_damaged_header_in_the_middle_of_a_tar_archive_is_refused(tmp_path: Pa
         list_members(archive)
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.GNUTYPE_SPARSE])
+@pytest.mark.parametrize("num_bytes", [2**33, 2**60, 2**70])
+def test_a_tar_header_with_an_impossible_size_is_refused(tmp_path: Path, kind: bytes, num_bytes: int) -> None:
+    info = tarfile.TarInfo("a.pdf")
+    info.type, info.size = kind, num_bytes
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(InputError, match=r"a\.tar is a damaged archive \(\w"):
+        list_members(tmp_path / "a.tar")
+
+
+def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
+    archive = write_zip(tmp_path / "a.zip", {"a.pdf": b"sea"})
+    content = bytearray(archive.read_bytes())
+    content[content.index(b"PK\1\2") + 46] = 0  # zipfile cuts a name at its first zero byte
+    archive.write_bytes(content)
+    with pytest.raises(InputError, match="damaged archive"):
+        list_members(archive)
+
+
 @pytest.mark.parametrize(("write", "name"), WRITERS)
 def test_mutated_archives(tmp_path: Path, write: Any, name: str) -> None:
     """Each one is refused in one line, or each of its members is read or left out."""

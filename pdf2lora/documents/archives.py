@@ -4,6 +4,7 @@ An archive can be hostile. A member that is a link, has a path out of the archiv
 is left out with a reason. A damaged archive is refused, because it hides how many documents it had.
 """
 
+import errno
 import struct
 import tarfile
 import zipfile
@@ -28,7 +29,7 @@ _IS_ENCRYPTED = 0x1
 _FILE_TYPE, _LINK = 0o170000, 0o120000
 _FAULTS = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error),
-    *(EOFError, MemoryError, NotImplementedError, OverflowError, ValueError),
+    *(EOFError, LookupError, MemoryError, NotImplementedError, OverflowError, ValueError),
 )
 
 
@@ -60,8 +61,11 @@ def list_members(archive: Path) -> tuple[list[Member], int]:
     try:
         with archive.open("rb") as stream:
             members = list(_zip_members(stream) if archive.suffix.lower() == ".zip" else _tar_members(stream))
-    except _FAULTS as error:
-        raise InputError(f"{archive} is a damaged archive ({error}). Make it again, or remove it.") from error
+    except (*_FAULTS, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a position that no file has
+            raise
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(f"{archive} is a damaged archive ({text}). Make it again, or remove it.") from error
     by_name = {member.name: member for member in members}
     pdfs = [by_name[name] for name in sorted(by_name) if _is_pdf(name)]
     return pdfs, len(by_name) - len(pdfs)
