@@ -31,7 +31,7 @@ from pdf2lora.model.kernels.rotary import (
     rotary_backward,
     rotate_,
 )
-from pdf2lora.model.kernels.rows import quantize
+from pdf2lora.model.kernels.rows import FP8, quantize
 
 FEATURES, INTERMEDIATE, VOCABULARY = 3072, 8192, 128_256  # of Llama-3.2-3B
 TOKENS = 64
@@ -54,6 +54,9 @@ def compile_for(capability: int) -> None:
     if capability >= 89:
         elementwise(fp8=True)
         quantize(torch.zeros(TOKENS, FEATURES, dtype=torch.bfloat16))
+        for transposed in (False, True):
+            out = torch.zeros(128, 128, dtype=FP8)
+            frozen.convert_to_fp8(small_linear().weight, torch.ones(128), out, transposed=transposed)
     for rank in RANKS:
         adapter(rank)
 
@@ -77,9 +80,12 @@ def elementwise(*, fp8: bool) -> None:
     if not fp8:
         logits = torch.zeros(TOKENS, VOCABULARY, dtype=torch.bfloat16)
         cross_entropy_(logits, torch.zeros(TOKENS, dtype=torch.int64), gradient=True)
-        linear = bnb.nn.Linear4bit(128, 128, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
-        frozen.dequantize(linear.weight, torch.zeros(128, 128, dtype=torch.bfloat16))
+        frozen.dequantize(small_linear().weight, torch.zeros(128, 128, dtype=torch.bfloat16))
         dropout.keep_mask(torch.zeros(2, dtype=torch.int64), 0, TOKENS, TOKENS, FEATURES, threshold=6554)
+
+
+def small_linear() -> bnb.nn.Linear4bit:
+    return bnb.nn.Linear4bit(128, 128, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
 
 
 def adapter(rank: int) -> None:

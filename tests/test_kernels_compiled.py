@@ -23,7 +23,7 @@ def test_kernels_compile_for_gpus_and_fit_into_their_shared_memory(tmp_path, cap
     assert compiled.returncode == 0, compiled.stderr
     lines = [line.split() for line in compiled.stdout.splitlines()]
     kernels = [(name, int(rank), int(shared), int(spilled)) for name, rank, shared, spilled in lines]
-    assert {name for name, *_ in kernels} - {"_quantize"} == {
+    assert {name for name, *_ in kernels} - {"_quantize", "_convert"} == {
         "_add_rmsnorm", "_rmsnorm_backward", "_swiglu", "_swiglu_backward", "_cross_entropy", "_dequantize",
         "_down", "_backward", "_rotate", "_rotary_backward", "_keep_mask",
     }  # fmt: skip

@@ -4,7 +4,7 @@ import torch
 from interpreted import cpu_kernels, linear4bit, needs_interpreter, present, random, relative_error, scaled_product  # noqa: F401
 
 from pdf2lora.model.kernels import frozen
-from pdf2lora.model.kernels.rows import Rows, quantize
+from pdf2lora.model.kernels.rows import FP8, Rows, quantize
 
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
 
@@ -45,14 +45,32 @@ def test_fp8_products_in_both_directions(monkeypatch):
     exact = weights.weight()
     x, grad = random(200, 128, seed=2), random(200, 64, seed=3)
 
-    weights.to_fp8()
+    weights.compute_fp8_scales()
 
-    forward, backward = present(weights.fp8)
-    assert (present(forward.fp8).shape, present(forward.scale).shape) == ((64, 128), (64, 1))
-    assert (present(backward.fp8).shape, present(backward.scale).shape) == ((128, 64), (128, 1))
-    assert forward.values is backward.values is None
+    scales = present(weights.fp8_scales)
+    torch.testing.assert_close(scales.by_output, exact.abs().amax(1) / 448)
+    torch.testing.assert_close(scales.by_input, exact.abs().amax(0) / 448)
     assert 0.01 < relative_error(weights.forward(quantize(x)), x @ exact.t()) < 0.06
     assert 0.01 < relative_error(weights.backward(quantize(grad)), grad @ exact) < 0.06
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("shape", [(64, 128), (40, 192), (130, 272)])  # one tile, parts of tiles
+def test_weights_in_fp8_are_the_quantized_rows(shape, transposed, double):
+    """`out` is a part of a larger tensor, as in a stack. At most one in a thousand rounds to the other neighbour."""
+    linear = linear4bit(*shape, double=double)
+    exact = dequantized(linear).t().contiguous() if transposed else dequantized(linear)
+    expected = quantize(exact)
+    stack = torch.zeros(exact.shape[0], exact.shape[1] + (16 if transposed else 0), dtype=FP8)
+    out = stack[:, : exact.shape[1]]
+
+    frozen.convert_to_fp8(linear.weight, present(expected.scale)[:, 0], out, transposed=transposed)
+
+    differ = out.float() != present(expected.fp8).float()
+    assert differ.float().mean() < 1e-3
+    assert relative_error(out.float(), present(expected.fp8).float()) < 0.005
+    assert stack[:, exact.shape[1] :].float().abs().sum() == 0
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -62,11 +80,11 @@ def test_biases_are_added_to_the_product(monkeypatch, fp8):
     linears = [linear4bit(40, 128, bias=True), linear4bit(24, 128, seed=1)]
     weights = frozen.Frozen(linears, torch.float32)
     if fp8:
-        weights.to_fp8()
+        weights.compute_fp8_scales()
     x = random(9, 128, seed=2)
     rows = quantize(x) if fp8 else Rows(x)
     bias = torch.cat([linears[0].bias.detach(), torch.zeros(24)])
     without = frozen.Frozen(linears, torch.float32)
-    without.bias, without.fp8 = None, weights.fp8
+    without.bias, without.fp8_scales = None, weights.fp8_scales
 
     torch.testing.assert_close(weights.forward(rows), without.forward(rows) + bias)

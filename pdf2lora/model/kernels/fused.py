@@ -52,7 +52,7 @@ class FusedForward:
         if fp8:
             for layer in self.layers:
                 for projections in layer.projections:
-                    projections.frozen.to_fp8()
+                    projections.frozen.compute_fp8_scales()
 
     def set_dropout(self, seed: int, first_row: int) -> None:
         """See DropoutState.set."""
