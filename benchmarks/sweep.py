@@ -29,7 +29,7 @@ def main() -> None:
     rows = []
     for setting in SUPPORTED_GRADIENT_CHECKPOINTING[chosen["kernels"]]:
         for batch in batches:
-            measurement = prober.measure(BASE, sequences, setting, batch, chosen["budget_gib"])
+            measurement = prober.measure(BASE, sequences, setting, batch, chosen["budget_gib"], chosen["placement"])
             if not isinstance(measurement, Measurement):
                 break
             rows.append(

@@ -18,6 +18,7 @@ from pdf2lora.preflight.findings import Finding, has_problem
 from pdf2lora.preflight.folders import CORPORA, SOURCE_MODELS, require_folders
 from pdf2lora.preflight.forecast import Estimate, forecast, required_disk_gib, schedule_notes, training_sequences
 from pdf2lora.preflight.model_shape import ModelShape, model_shape
+from pdf2lora.preflight.placement import placement, streams_layers
 from pdf2lora.preflight.previous_run import PreviousRun
 from pdf2lora.preflight.quantization import four_bit_weights
 from pdf2lora.preflight.source_model import source_model
@@ -73,11 +74,17 @@ def check_machine(params: Params, gpus: list[Gpu]) -> list[Finding]:
 
 def check_capacity(params: Params, previous: PreviousRun, shape: ModelShape, gpus: Sequence[Gpu]) -> list[Finding]:
     """Free memory and disk space for this model."""
-    base_gib = 0 if gpus else shape.base_gib(params.quantization)
-    return [
-        environment.memory(LIBRARIES_GIB + base_gib),
-        environment.disk(Path(), required_disk_gib(previous, shape)),
+    streams = bool(gpus) and streams_layers(params, shape, gpus)
+    layers_gib = shape.layers_gib(params.quantization)
+    host_gib = shape.base_gib(params.quantization) if not gpus else layers_gib if streams else 0.0
+    packed_gib = layers_gib if gpus and params.quantization.bits == 4 else 0.0
+    findings = [
+        environment.memory(LIBRARIES_GIB + host_gib),
+        environment.disk(Path(), required_disk_gib(previous, shape) + packed_gib),
     ]
+    if streams:
+        findings.append(placement(params, shape, gpus))
+    return findings
 
 
 def print_report(findings: Sequence[Finding], estimates: Sequence[Estimate]) -> None:

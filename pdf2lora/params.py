@@ -34,6 +34,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
 ALL_LINEAR = "all-linear"
+Placement = Literal["gpu", "host"]  # of a base model's decoder layers
 INITIALIZATION = re.compile(r"gaussian|loftq|olora|pissa(_niter_\d+)?")
 REFUSED_INITIALIZATIONS = {
     "corda": "it needs the activations of a data set",
@@ -135,6 +136,10 @@ class Quantization(Section):
     """4-bit data type of bitsandbytes. nf4 fits normally distributed weights (QLoRA, Dettmers et al. 2023)."""
     bnb_4bit_use_double_quant: bool
     """Also quantizes the scales of the 4-bit blocks: 0.4 bits per weight less."""
+    placement: Placement | Literal["auto"]
+    """Where the decoder layers wait. gpu: in GPU memory. host: in pinned host memory; each layer is copied to the GPU
+    when it is needed, so a model larger than the GPU can train. Does not change the result. auto: the faster one that
+    fits."""
 
 
 class Lora(Section):

@@ -1,24 +1,27 @@
 """find_batch: models/base, data/tokens/train.npy -> metrics/batch.json
 
 The largest per-device batch that fits, for each value of gradient_checkpointing, and the fastest choice for
-train.effective_batch. The throughputs that decide are this machine's: they go to metrics/machine.json.
+train.effective_batch, with the decoder layers in GPU or in host memory (quantization.placement). The throughputs that
+decide are this machine's: they go to metrics/machine.json.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from pdf2lora.errors import InputError, report_input_errors
-from pdf2lora.params import FindBatch, Params, read_params
+from pdf2lora.params import FindBatch, Params, Placement, read_params
 from pdf2lora.runtime.files import write_json
 from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.launcher import allot_devices
 from pdf2lora.runtime.monitor import machine_metrics
 from pdf2lora.runtime.processes import single_instance
 from pdf2lora.tokens import require_context
-from pdf2lora.training.batch_search import Choice, Measurement, Mode, choose, memory_model, search_modes
+from pdf2lora.training.batch_search import AS_FAST, Choice, Measurement, Mode, choose, memory_model, search_modes
 from pdf2lora.training.probe_processes import Capabilities, ProbeProcesses
 
 BASE = Path("models/base")
@@ -41,36 +44,35 @@ def main() -> None:
     ):
         capabilities = probes.capabilities()
         budget_gib = memory_budget_gib(params.find_batch, capabilities)
-        measured: dict[tuple[str, int], Measurement | None] = {}
+        measured: dict[tuple[Placement, str, int], Measurement | None] = {}
 
-        def measure(gradient_checkpointing: str, batch: int) -> Measurement | None:
-            measurement = probes.measure(gradient_checkpointing, batch, budget_gib)
-            measured[gradient_checkpointing, batch] = measurement
+        def measure(placement: Placement, gradient_checkpointing: str, batch: int) -> Measurement | None:
+            measurement = probes.measure(gradient_checkpointing, batch, budget_gib, placement)
+            measured[placement, gradient_checkpointing, batch] = measurement
             gib = f"{measurement.peak_gib:.2f}" if measurement else "-"
             progress.set_postfix(gradient_checkpointing=gradient_checkpointing, batch=batch, gib=gib, refresh=False)
             progress.update()
             return measurement
 
-        def tokens_per_s(gradient_checkpointing: str, batch: int) -> float:
-            measurement = measured.get((gradient_checkpointing, batch)) or measure(gradient_checkpointing, batch)
+        def tokens_per_s(placement: Placement, gradient_checkpointing: str, batch: int) -> float:
+            case = placement, gradient_checkpointing, batch
+            measurement = measured.get(case) or measure(*case)
             return measurement.tokens_per_s if measurement else 0.0
 
-        limits = params.find_batch
-        searched = search_modes(
-            measure,
-            capabilities.gradient_checkpointing,
-            smallest=limits.min,
-            largest=limits.max,
-            budget_gib=budget_gib,
-        )
-        choice = choose(searched, params.train.effective_batch, tokens_per_s, num_processes)
+        outcome = fastest_placement(params, capabilities, num_processes, budget_gib, measure, tokens_per_s)
         machine["timings"] = [
-            {"gradient_checkpointing": setting, "batch": batch, "tokens_per_s": round(measurement.tokens_per_s)}
-            for (setting, batch), measurement in measured.items()
+            {
+                "placement": placement,
+                "gradient_checkpointing": setting,
+                "batch": batch,
+                "tokens_per_s": round(measurement.tokens_per_s),
+            }
+            for (placement, setting, batch), measurement in measured.items()
             if measurement
         ]
 
-    result = batch_json(params, capabilities, num_processes, budget_gib, searched, choice)
+    searched, choice = outcome.searched, outcome.choice
+    result = batch_json(params, capabilities, num_processes, budget_gib, outcome)
     write_json(METRICS, result)
     num_probes = sum(len(mode.probes) for mode in searched)
     print(
@@ -78,8 +80,61 @@ def main() -> None:
         f"({num_probes} probe{'s' if num_probes > 1 else ''}); train uses {choice.per_device_batch} x "
         f"{choice.gradient_accumulation_steps} accumulation steps in {num_processes} "
         f"process{'es' if num_processes > 1 else ''}, gradient checkpointing {choice.gradient_checkpointing}, "
-        f"{capabilities.kernels} kernels"
+        f"{capabilities.kernels} kernels{', layers in host memory' if outcome.placement == 'host' else ''}"
     )
+
+
+class Outcome(NamedTuple):
+    """The search with the decoder layers in one place."""
+
+    placement: Placement
+    searched: list[Mode]
+    choice: Choice
+
+
+def fastest_placement(
+    params: Params,
+    capabilities: Capabilities,
+    num_processes: int,
+    budget_gib: float,
+    measure: Callable[[Placement, str, int], Measurement | None],
+    tokens_per_s: Callable[[Placement, str, int], float],
+) -> Outcome:
+    """Searches with resident layers, and with streamed ones if the resident model does not fit or must recompute.
+
+    A step that recomputes nothing is not faster with streamed layers.
+
+    Raises:
+        InputError: no probe fits.
+    """
+    placements = list(capabilities.placements)
+    if len(placements) > 1 and capabilities.resident_gib > budget_gib:
+        placements.remove("gpu")
+    best: Outcome | None = None
+    for placement in placements:
+        searched = search_modes(
+            partial(measure, placement),
+            capabilities.gradient_checkpointing,
+            smallest=params.find_batch.min,
+            largest=params.find_batch.max,
+            budget_gib=budget_gib,
+        )
+        is_last = placement == placements[-1]
+        if not any(mode.largest for mode in searched) and (best or not is_last):
+            continue
+        choice = choose(searched, params.train.effective_batch, partial(tokens_per_s, placement), num_processes)
+        outcome = Outcome(placement, searched, choice)
+        if best is None or _speed(outcome, tokens_per_s) * AS_FAST > _speed(best, tokens_per_s):
+            best = outcome
+        if choice.gradient_checkpointing == capabilities.gradient_checkpointing[0]:
+            break
+    assert best is not None
+    return best
+
+
+def _speed(outcome: Outcome, tokens_per_s: Callable[[Placement, str, int], float]) -> float:
+    choice = outcome.choice
+    return tokens_per_s(outcome.placement, choice.gradient_checkpointing, choice.per_device_batch)
 
 
 def memory_budget_gib(settings: FindBatch, capabilities: Capabilities) -> float:
@@ -106,10 +161,10 @@ def batch_json(
     capabilities: Capabilities,
     num_processes: int,
     budget_gib: float,
-    searched: list[Mode],
-    choice: Choice,
+    outcome: Outcome,
 ) -> dict[str, Any]:
     """The content of metrics/batch.json."""
+    placement, searched, choice = outcome
     effective = params.train.effective_batch
     return {
         "device": capabilities.device,
@@ -118,6 +173,7 @@ def batch_json(
         "budget_gib": budget_gib,
         "largest_batch": max(mode.largest for mode in searched),
         "kernels": capabilities.kernels,
+        "placement": placement,
         "gradient_checkpointing": choice.gradient_checkpointing,
         "per_device_batch": choice.per_device_batch,
         "gradient_accumulation_steps": choice.gradient_accumulation_steps,

@@ -77,7 +77,7 @@ def with_base(project: Path, base: Path) -> Path:
     shutil.copytree(base, project / "models/base")
     (project / "metrics").mkdir()
     (project / "metrics/batch.json").write_text(
-        '{"device": "cpu", "memory_gib": "auto", "gradient_checkpointing": "full", '
+        '{"device": "cpu", "memory_gib": "auto", "placement": "gpu", "gradient_checkpointing": "full", '
         '"per_device_batch": 2, "gradient_accumulation_steps": 1, "effective_batch": 2}'
     )
     return project

@@ -81,9 +81,10 @@ class FakeProbes:
         self.has_ended = True
 
     def capabilities(self) -> Capabilities:
-        return Capabilities("cpu", "reference", self.settings, 0.0)
+        return Capabilities("cpu", "reference", self.settings, 0.0, ("gpu",), 0.0)
 
-    def measure(self, gradient_checkpointing: str, batch: int, budget_gib: float) -> Measurement:
+    def measure(self, gradient_checkpointing: str, batch: int, budget_gib: float, placement: str) -> Measurement:
+        assert placement == "gpu"
         assert not self.has_ended
         assert budget_gib == 0.012
         self.measured.append((gradient_checkpointing, batch))
@@ -196,7 +197,7 @@ def test_the_fastest_setting_is_chosen(
 
 
 def capabilities_of(device: str, free_gib: float = 0.0) -> Capabilities:
-    return Capabilities(device, "fused", ("none",), free_gib)
+    return Capabilities(device, "fused", ("none",), free_gib, ("gpu",), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -255,3 +256,36 @@ def test_the_import_of_the_stage_is_light(start_python: Any) -> None:
     output, errors = parent.communicate()
     assert parent.returncode == 0, errors
     assert output == "[]\n"
+
+
+def placement_of(
+    peaks: dict[str, dict[str, float]], speeds: dict[str, float], *, resident_gib: float = 2.0, budget_gib: float = 10.0
+) -> tuple[str, str, int]:
+    """peaks: placement -> gradient_checkpointing -> GiB per sequence; speeds: placement -> tokens/s."""
+    params: Any = SimpleNamespace(find_batch=changed(LIMITS, max=8), train=changed(TRAIN, effective_batch=8))
+    capabilities = Capabilities("NVIDIA T4", "fused", ("none", "full"), 16.0, ("gpu", "host"), resident_gib)
+
+    def measure(placement: str, setting: str, batch: int) -> Measurement:
+        return Measurement(peaks[placement][setting] * batch, speeds[placement])
+
+    def tokens_per_s(placement: str, setting: str, batch: int) -> float:
+        return speeds[placement]
+
+    outcome = find_batch.fastest_placement(params, capabilities, 1, budget_gib, measure, tokens_per_s)
+    return outcome.placement, outcome.choice.gradient_checkpointing, outcome.choice.per_device_batch
+
+
+def test_streamed_layers_are_tried_only_if_resident_ones_recompute_or_do_not_fit() -> None:
+    small = {"none": 0.5, "full": 0.1}
+    medium = {"none": 11.0, "full": 1.0}
+    large = {"none": 11.0, "full": 11.0}
+    fast_host = {"gpu": 100.0, "host": 200.0}
+
+    assert placement_of({"gpu": small, "host": small}, fast_host) == ("gpu", "none", 8)
+    assert placement_of({"gpu": medium, "host": small}, fast_host) == ("host", "none", 8)
+    assert placement_of({"gpu": medium, "host": small}, {"gpu": 100.0, "host": 99.0}) == ("gpu", "full", 8)
+    assert placement_of({"gpu": large, "host": medium}, fast_host) == ("host", "full", 8)
+    assert placement_of({"gpu": medium, "host": large}, fast_host) == ("gpu", "full", 8)
+    assert placement_of({"host": medium}, fast_host, resident_gib=11.0) == ("host", "full", 8)
+    with pytest.raises(InputError, match="do not fit"):
+        placement_of({"gpu": large, "host": large}, fast_host)

@@ -35,7 +35,7 @@ from tiny_llama import (
 )
 from tiny_training import build_learner, run_training
 from torch.nn import functional
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import stages  # noqa: F401  # before CUDA starts: the workspaces with which cuBLAS repeats its sums
 from pdf2lora.errors import InputError
@@ -47,9 +47,12 @@ from pdf2lora.model.gradient_checkpointing import SUPPORTED_GRADIENT_CHECKPOINTI
 from pdf2lora.model.gradient_checkpointing import GradientCheckpointing, gradient_checkpointing_choices
 from pdf2lora.model.head import Head
 from pdf2lora.model.kernel_choice import choose_kernels
-from pdf2lora.model.loading import add_lora, load_adapter, load_base
+from pdf2lora.model.layer_stream import layer_stream
+from pdf2lora.model.loading import add_lora, load_adapter, load_base, read_config
 from pdf2lora.model.loss import linear_cross_entropy, nats_per_target
+from pdf2lora.model.quantization import bitsandbytes_config
 from pdf2lora.runtime.distributed import Processes
+from pdf2lora.runtime.manifest import write_manifest
 from pdf2lora.tokens import IGNORED, windows
 from pdf2lora.training import loop
 
@@ -89,16 +92,17 @@ def four_layers(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def restore(monkeypatch):
+def restore(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path_factory.getbasetemp()))  # of .scratch, with the packed layers
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def adapted(base, lora=NO_DROPOUT, *, bits=4, compute=BFLOAT16):
+def adapted(base, lora=NO_DROPOUT, *, bits=4, compute=BFLOAT16, placement="gpu"):
     """The base model with an adapter whose B is not zero, as after training."""
     torch.manual_seed(0)
-    model = add_lora(load_base(base, changed(QUANTIZATION, bits=bits), compute), lora)
+    model = add_lora(load_base(base, changed(QUANTIZATION, bits=bits), compute, placement=placement), lora)
     for name, value in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.02)
@@ -200,6 +204,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 def test_each_family_is_as_exact_as_bfloat16_allows(tmp_path, name, kernels):
     architecture, model_type, changes = FAMILIES[name]
     base = write_tiny_family(tmp_path / "base", architecture, model_type, **SHAPE, **changes)
+    write_manifest(base)
     lora = changed(NO_DROPOUT, target_modules=ALL_LINEAR)
     model = adapted(base, lora)
     ids = some_ids(2, 250)
@@ -309,6 +314,67 @@ def test_evaluation_by_the_kernels_scores_like_the_reference(four_layers):
     exact = nats(build_forward(in_float32(four_layers, model, LORA), "reference"))
     assert nats(build_forward(model, "fused")) == pytest.approx(exact, rel=5e-3)
     assert nats(build_forward(model, "reference")) == pytest.approx(exact, rel=5e-3)
+
+
+# placement
+
+
+def test_packed_layers_are_those_of_transformers(four_layers):
+    """Weights, logits and the buffers of RoPE."""
+    config = read_config(four_layers)
+    packed = load_base(four_layers, QUANTIZATION, BFLOAT16)
+    plain = AutoModelForCausalLM.from_pretrained(
+        four_layers,
+        config=config,
+        dtype=torch.bfloat16,
+        device_map={"": 0},
+        quantization_config=bitsandbytes_config(QUANTIZATION, torch.bfloat16),
+    )
+
+    for name, module in plain.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            found = packed.get_submodule(name).weight
+            assert torch.equal(found.data, module.weight.data), name
+            dequantized = [bnb.functional.dequantize_4bit(w.data, w.quant_state) for w in (found, module.weight)]
+            assert torch.equal(*dequantized), name
+    for (name, found), (_, expected) in zip(packed.named_buffers(), plain.named_buffers(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
+    ids = some_ids(1, 32)
+    torch.testing.assert_close(packed(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("mode", GradientCheckpointing)
+@pytest.mark.parametrize("kernels", ["fused", pytest.param("fp8", marks=needs_fp8)])
+def test_streamed_layers_give_the_same_bits(four_layers, kernels, mode):
+    """With dropout, two passes, and an evaluation between them."""
+    torch.use_deterministic_algorithms(True)
+    lora = changed(LORA, lora_dropout=0.1, target_modules=ALL_LINEAR)
+    results = []
+    for placement in ("gpu", "host"):
+        forward = build_forward(adapted(four_layers, lora, placement=placement), kernels, mode)
+        assert (layer_stream(forward.model) is None) == (placement == "gpu")
+        first = hidden_and_gradients(forward, some_ids(2, 128), seed=1)
+        forward.model.eval()
+        with torch.no_grad():
+            evaluated = forward(some_ids(3, 64, seed=4))
+        results.append((*first, evaluated, *hidden_and_gradients(forward, some_ids(2, 128, seed=3), seed=2)))
+
+    resident, streamed = results
+    assert all(torch.equal(streamed[index], resident[index]) for index in (0, 2, 3))
+    assert same(streamed[1], resident[1])
+    assert same(streamed[4], resident[4])
+
+
+def test_streamed_reference_layers_give_the_same_bits(four_layers):
+    torch.use_deterministic_algorithms(True)
+    ids = some_ids(2, 128)
+    resident, streamed = (
+        hidden_and_gradients(build_forward(adapted(four_layers, placement=placement), "reference", "full"), ids)
+        for placement in ("gpu", "host")
+    )
+
+    assert torch.equal(streamed[0], resident[0])
+    assert same(streamed[1], resident[1])
 
 
 # gradient checkpointing
@@ -655,6 +721,22 @@ def learner_with_trained_b(base, kernels, *, dropout=0.1, **settings):
 
 
 @pytest.mark.parametrize("kernels", GRAPH_KERNELS)
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_a_graph_of_streamed_layers_computes_the_same_bits(four_layers, kernels, mode):
+    """A validation between the steps uses the two buffers too."""
+    learners = [
+        learner_with_trained_b(four_layers, kernels, gradient_checkpointing=mode, placement=placement)
+        for placement in ("gpu", "host")
+    ]
+    for number in range(4):
+        resident, streamed = (buffer_after_step(learner, number) for learner in learners)
+        assert torch.equal(streamed, resident)
+        resident_loss, streamed_loss = (learner.validate(GPU_WINDOWS) for learner in learners)
+        assert streamed_loss == resident_loss
+    assert all(learner.micro_batch.graph is not None for learner in learners)
+
+
+@pytest.mark.parametrize("kernels", GRAPH_KERNELS)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("per_device_batch", [4, 3])
 def test_a_graph_computes_what_eager_computes(four_layers, eager, kernels, dropout, per_device_batch):
@@ -804,6 +886,7 @@ def write_batch(folder, **values):
         "device": torch.cuda.get_device_name(),
         "num_processes": 1,
         "memory_gib": "auto",
+        "placement": "gpu",
         "gradient_checkpointing": "none",
         "gradient_accumulation_steps": 1,
     }

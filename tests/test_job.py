@@ -56,6 +56,7 @@ BATCH: dict[str, Any] = {
     "device": "cpu",
     "num_processes": 1,
     "memory_gib": "auto",
+    "placement": "gpu",
     "gradient_checkpointing": "full",
     "per_device_batch": 2,
     "gradient_accumulation_steps": 1,

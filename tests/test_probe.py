@@ -101,7 +101,7 @@ def test_a_probe_takes_full_steps_of_the_model_of_train(base: Path, monkeypatch:
 
     monkeypatch.setattr(Learner, "step", step)
 
-    measurement = Prober(params_of(num_steps=3)).measure(base, TWO_ROWS, "none", 5, 7.5)
+    measurement = Prober(params_of(num_steps=3)).measure(base, TWO_ROWS, "none", 5, 7.5, "gpu")
 
     assert measurement == Measurement(0.5, 5 * 32 / 1.5)
     assert limits == [7.5]
@@ -134,9 +134,9 @@ def test_settings_that_do_not_run_find_batch_again_change_no_probe(base: Path) -
 
     def peak_gib(params: Any) -> float:
         prober = Prober(params)
-        prober.model = build_model(base, params)
+        prober.model, prober.placement = build_model(base, params), "gpu"
         with PeakMemory() as peak:  # a measurement's peak is rounded
-            prober.measure(base, TWO_ROWS, "full", 2, 1.0)
+            prober.measure(base, TWO_ROWS, "full", 2, 1.0, "gpu")
         return peak.gib
 
     assert set(OTHER_SETTINGS) == set(Train.model_fields) - listed
@@ -149,12 +149,12 @@ def test_settings_that_do_not_run_find_batch_again_change_no_probe(base: Path) -
 def test_the_peak_of_a_probe_is_the_same_again_and_for_any_number_of_threads(base: Path) -> None:
     """Also for later probes of the same model."""
     prober = Prober(params_of())
-    prober.model = build_model(base, params_of())
+    prober.model, prober.placement = build_model(base, params_of()), "gpu"
 
     def peak_gib(gradient_checkpointing: str, *, num_threads: int = 1, batch: int = 2) -> float:
         torch.set_num_threads(num_threads)
         with PeakMemory() as peak:  # a measurement's peak is rounded
-            prober.measure(base, TWO_ROWS, gradient_checkpointing, batch, 1.0)
+            prober.measure(base, TWO_ROWS, gradient_checkpointing, batch, 1.0, "gpu")
         return peak.gib
 
     threads_before = torch.get_num_threads()
@@ -171,7 +171,7 @@ def test_processes_measure_together(base: Path) -> None:
     """The throughput counts the sequences of all; each process gets the same answer."""
 
     def work(processes: Processes) -> Any:
-        return Prober(params_of()).measure(base, TWO_ROWS, "full", 3, 1.0)
+        return Prober(params_of()).measure(base, TWO_ROWS, "full", 3, 1.0, "gpu")
 
     first, second = run_forked(2, work)
 
@@ -219,7 +219,7 @@ def test_lack_of_memory_in_one_process_is_known_in_all(
     def work(processes: Processes) -> Any:
         if processes.index == failing:
             fail(number)
-        return Prober(params_of()).measure(base, TWO_ROWS, "full", 2, 1.0)
+        return Prober(params_of()).measure(base, TWO_ROWS, "full", 2, 1.0, "gpu")
 
     assert run_forked(2, work) == [OutOfMemory(is_clean=False)] * 2
 

@@ -40,9 +40,9 @@ class FakeProber:
             raise InputError("compute.attention: 'flash_attention_2' cannot run here")
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(os.environ.get("WORLD_SIZE", "1"), "reference", ("full",), 0.0)
+        return Capabilities(os.environ.get("WORLD_SIZE", "1"), "reference", ("full",), 0.0, ("gpu",), 0.0)
 
-    def measure(self, base: Path, sequences: Any, kind: str, batch: int, budget_gib: float) -> Any:
+    def measure(self, base: Path, sequences: Any, kind: str, batch: int, budget_gib: float, placement: str) -> Any:
         assert len(sequences) == 2
         with (self.folder / "pids").open("a") as pids:
             print(os.getpid(), file=pids, flush=True)
@@ -144,7 +144,7 @@ def test_processes_answer_and_stay(start: Start, count: int) -> None:
         assert len(first) == count
         assert processes.capabilities().device == str(count)
 
-        answers = [processes.measure("ok", batch, 1.0) for batch in (5, 7)]
+        answers = [processes.measure("ok", batch, 1.0, "gpu") for batch in (5, 7)]
 
         assert answers == [Measurement(5, 1), Measurement(7, 2)]
         assert pids(processes) == first
@@ -160,7 +160,7 @@ def test_processes_start_again_after_their_end(start: Start, count: int) -> None
     processes.end()  # a second time changes nothing
 
     assert are_gone(first)
-    assert processes.measure("ok", 5, 1.0) == Measurement(5, 1)
+    assert processes.measure("ok", 5, 1.0, "gpu") == Measurement(5, 1)
 
 
 @counts
@@ -168,10 +168,10 @@ def test_processes_that_gave_all_memory_back_stay(start: Start, count: int) -> N
     processes = start(count)
     first = pids(processes)
 
-    assert processes.measure("clean OOM", 5, 1.0) is None
+    assert processes.measure("clean OOM", 5, 1.0, "gpu") is None
 
     assert pids(processes) == first
-    assert processes.measure("ok", 5, 1.0) == Measurement(5, 2)
+    assert processes.measure("ok", 5, 1.0, "gpu") == Measurement(5, 2)
 
 
 @pytest.mark.parametrize("kind", ["unclean OOM", "CPU OOM", "numpy OOM"])
@@ -180,10 +180,10 @@ def test_processes_without_memory_are_replaced(start: Start, count: int, kind: s
     processes = start(count)
     first = pids(processes)
 
-    assert processes.measure(kind, 5, 1.0) is None
+    assert processes.measure(kind, 5, 1.0, "gpu") is None
 
     assert are_gone(first)
-    assert processes.measure("ok", 5, 1.0) == Measurement(5, 1)
+    assert processes.measure("ok", 5, 1.0, "gpu") == Measurement(5, 1)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -194,7 +194,7 @@ def test_one_process_without_memory_leaves_no_other_waiting(start: Start, kind: 
     first = pids(processes)
     started = time.monotonic()
 
-    assert processes.measure(f"{kind} in {index}", 5, 1.0) is None
+    assert processes.measure(f"{kind} in {index}", 5, 1.0, "gpu") is None
 
     assert time.monotonic() - started < 10
     assert are_gone(first)
@@ -209,7 +209,7 @@ def test_a_process_that_is_killed_once_is_asked_again(start: Start, count: int, 
     if count > 1:
         os.kill(first[1], signal.SIGKILL)
 
-    assert processes.measure(kind, 5, 1.0) == Measurement(5, 1)
+    assert processes.measure(kind, 5, 1.0, "gpu") == Measurement(5, 1)
 
     assert are_gone(first)
 
@@ -218,12 +218,12 @@ def test_a_process_that_is_killed_once_is_asked_again(start: Start, count: int, 
 def test_processes_that_are_killed_twice_ran_out_of_memory(start: Start, tmp_path: Path, kind: str) -> None:
     processes = start(3)
 
-    assert processes.measure(kind, 5, 1.0) is None
+    assert processes.measure(kind, 5, 1.0, "gpu") is None
 
     measured = {int(pid) for pid in (tmp_path / "pids").read_text().split()}
     assert len(measured) == 6
     assert are_gone(list(measured))
-    assert processes.measure("ok", 5, 1.0) == Measurement(5, 1)
+    assert processes.measure("ok", 5, 1.0, "gpu") == Measurement(5, 1)
 
 
 @pytest.mark.parametrize(("kind", "code"), [("crash", -11), ("leave", 3), ("leave in 1", 3)])
@@ -232,7 +232,7 @@ def test_a_crash_is_not_lack_of_memory(start: Start, kind: str, code: int) -> No
     first = pids(processes)
 
     with pytest.raises(RuntimeError, match=rf"ended its process with exit code {code}"):
-        processes.measure(kind, 5, 1.0)
+        processes.measure(kind, 5, 1.0, "gpu")
 
     assert are_gone(first)
 
@@ -243,7 +243,7 @@ def test_an_input_error_passes_through(start: Start, kind: str) -> None:
     first = pids(processes)
 
     with pytest.raises(InputError, match=r"^quantization\.bits: 4 is not possible here$"):
-        processes.measure(kind, 5, 1.0)
+        processes.measure(kind, 5, 1.0, "gpu")
 
     assert are_gone(first)
 
@@ -257,7 +257,7 @@ def test_an_input_error_before_the_first_request_passes_through(start: Start, tm
 
 def test_a_missing_library_keeps_its_name(start: Start) -> None:
     with pytest.raises(ModuleNotFoundError) as caught:
-        start().measure("miss", 5, 1.0)
+        start().measure("miss", 5, 1.0, "gpu")
 
     assert caught.value.name == "peft.tuners"
 
@@ -265,7 +265,7 @@ def test_a_missing_library_keeps_its_name(start: Start) -> None:
 @pytest.mark.parametrize("kind", ["fail", "fail of a peer"])
 def test_another_error_keeps_its_text_and_the_cause_comes_first(start: Start, kind: str) -> None:
     with pytest.raises(RuntimeError) as caught:
-        start(2).measure(kind, 5, 1.0)
+        start(2).measure(kind, 5, 1.0, "gpu")
 
     assert "KeyError: 'lm_head'" in str(caught.value)
 
@@ -286,7 +286,7 @@ def test_a_process_that_does_not_answer_is_one_line(start: Start, monkeypatch: p
     first = pids(processes)
 
     with pytest.raises(InputError, match="process 0 of 2 has not answered"):
-        processes.measure("leave in 9", 5, 1.0)
+        processes.measure("leave in 9", 5, 1.0, "gpu")
 
     assert are_gone(first)
 

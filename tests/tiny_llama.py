@@ -24,7 +24,7 @@ VOCABULARY_SIZE = 260
 CONTEXT_LENGTH = 128
 SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|pad|>"]
 
-QUANTIZATION = Quantization(bits=4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+QUANTIZATION = Quantization(bits=4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, placement="auto")
 LORA = Lora(
     r=8,
     lora_alpha=32,

@@ -10,7 +10,7 @@ import torch
 from tiny_llama import BOS, COMPUTE, LORA, QUANTIZATION, TRAIN, changed, random_sequences, trainable
 
 from pdf2lora.model.loading import add_lora, load_base
-from pdf2lora.params import Compute, Lora, Train
+from pdf2lora.params import Compute, Lora, Placement, Train
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.tokens import Sequences, Window, windows
 from pdf2lora.training.data_order import DataOrder
@@ -74,9 +74,10 @@ def build_learner(
     gradient_checkpointing: str = "full",
     per_device_batch: int = 2,
     processes: Processes | None = None,
+    placement: Placement = "gpu",
 ) -> Learner:
     """A learner on a new model, as job.py builds it."""
-    model = load_base(base, changed(QUANTIZATION, bits=bits), compute)
+    model = load_base(base, changed(QUANTIZATION, bits=bits), compute, placement=placement)
     torch.manual_seed(train.seed)
     effective_batch = train.effective_batch
     assert effective_batch != "auto"

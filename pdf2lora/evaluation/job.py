@@ -86,7 +86,7 @@ def run(params: Params) -> None:
             base_unquantized = score(build_forward(unquantized, "reference"))
             del unquantized  # it leaves the memory before the quantized model is loaded
         kernels = choose_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
-        model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)
+        model = load_adapter(load_base(BASE, params.quantization, params.compute, processes=processes), ADAPTER)
         kernels = "fused" if kernels == "fp8" else kernels  # fp8 would approximate the nats
         forward = build_forward(model, kernels)
         with model.disable_adapter():

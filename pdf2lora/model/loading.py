@@ -17,8 +17,10 @@ from pdf2lora.model.attention_choice import choose_attention
 from pdf2lora.model.device import compute_dtype, device
 from pdf2lora.model.dropout import install_counter_dropout
 from pdf2lora.model.head import check_causal_lm
+from pdf2lora.model.packed_base import choose_placement, load_packed_base, packing_obstacle
 from pdf2lora.model.quantization import bitsandbytes_config, check_4bit_round_trip, require_quantization
-from pdf2lora.params import ALL_LINEAR, Compute, Lora, Quantization
+from pdf2lora.params import ALL_LINEAR, Compute, Lora, Placement, Quantization
+from pdf2lora.runtime.distributed import Processes
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -40,34 +42,36 @@ def read_config(base: Path) -> PreTrainedConfig:
 
 
 def load_base(
-    base: Path, quantization: Quantization, compute: Compute, device_map: dict[str, torch.device | str] | None = None
+    base: Path,
+    quantization: Quantization,
+    compute: Compute,
+    device_map: dict[str, torch.device | str] | None = None,
+    *,
+    placement: Placement | None = None,
+    processes: Processes | None = None,
 ) -> PreTrainedModel:
     """The frozen base model on the device, its linear layers in 4, 8 or 16 bits.
 
     device_map: the device of each module; None puts the whole model on the device of this process.
+    placement: of the decoder layers; None: as quantization.placement says.
+    processes: of the job; None: this one alone.
 
     Raises:
-        InputError: bitsandbytes cannot quantize on this machine, or not this model; or the model is not a decoder-only
-            causal language model whose loss loss.py computes.
+        InputError: bitsandbytes cannot quantize on this machine, or not this model; the model is not a decoder-only
+            causal language model whose loss loss.py computes; or memory or disk are too small for the packed layers.
     """
     dtype = compute_dtype(compute)
     require_quantization(quantization.bits)
     config = read_config(base)
     attention = choose_attention(compute, _model_class(config))
     quantization_config = _quantization_config(config, quantization, bitsandbytes_config(quantization, dtype))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            config=config,
-            dtype=dtype,
-            device_map=device_map or {"": device()},
-            attn_implementation=attention,
-            quantization_config=quantization_config,
-            local_files_only=True,
-        )
-    except (ValueError, KeyError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise InputError(f"{base}: transformers cannot load it as a causal language model: {text}.") from error
+    placement = placement or choose_placement(base, config, quantization, dtype)
+    packs = torch.cuda.is_available() and device_map is None and not packing_obstacle(config, quantization)
+    if packs or placement == "host":
+        processes = processes or Processes.alone(device())
+        model = load_packed_base(base, config, quantization, dtype, attention, placement, processes)
+    else:
+        model = _load_with_transformers(base, config, dtype, attention, quantization_config, device_map)
     layers_4bit = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     check_4bit_round_trip({layer.in_features for layer in layers_4bit}, quantization.bnb_4bit_quant_type, dtype)
     for layer in layers_4bit:
@@ -80,6 +84,29 @@ def load_base(
     _disable_dropout(model)
     check_causal_lm(model)
     return model
+
+
+def _load_with_transformers(
+    base: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: str,
+    quantization_config: BitsAndBytesConfig | None,
+    device_map: dict[str, torch.device | str] | None,
+) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            base,
+            config=config,
+            dtype=dtype,
+            device_map=device_map or {"": device()},
+            attn_implementation=attention,
+            quantization_config=quantization_config,
+            local_files_only=True,
+        )
+    except (ValueError, KeyError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"{base}: transformers cannot load it as a causal language model: {text}.") from error
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from pdf2lora.preflight.findings import Finding
+from pdf2lora.runtime.host_memory import available_bytes
 
 GIB = 2**30
 NVIDIA_SMI_TIMEOUT_S = 10
@@ -140,7 +141,7 @@ def git_identity() -> Finding:
 
 
 def memory(needed_gib: float) -> Finding:
-    available_gib = psutil.virtual_memory().available / GIB
+    available_gib = available_bytes() / GIB
     if available_gib < needed_gib:
         return Finding("problem", "memory", f"{available_gib:.1f} GiB free, about {needed_gib:.1f} GiB needed")
     return Finding("ok", "memory", f"{available_gib:.1f} GiB free, {psutil.cpu_count(logical=True)} processors")

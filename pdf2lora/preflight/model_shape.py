@@ -36,10 +36,18 @@ class ModelShape:
 
     def base_gib(self, quantization: Quantization) -> float:
         """The frozen base: the linear layers of the blocks in 4 (with their scales), 8 or 16 bits, the rest in 16."""
+        return self.layers_gib(quantization) + (self.num_parameters - self.num_linear) * 16 / 8 / GIB
+
+    def layers_gib(self, quantization: Quantization) -> float:
+        """The linear layers of the blocks."""
         scale_bits = 0.127 if quantization.bnb_4bit_use_double_quant else 0.5  # per weight (Dettmers et al. 2023)
         bits = quantization.bits + (scale_bits if quantization.bits == 4 else 0)
-        num_linear = self.num_layers * sum(num_inputs * num_outputs for num_inputs, num_outputs in self.layers.values())
-        return (num_linear * bits + (self.num_parameters - num_linear) * 16) / 8 / GIB
+        return self.num_linear * bits / 8 / GIB
+
+    @property
+    def num_linear(self) -> int:
+        """Weights of the linear layers of all blocks."""
+        return self.num_layers * sum(num_inputs * num_outputs for num_inputs, num_outputs in self.layers.values())
 
 
 def model_shape(files: HuggingFaceFiles | ModelArgs, source: Path) -> ModelShape:

@@ -29,12 +29,13 @@ class Processes:
         self.index: int = self.state.process_index
         self.count: int = self.state.num_processes
         self.device: torch.device = self.state.device
+        self.is_first_of_node: bool = self.state.local_process_index == 0
 
     @classmethod
     def alone(cls, device: torch.device) -> "Processes":
         """This process by itself, also inside a job of several: no collective waits for another one."""
         alone = cls.__new__(cls)
-        alone.index, alone.count, alone.device = 0, 1, device
+        alone.index, alone.count, alone.device, alone.is_first_of_node = 0, 1, device, True
         return alone
 
     @property

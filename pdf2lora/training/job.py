@@ -24,7 +24,7 @@ from pdf2lora.model.device import limit_gpu_memory
 from pdf2lora.model.initialization import INITIAL, initialize
 from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.model.loading import add_lora, load_base, read_config
-from pdf2lora.params import Params
+from pdf2lora.params import Params, Placement
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_directory
 from pdf2lora.runtime.launcher import Stopped
@@ -109,7 +109,7 @@ def run(params: Params) -> None:
                 params.train, num_sequences=order.num_in_epoch, effective_batch=plan.effective_batch
             )
             print(*(f"train: warning: {text}" for text in warnings), sep="\n", end="\n" if warnings else "")
-        model = build_model(BASE, params)
+        model = build_model(BASE, params, processes, batch["placement"])
         if params.lora.reads_weights:
             folder = checkpoints / INITIAL
             initialize(model, BASE, params.lora, seed=params.train.seed, folder=folder, processes=processes)
@@ -165,15 +165,19 @@ def tracker_names(params: Params) -> list[str]:
     return [] if names == "none" else [names] if isinstance(names, str) else list(names)
 
 
-def build_model(base: Path, params: Params) -> PeftModel:
+def build_model(
+    base: Path, params: Params, processes: Processes | None = None, placement: Placement | None = None
+) -> PeftModel:
     """The quantized base model with new LoRA matrices, the same ones for the same train.seed; B is zero.
 
     find_batch measures it: another lora.init_lora_weights changes neither time nor memory of a step.
 
+    processes, placement: see load_base.
+
     Raises:
         InputError: the machine cannot run what the settings ask for.
     """
-    model = load_base(base, params.quantization, params.compute)
+    model = load_base(base, params.quantization, params.compute, placement=placement, processes=processes)
     torch.manual_seed(params.train.seed)  # before the first LoRA matrix is drawn
     return add_lora(model, params.lora)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pdf2lora.model.device import NO_CUDA_GPU
 from pdf2lora.model.forward import Forward
+from pdf2lora.model.layer_stream import layer_stream
 from pdf2lora.model.loss import linear_cross_entropy
 from pdf2lora.tokens import IGNORED
 from pdf2lora.training.optimizer import FlatParameters
@@ -74,8 +75,13 @@ class MicroBatch:
         gc.collect()
         torch.cuda.empty_cache()  # the warm-up's memory, since the graph's pool cannot use it
         graph = torch.cuda.CUDAGraph()
+        copies = layer_stream(self.forward.model)
         with torch.cuda.graph(graph):
-            self._forward_backward(self.inputs, self.targets, self.scale)
+            try:
+                self._forward_backward(self.inputs, self.targets, self.scale)
+            finally:
+                if copies is not None:  # after an out of memory, the end of the capture would hide it
+                    copies.join()
         self.parameters.buffer.copy_(held)
         return graph
 

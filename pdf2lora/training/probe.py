@@ -18,11 +18,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from pdf2lora.model.device import limit_gpu_memory
+from pdf2lora.model.device import compute_dtype, limit_gpu_memory
 from pdf2lora.model.gradient_checkpointing import gradient_checkpointing_choices
 from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.model.loading import read_config
-from pdf2lora.params import Params
+from pdf2lora.model.packed_base import possible_placements, resident_gib
+from pdf2lora.params import Params, Placement
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.monitor import device_name
 from pdf2lora.tokens import Sequences, Window, windows
@@ -44,29 +45,42 @@ class Prober:
         self.params = params
         self.processes = Processes()
         self.model: Any = None
+        self.placement: Placement | None = None  # of self.model
         self.reserved_bytes = 0  # after the last probe that ended well, with the workspaces that cuBLAS keeps
 
     def capabilities(self) -> Capabilities:
         """Raises:
         InputError: the settings ask for something that this machine cannot run.
         """
-        kernels = choose_kernels(self.params.compute, self.params.quantization, self.params.lora, read_config(BASE))
+        quantization, config, dtype = self.params.quantization, read_config(BASE), compute_dtype(self.params.compute)
+        kernels = choose_kernels(self.params.compute, quantization, self.params.lora, config)
         free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0.0
         return Capabilities(
             device=device_name(),
             kernels=kernels,
             gradient_checkpointing=tuple(gradient_checkpointing_choices(self.params.train, kernels)),
             free_gib=min(self.processes.gather(free)),
+            placements=possible_placements(BASE, config, quantization, dtype),
+            resident_gib=resident_gib(BASE, dtype),
         )
 
     def measure(
-        self, base: Path, sequences: Sequences, gradient_checkpointing: str, batch: int, budget_gib: float
+        self,
+        base: Path,
+        sequences: Sequences,
+        gradient_checkpointing: str,
+        batch: int,
+        budget_gib: float,
+        placement: Placement,
     ) -> Measurement | OutOfMemory:
         """Peak of the fullest process, and throughput of all, of find_batch.steps optimizer steps."""
         limit_gpu_memory(budget_gib)
+        if placement != self.placement:
+            self.model, self.placement = None, placement
+            _reserved_bytes()  # gives back the memory of the earlier model
         with suppress(torch.OutOfMemoryError):
             if self.model is None:
-                self.model = build_model(base, self.params)
+                self.model = build_model(base, self.params, self.processes, placement)
         measurement = None
         if all(self.processes.gather(self.model is not None)):
             measurement = self._measure(base, sequences, gradient_checkpointing, batch)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pdf2lora.errors import InputError
-from pdf2lora.params import Params
+from pdf2lora.params import Params, Placement
 from pdf2lora.runtime.launcher import PIPE, job_environment
 from pdf2lora.token_files import TokenFile
 from pdf2lora.training.batch_search import Measurement
@@ -28,12 +28,18 @@ NUM_TRIES = 2  # a killed process may have been killed for another reason than m
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What train can run here; free_gib: of the GPU with the least free memory, before the model is loaded."""
+    """What train can run here.
+
+    free_gib: of the GPU with the least free memory, before the model is loaded.
+    placements: of the decoder layers; resident_gib: GPU memory of the whole model.
+    """
 
     device: str
     kernels: str
     gradient_checkpointing: tuple[str, ...]
     free_gib: float
+    placements: tuple[Placement, ...]
+    resident_gib: float
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class MeasureRequest:
     gradient_checkpointing: str
     batch: int
     budget_gib: float
+    placement: Placement
 
 
 @dataclass(frozen=True)
@@ -85,9 +92,11 @@ class ProbeProcesses:
         assert isinstance(answer, Capabilities)
         return answer
 
-    def measure(self, gradient_checkpointing: str, batch: int, budget_gib: float) -> Measurement | None:
+    def measure(
+        self, gradient_checkpointing: str, batch: int, budget_gib: float, placement: Placement
+    ) -> Measurement | None:
         """A probe's result; None if a process ran out of memory."""
-        answer = self._ask_with_retry(MeasureRequest(gradient_checkpointing, batch, budget_gib))
+        answer = self._ask_with_retry(MeasureRequest(gradient_checkpointing, batch, budget_gib, placement))
         assert answer is None or isinstance(answer, Measurement)
         return answer
 
@@ -188,7 +197,14 @@ def _serve(pipe: Connection, params: Params, environment: dict[str, str]) -> Non
             else:
                 sequences = TokenFile.open(TOKENS, "train").sequences(params.compute.seq_length)
                 pipe.send(
-                    prober.measure(BASE, sequences, request.gradient_checkpointing, request.batch, request.budget_gib)
+                    prober.measure(
+                        BASE,
+                        sequences,
+                        request.gradient_checkpointing,
+                        request.batch,
+                        request.budget_gib,
+                        request.placement,
+                    )
                 )
         except EOFError:
             return None

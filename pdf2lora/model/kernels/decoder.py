@@ -29,6 +29,7 @@ from pdf2lora.model.kernels.lora import LowRank
 from pdf2lora.model.kernels.projections import Projections
 from pdf2lora.model.kernels.rotary import Angles, HeadNorm, normalize_and_rotate, rotary_backward, rotate_
 from pdf2lora.model.kernels.rows import Rows, quantize
+from pdf2lora.model.layer_stream import LayerStream
 
 
 class Activations:
@@ -56,9 +57,10 @@ class Activations:
 class DecoderLayer:
     """One layer of a PeftModel's decoder. Refers to the PeftModel's weights and LoRA matrices."""
 
-    def __init__(self, number: int, layer: Any, dtype: torch.dtype):
+    def __init__(self, number: int, layer: Any, dtype: torch.dtype, stream: LayerStream | None = None):
+        """stream: of the frozen weights, if they wait in host memory."""
         block, mlp = layer.self_attn, layer.mlp
-        self.number = number
+        self.number, self.stream = number, stream
         self.norm, self.norm_mlp = layer.input_layernorm, layer.post_attention_layernorm
         self.qkv = Projections([block.q_proj, block.k_proj, block.v_proj], dtype)
         self.o = Projections([block.o_proj], dtype)
@@ -76,6 +78,11 @@ class DecoderLayer:
         parameters = [parameter for projections in self.projections for parameter in projections.parameters]
         result: tuple[Tensor, Tensor] = _Layer.apply(residual, update, self, context, *parameters)
         return result
+
+    def load(self, *, backward: bool = False) -> None:
+        """Waits for the frozen weights if they come from host memory."""
+        if self.stream is not None:
+            self.stream.load(self.number, backward=backward)
 
     def attend(
         self, residual: Tensor, update: Tensor | None, context: ForwardContext, activations: Activations
@@ -166,6 +173,7 @@ class _Layer(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         activations = Activations()
+        layer.load()
         for projections in layer.projections:
             projections.refresh()
         attended = layer.attend(residual, update, context, activations)
@@ -189,6 +197,7 @@ class _Layer(torch.autograd.Function):
         assert grad.data_ptr() == same_grad.data_ptr()
         layer, context, activations = ctx.layer, ctx.context, ctx.activations
         del ctx.activations
+        layer.load(backward=True)
         layer.recompute(context, activations)
         fp8 = context.fp8
 

@@ -16,6 +16,7 @@ from pdf2lora.model.kernels.context import ForwardContext
 from pdf2lora.model.kernels.decoder import DecoderLayer, FinalNorm
 from pdf2lora.model.kernels.offload import Offload
 from pdf2lora.model.kernels.rotary import Angles
+from pdf2lora.model.layer_stream import layer_stream
 
 
 class FusedForward:
@@ -46,11 +47,15 @@ class FusedForward:
         self.dropout_state = dropout_state(model)
         _check_modules(model, self.decoder)
         dtype = self.decoder.embed_tokens.weight.dtype
-        self.layers = [DecoderLayer(number, layer, dtype) for number, layer in enumerate(self.decoder.layers)]
+        self.stream = layer_stream(model)
+        self.layers = [
+            DecoderLayer(number, layer, dtype, self.stream) for number, layer in enumerate(self.decoder.layers)
+        ]
         self.offload = Offload()
         self.cached_angles: tuple[int, Angles] | None = None
         if fp8:
             for layer in self.layers:
+                layer.load()
                 for projections in layer.projections:
                     projections.frozen.compute_fp8_scales()
 
@@ -64,6 +69,8 @@ class FusedForward:
         context = self._context(seq_length, input_ids.device)
         residual: Tensor = self.decoder.embed_tokens(input_ids).view(batch * seq_length, -1)
         update = None
+        if self.stream is not None:
+            self.stream.restart()
         for layer in self.layers:
             residual, update = layer(residual, update, context)
         hidden: Tensor = FinalNorm.apply(residual, update, self.decoder.norm)

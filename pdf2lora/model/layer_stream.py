@@ -1,0 +1,98 @@
+"""Decoder layers that wait in host memory. Two buffers on the GPU hold the current layer and the next one.
+
+While one layer computes, the next one is copied: in the forward pass layer n + 1, in the backward pass layer n - 1. A
+layer is copied twice per micro-batch. Its copy takes no time if the layer computes longer: on a PCIe 5 link (about 50
+GB/s) from about 4,000 tokens per micro-batch. Gradients are those of a model in GPU memory, bit for bit. The frozen
+weights never change, so nothing is copied back.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdf2lora.model.packed_layers import LayerLayout
+
+NUM_BUFFERS = 2
+
+
+class LayerStream:
+    """Call restart() before each forward pass, and load() before each use of a layer's weights."""
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        layouts: Sequence[LayerLayout],
+        host: Sequence[Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        """host: the buffer of each layer, in pinned memory if `device` is a GPU."""
+        self.layers, self.layouts, self.host = layers, layouts, host
+        num_bytes = max(layout.num_bytes for layout in layouts)
+        self.buffers = [torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)]
+        self.views = [[layout.views(buffer) for buffer in self.buffers] for layout in layouts]
+        self.copies = torch.cuda.Stream() if device.type == "cuda" else None
+        self.held: list[int | None] = [None] * NUM_BUFFERS  # the layer in each buffer, or on its way there
+        self.last = 0
+        for number, layer in enumerate(layers):
+            layouts[number].attach(layer, self.views[number][0], dtype)
+            self._add_hooks(number, layer)
+
+    def restart(self) -> None:
+        """Forgets the buffers' content, which the replay of a CUDA graph may have changed."""
+        self.held = [None] * NUM_BUFFERS
+
+    def load(self, number: int, *, backward: bool = False) -> None:
+        """Makes layer `number` usable on the current CUDA stream, and starts to copy the layer that follows.
+
+        backward: layers follow each other from the last to the first.
+        """
+        if number not in self.held:
+            self._fetch(number, 0)
+        slot = self.held.index(number)
+        self.join()
+        self.layouts[number].bind(self.layers[number], self.views[number][slot])
+        following = number - 1 if backward else number + 1
+        if 0 <= following < len(self.layers) and following not in self.held:
+            self._fetch(following, 1 - slot)
+        self.last = number
+
+    def join(self) -> None:
+        """Lets the current CUDA stream wait for the copies. A graph's capture must end with it."""
+        if self.copies is not None:
+            torch.cuda.current_stream().wait_stream(self.copies)
+
+    def _fetch(self, number: int, slot: int) -> None:
+        """Copies a layer to a buffer, after the kernels that read the buffer's earlier content."""
+        self.held[slot] = number
+        host = self.host[number]
+        buffer = self.buffers[slot][: host.numel()]
+        if self.copies is None:
+            buffer.copy_(host)
+            return
+        self.copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.copies):
+            buffer.copy_(host, non_blocking=True)
+
+    def _add_hooks(self, number: int, layer: nn.Module) -> None:
+        """For transformers' own layers. Activation checkpointing calls them again in the backward pass."""
+
+        def before_forward(module: nn.Module, args: Any) -> None:
+            is_recomputed = torch.is_grad_enabled() and number <= self.last and number in self.held
+            if number == 0 and not is_recomputed:
+                self.restart()
+            self.load(number, backward=is_recomputed)
+
+        def before_backward(module: nn.Module, grads: Any) -> None:
+            self.load(number, backward=True)
+
+        layer.register_forward_pre_hook(before_forward)
+        layer.register_full_backward_pre_hook(before_backward)
+
+
+def layer_stream(model: Any) -> LayerStream | None:
+    """The stream of a base model or a PeftModel; None if its layers are in GPU memory."""
+    stream: LayerStream | None = getattr(getattr(model, "get_base_model", lambda: model)(), "layer_stream", None)
+    return stream

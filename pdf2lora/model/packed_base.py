@@ -1,0 +1,190 @@
+"""Loads a 4-bit base model whose decoder layers are in GPU memory or in host memory (quantization.placement).
+
+Everything but the linear layers of the decoder (embeddings, norms, biases, head) is on the GPU in both cases.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from pdf2lora.errors import InputError
+from pdf2lora.model.architectures import FAMILIES
+from pdf2lora.model.device import NO_CUDA_GPU, device
+from pdf2lora.model.layer_stream import LayerStream
+from pdf2lora.model.packed_layers import LayerLayout, packed_file
+from pdf2lora.params import Placement, Quantization
+from pdf2lora.runtime.distributed import Processes
+from pdf2lora.runtime.pinned_memory import shared_pinned_memory
+
+GIB = 2**30
+ACTIVATIONS_GIB = 2.0  # of evaluate and generate
+PACKED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight with double quantization
+
+
+def packing_obstacle(config: PreTrainedConfig, quantization: Quantization) -> str:
+    """The reason why the layers of this model cannot be packed, or an empty string."""
+    if quantization.bits != 4:
+        return f"quantization.bits is {quantization.bits}, and packed layers have 4"
+    if config.model_type not in FAMILIES:
+        return f"{config.model_type} is not one of {', '.join(FAMILIES)}"
+    if getattr(config, "quantization_config", None) is not None:
+        return "the source model is quantized already"
+    return ""
+
+
+def choose_placement(base: Path, config: PreTrainedConfig, quantization: Quantization, dtype: torch.dtype) -> Placement:
+    """quantization.placement. auto: gpu if the model fits into the free memory of the GPU, else host.
+
+    Raises:
+        InputError: the placement is host, which this machine or model does not support.
+    """
+    has_gpu = torch.cuda.is_available()
+    obstacle = packing_obstacle(config, quantization) if has_gpu else NO_CUDA_GPU
+    if quantization.placement == "host" and obstacle:
+        raise InputError(f"quantization.placement is 'host', which cannot run here: {obstacle}. Use 'auto' or 'gpu'.")
+    if quantization.placement != "auto":
+        return quantization.placement
+    if obstacle:
+        return "gpu"
+    free_gib = torch.cuda.mem_get_info()[0] / GIB
+    return "gpu" if resident_gib(base, dtype) + ACTIVATIONS_GIB <= free_gib else "host"
+
+
+def possible_placements(
+    base: Path, config: PreTrainedConfig, quantization: Quantization, dtype: torch.dtype
+) -> tuple[Placement, ...]:
+    """The placements that find_batch compares, the usual one first.
+
+    Raises:
+        InputError: the placement is host, which this machine or model does not support.
+    """
+    if quantization.placement == "auto" and torch.cuda.is_available() and not packing_obstacle(config, quantization):
+        return ("gpu", "host")
+    return (choose_placement(base, config, quantization, dtype),)
+
+
+def resident_gib(base: Path, dtype: torch.dtype) -> float:
+    """GPU memory of the whole model with packed layers, in GiB, from the headers of its files."""
+    num_bytes = 0.0
+    for file in base.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118, it is not a dict
+                shape = weights.get_slice(name).get_shape()
+                is_packed = ".layers." in name and len(shape) == 2
+                num_bytes += prod(shape) * (PACKED_BYTES if is_packed else dtype.itemsize)
+    return num_bytes / GIB
+
+
+def load_packed_base(
+    base: Path,
+    config: PreTrainedConfig,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    attention: str,
+    placement: Placement,
+    processes: Processes,
+) -> PreTrainedModel:
+    """The model of packing_obstacle() == "", frozen, its linear layers in 4 bits.
+
+    attention: transformers' attn_implementation. processes: the processes of one node share the memory of `host`.
+
+    Raises:
+        InputError: the host's memory or the disk is too small.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        for layer in model.model.layers:
+            replace_linears(layer, quantization, dtype)
+    layers = model.model.layers
+    layouts = [LayerLayout(layer, quantization) for layer in layers]
+    weights = BaseWeights(base, dtype)
+
+    def read_layer(number: int) -> list[Tensor]:
+        return [weights.read(f"model.layers.{number}.{name}.weight") for name in layouts[number].names]
+
+    file = packed_file(base, quantization, dtype, layouts, read_layer)
+    _load_others(model, weights, base)
+    if placement == "gpu":
+        for layer, layout, buffer in zip(layers, layouts, _read_buffers(file, layouts), strict=True):
+            layout.attach(layer, layout.views(buffer.to(device())), dtype)
+    else:
+        purpose = f"quantization.placement host: the packed layers of {base}"
+        num_bytes = sum(layout.num_bytes for layout in layouts)
+        memory = shared_pinned_memory(num_bytes, lambda to: _read_file(file, to), processes, purpose)
+        host = memory.split([layout.num_bytes for layout in layouts])
+        model.layer_stream = LayerStream(layers, layouts, host, device(), dtype)
+        model.layer_stream.memory = memory  # the split parts do not keep it pinned
+    model.is_loaded_in_4bit = True  # PEFT then adds LoRA to Linear4bit
+    return model.eval()
+
+
+class BaseWeights:
+    """Reads single weights of models/base to the device."""
+
+    def __init__(self, base: Path, dtype: torch.dtype):
+        self.dtype = dtype
+        self.files: dict[str, Any] = {}
+        for path in sorted(base.glob("*.safetensors")):
+            file = safe_open(path, framework="pt")
+            self.files |= dict.fromkeys(file.keys(), file)
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self.files[name].get_tensor(name)
+        return tensor.to(device=device(), dtype=self.dtype)
+
+
+def replace_linears(layer: nn.Module, quantization: Quantization, dtype: torch.dtype) -> None:
+    """Puts a Linear4bit without weights in the place of each linear layer of a decoder layer."""
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, nn.Linear):
+            linear = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=dtype,
+                compress_statistics=quantization.bnb_4bit_use_double_quant,
+                quant_type=quantization.bnb_4bit_quant_type,
+            )
+            layer.set_submodule(name, linear)
+
+
+def _load_others(model: PreTrainedModel, weights: BaseWeights, base: Path) -> None:
+    """Reads all parameters but the packed ones, and moves the buffers (RoPE's frequencies) to the device.
+
+    Raises:
+        InputError: a weight is missing.
+    """
+    for name, parameter in list(model.named_parameters()):
+        if not isinstance(parameter, bnb.nn.Params4bit) and name in weights.files:
+            module = model.get_submodule(name.rpartition(".")[0])
+            setattr(module, name.rpartition(".")[2], nn.Parameter(weights.read(name), requires_grad=False))
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device()))
+    model.tie_weights()
+    missing = [name for name, value in model.named_parameters() if value.is_meta and "layers." not in name]
+    if missing:
+        raise InputError(f"{base} has no weight {missing[0]}. Make it again with: dvc repro --force convert")
+    if (base / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(base, local_files_only=True)
+
+
+def _read_buffers(file: Path, layouts: Sequence[LayerLayout]) -> list[Tensor]:
+    """Maps the file: a layer is read when it is copied."""
+    sizes = [layout.num_bytes for layout in layouts]
+    return list(torch.from_file(str(file), size=sum(sizes), dtype=torch.uint8).split(sizes))
+
+
+def _read_file(file: Path, to: Tensor) -> None:
+    view: Any = memoryview(to.numpy())  # type: ignore[arg-type]
+    with file.open("rb") as stream:
+        while len(view):
+            view = view[stream.readinto(view) :]
