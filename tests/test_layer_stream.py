@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import run_forked
 from interpreted import attention_forward, cpu_kernels, needs_interpreter, scaled_product  # noqa: F401
 from test_kernels_fused import ALL_LINEAR, NO_DROPOUT, hidden_and_gradients, some_ids
 from tiny_families import write_tiny_family
@@ -11,11 +12,13 @@ from torch import nn
 from pdf2lora.errors import InputError
 from pdf2lora.model import packed_layers
 from pdf2lora.model.forward import build_forward
+from pdf2lora.model.initialization import initialize
 from pdf2lora.model.kernels import frozen
 from pdf2lora.model.layer_stream import layer_stream
 from pdf2lora.model.loading import add_lora, load_base, read_config
-from pdf2lora.model.packed_base import choose_placement, packing_obstacle, resident_gib
+from pdf2lora.model.packed_base import choose_placement, packing_obstacle, possible_placements, resident_gib
 from pdf2lora.runtime import pinned_memory
+from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.manifest import write_manifest
 
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels"), quiet]
@@ -149,3 +152,33 @@ def test_resident_gib_is_the_size_of_the_model(base):
     num_bytes += sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
 
     assert resident_gib(base, torch.float32) * 2**30 == pytest.approx(num_bytes, rel=0.02)
+
+
+def test_initial_matrices_from_weights_need_resident_layers(base, tmp_path):
+    model = adapted(base, "host")
+    lora = changed(NO_DROPOUT, target_modules=ALL_LINEAR, init_lora_weights="loftq")
+
+    with pytest.raises(InputError, match=r"'loftq', which needs the layers in GPU memory"):
+        initialize(model, base, lora, seed=0, folder=tmp_path / "initial", processes=Processes())
+    assert possible_placements(base, read_config(base), QUANTIZATION, lora, torch.float32) == ("gpu",)
+
+
+def two_processes_share(processes):
+    """What each process reads from the memory that the first one has filled."""
+    memory = pinned_memory.shared_pinned_memory(
+        1000, lambda to: to.copy_(torch.arange(1000) % 251), processes, "a test"
+    )
+    total = int(memory.sum())
+    processes.gather(None)
+    if processes.is_main:
+        memory[0] = 77
+    processes.gather(None)
+    return total, int(memory[0]), processes.is_first_of_node
+
+
+def test_processes_of_a_node_share_one_memory():
+    results = run_forked(2, two_processes_share)
+    total = int((torch.arange(1000) % 251).sum())
+
+    assert [(found, first) for found, first, _ in results] == [(total, 77)] * 2
+    assert [is_first for _, _, is_first in results] == [True, False]

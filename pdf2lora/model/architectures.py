@@ -26,13 +26,13 @@ MAX_FEATURES = 2**16  # of a row in one program of a row-wise kernel
 # fmt: off
 NEUTRAL_KEYS = frozenset(
     {
-        "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id",
+        "_model_name_or_path", "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id",
         "hidden_size", "id2label", "initializer_range", "intermediate_size", "is_llama_config", "label2id",
         "max_position_embeddings", "max_window_layers", "model_type", "no_rope_layer_interval",
         "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "output_attentions",
         "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "quantization_config",
         "return_dict", "rms_norm_eps", "tie_word_embeddings", "torch_dtype", "transformers.js_config",
-        "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache", "use_sliding_window",
+        "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache", "use_sliding_window",
         "vocab_size",
     }
 )

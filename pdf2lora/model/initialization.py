@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pdf2lora.errors import InputError
 from pdf2lora.model.dropout import lora_layers
+from pdf2lora.model.layer_stream import layer_stream
 from pdf2lora.params import Lora
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_directory
@@ -48,8 +49,10 @@ def initialize(model: PeftModel, base: Path, lora: Lora, *, seed: int, folder: P
     The processes deal the layers. The main process keeps the matrices in `folder`: a resumed training reads them.
 
     Raises:
-        InputError: the files of the base do not have unquantized weights of these layers, or r is too large.
+        InputError: the files of the base do not have unquantized weights of these layers, r is too large, or the
+            layers are in host memory.
     """
+    _require_resident(model, lora)
     matrices = processes.broadcast(load_file(folder / FILE) if processes.is_main and folder.exists() else None)
     if matrices is None:
         names = layer_names(model)[processes.index :: processes.count]
@@ -72,9 +75,22 @@ def initialize(model: PeftModel, base: Path, lora: Lora, *, seed: int, folder: P
 
 
 def restore_trained_base(model: PeftModel, base: Path, adapter: Path, lora: Lora) -> None:
-    """Changes the base of a loaded adapter to the one that it was trained on; nothing for most methods."""
+    """Changes the base of a loaded adapter to the one that it was trained on; nothing for most methods.
+
+    Raises:
+        InputError: the layers are in host memory.
+    """
     if lora.changes_base:
+        _require_resident(model, lora)
         _change_base(model, base, load_file(adapter / INITIAL / FILE))
+
+
+def _require_resident(model: PeftModel, lora: Lora) -> None:
+    if layer_stream(model) is not None:
+        raise InputError(
+            f"lora.init_lora_weights is {lora.init_lora_weights!r}, which needs the layers in GPU memory "
+            "(quantization.placement: gpu). Use true or gaussian."
+        )
 
 
 def layer_names(model: PeftModel) -> list[str]:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from pdf2lora.errors import InputError
-from pdf2lora.model.architectures import FAMILIES
+from pdf2lora.model.architectures import FUSED_RULES
 from pdf2lora.model.device import NO_CUDA_GPU, device
 from pdf2lora.model.layer_stream import LayerStream
 from pdf2lora.model.packed_layers import LayerLayout, packed_file
-from pdf2lora.params import Placement, Quantization
+from pdf2lora.params import Lora, Placement, Quantization
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.pinned_memory import shared_pinned_memory
 
@@ -33,8 +33,8 @@ def packing_obstacle(config: PreTrainedConfig, quantization: Quantization) -> st
     """The reason why the layers of this model cannot be packed, or an empty string."""
     if quantization.bits != 4:
         return f"quantization.bits is {quantization.bits}, and packed layers have 4"
-    if config.model_type not in FAMILIES:
-        return f"{config.model_type} is not one of {', '.join(FAMILIES)}"
+    if config.model_type not in FUSED_RULES:
+        return f"{config.model_type} is not one of {', '.join(FUSED_RULES)}"
     if getattr(config, "quantization_config", None) is not None:
         return "the source model is quantized already"
     return ""
@@ -59,13 +59,15 @@ def choose_placement(base: Path, config: PreTrainedConfig, quantization: Quantiz
 
 
 def possible_placements(
-    base: Path, config: PreTrainedConfig, quantization: Quantization, dtype: torch.dtype
+    base: Path, config: PreTrainedConfig, quantization: Quantization, lora: Lora, dtype: torch.dtype
 ) -> tuple[Placement, ...]:
     """The placements that find_batch compares, the usual one first.
 
     Raises:
         InputError: the placement is host, which this machine or model does not support.
     """
+    if quantization.placement == "auto" and lora.reads_weights:
+        return ("gpu",)
     if quantization.placement == "auto" and torch.cuda.is_available() and not packing_obstacle(config, quantization):
         return ("gpu", "host")
     return (choose_placement(base, config, quantization, dtype),)

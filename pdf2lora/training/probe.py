@@ -60,7 +60,7 @@ class Prober:
             kernels=kernels,
             gradient_checkpointing=tuple(gradient_checkpointing_choices(self.params.train, kernels)),
             free_gib=min(self.processes.gather(free)),
-            placements=possible_placements(BASE, config, quantization, dtype),
+            placements=possible_placements(BASE, config, quantization, self.params.lora, dtype),
             resident_gib=resident_gib(BASE, dtype),
         )
 
