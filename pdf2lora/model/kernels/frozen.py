@@ -103,10 +103,10 @@ def convert_to_fp8(weight: Any, scale: Tensor, out: Tensor, *, transposed: bool)
     """
     tensors, constants = _arguments(weight)
     num_outputs, num_inputs = weight.quant_state.shape
-    grid = triton.cdiv(num_outputs, 64), triton.cdiv(num_inputs, 128)
+    grid = triton.cdiv(num_outputs, 64), triton.cdiv(num_inputs, 64)
     _convert[grid](
         *tensors, out, scale, num_outputs, num_inputs, out.stride(0), **constants,
-        TRANSPOSED=transposed, BLOCK_OUTPUTS=64, BLOCK_BYTES=64, num_warps=4,
+        TRANSPOSED=transposed, BLOCK_OUTPUTS=64, BLOCK_BYTES=32, num_warps=2,  # the fastest tile on one H200
     )  # fmt: skip
 
 
