@@ -75,12 +75,14 @@ def main() -> None:
     result = batch_json(params, capabilities, num_processes, budget_gib, outcome)
     write_json(METRICS, result)
     num_probes = sum(len(mode.probes) for mode in searched)
+    reason = capabilities.reference_reason
     print(
         f"find_batch: {result['largest_batch']} sequences fit in {budget_gib:.2f} GiB "
         f"({num_probes} probe{'s' if num_probes > 1 else ''}); train uses {choice.per_device_batch} x "
         f"{choice.gradient_accumulation_steps} accumulation steps in {num_processes} "
         f"process{'es' if num_processes > 1 else ''}, gradient checkpointing {choice.gradient_checkpointing}, "
-        f"{capabilities.kernels} kernels{', layers in host memory' if outcome.placement == 'host' else ''}"
+        f"{capabilities.kernels} kernels{reason and f' ({reason})'}"
+        f"{', layers in host memory' if outcome.placement == 'host' else ''}"
     )
 
 

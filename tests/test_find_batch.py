@@ -81,7 +81,7 @@ class FakeProbes:
         self.has_ended = True
 
     def capabilities(self) -> Capabilities:
-        return Capabilities("cpu", "reference", self.settings, 0.0, ("gpu",), 0.0)
+        return Capabilities("cpu", "reference", self.settings, 0.0, ("gpu",), 0.0, "the reason")
 
     def measure(self, gradient_checkpointing: str, batch: int, budget_gib: float, placement: str) -> Measurement:
         assert placement == "gpu"
@@ -192,7 +192,11 @@ def test_the_fastest_setting_is_chosen(
     assert timings == [(setting, batch, {"none": speed_of_none, "full": 200}[setting]) for setting, batch in measured]
     assert len(set(measured)) == len(measured)  # no probe runs twice
     printed = capsys.readouterr().out
-    for words in (f"{chosen[1]} x {chosen[2]}", f"gradient checkpointing {chosen[0]}", "reference kernels"):
+    for words in (
+        f"{chosen[1]} x {chosen[2]}",
+        f"gradient checkpointing {chosen[0]}",
+        "reference kernels (the reason)",
+    ):
         assert words in printed
 
 

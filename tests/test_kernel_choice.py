@@ -5,7 +5,7 @@ from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed
 from transformers import GemmaConfig, LlamaConfig, MistralConfig, PhiConfig
 
 from pdf2lora.errors import InputError
-from pdf2lora.model.kernel_choice import choose_kernels
+from pdf2lora.model.kernel_choice import choose_kernels, reference_reason
 
 BFLOAT16 = changed(COMPUTE, compute_dtype="bfloat16")
 LLAMA = LlamaConfig()
@@ -126,6 +126,16 @@ def test_other_base_models_run_on_the_reference(pretend_gpu, caplog, config, obs
 
     assert caplog.messages == [f"kernels: reference (compute.kernels: auto) ({obstacle})"]
     assert obstacle in refusal("fp8", config=config)
+    assert reference_reason(changed(BFLOAT16, kernels="auto"), QUANTIZATION, LORA, config) == obstacle
+
+
+def test_the_reason_is_for_a_surprise(pretend_gpu, no_gpu):
+    """Without a GPU, or if params.yaml asks for the reference, nobody expects other kernels."""
+    settings = changed(BFLOAT16, kernels="auto")
+    assert reference_reason(settings, QUANTIZATION, LORA, GemmaConfig()) == ""
+    pretend_gpu()
+    assert reference_reason(settings, QUANTIZATION, LORA, LLAMA) == ""
+    assert reference_reason(changed(settings, kernels="reference"), QUANTIZATION, LORA, GemmaConfig()) == ""
 
 
 def test_fp8_needs_widths_that_are_a_multiple_of_16(pretend_gpu):

@@ -42,6 +42,13 @@ def choose_kernels(compute: Compute, quantization: Quantization, lora: Lora, con
     return choice
 
 
+def reference_reason(compute: Compute, quantization: Quantization, lora: Lora, config: PreTrainedConfig) -> str:
+    """Why `auto` takes the slower reference kernels on this GPU. An empty string if it does not, or without a GPU."""
+    if compute.kernels != "auto" or not torch.cuda.is_available():
+        return ""
+    return _obstacle("fused", compute, quantization, lora, config)
+
+
 def _obstacle(kernels: str, compute: Compute, quantization: Quantization, lora: Lora, config: PreTrainedConfig) -> str:
     """The reason why these kernels cannot run, or an empty string."""
     return (

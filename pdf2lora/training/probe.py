@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from pdf2lora.model.device import compute_dtype, limit_gpu_memory
 from pdf2lora.model.gradient_checkpointing import gradient_checkpointing_choices
-from pdf2lora.model.kernel_choice import choose_kernels
+from pdf2lora.model.kernel_choice import choose_kernels, reference_reason
 from pdf2lora.model.loading import read_config
 from pdf2lora.model.packed_base import possible_placements, resident_gib
 from pdf2lora.params import Params, Placement
@@ -62,6 +62,7 @@ class Prober:
             free_gib=min(self.processes.gather(free)),
             placements=possible_placements(BASE, config, quantization, self.params.lora, dtype),
             resident_gib=resident_gib(BASE, dtype),
+            reference_reason=reference_reason(self.params.compute, quantization, self.params.lora, config),
         )
 
     def measure(

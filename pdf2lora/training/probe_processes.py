@@ -30,6 +30,7 @@ NUM_TRIES = 2  # a killed process may have been killed for another reason than m
 class Capabilities:
     """What train can run here.
 
+    reference_reason: why the kernels are the reference ones although there is a GPU; "" otherwise.
     free_gib: of the GPU with the least free memory, before the model is loaded.
     placements: of the decoder layers; resident_gib: GPU memory of the whole model.
     """
@@ -40,6 +41,7 @@ class Capabilities:
     free_gib: float
     placements: tuple[Placement, ...]
     resident_gib: float
+    reference_reason: str = ""
 
 
 @dataclass(frozen=True)
