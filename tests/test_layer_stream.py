@@ -10,7 +10,7 @@ from tiny_llama import COMPUTE, QUANTIZATION, changed, quiet
 from torch import nn
 
 from pdf2lora.errors import InputError
-from pdf2lora.model import packed_layers
+from pdf2lora.model import loading, packed_layers
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.initialization import initialize
 from pdf2lora.model.kernels import frozen
@@ -182,3 +182,12 @@ def test_processes_of_a_node_share_one_memory():
 
     assert [(found, first) for found, first, _ in results] == [(total, 77)] * 2
     assert [is_first for _, _, is_first in results] == [True, False]
+
+
+def test_all_processes_stream_if_one_gpu_is_too_full(base, monkeypatch):
+    def is_streamed(processes):
+        placement = "host" if processes.index == 1 else "gpu"
+        monkeypatch.setattr(loading, "choose_placement", lambda *settings: placement)
+        return layer_stream(load_base(base, QUANTIZATION, COMPUTE, processes=processes)) is not None
+
+    assert run_forked(2, is_streamed) == [True, True]

@@ -65,7 +65,10 @@ def load_base(
     config = read_config(base)
     attention = choose_attention(compute, _model_class(config))
     quantization_config = _quantization_config(config, quantization, bitsandbytes_config(quantization, dtype))
-    placement = placement or choose_placement(base, config, quantization, dtype)
+    if placement is None:
+        placement = choose_placement(base, config, quantization, dtype)
+        if processes is not None and "host" in processes.gather(placement):  # they share the host's memory
+            placement = "host"
     packs = torch.cuda.is_available() and device_map is None and not packing_obstacle(config, quantization)
     if packs or placement == "host":
         processes = processes or Processes.alone(device())
