@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_families import tiny_config, write_tiny_family
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed, quiet
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed, quiet, write_tiny_llama
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pdf2lora.errors import InputError
 from pdf2lora.families import FAMILIES
+from pdf2lora.model import head
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.head import Head, check_causal_lm, decoder_of
 from pdf2lora.model.loading import add_lora, load_base
@@ -112,3 +114,18 @@ def test_base_models_own_dropout_is_off(tmp_path):
 def test_tiny_configurations_are_those_of_the_table():
     for family in FAMILIES.values():
         assert tiny_config(family.architecture, family.model_type).model_type == family.model_type
+
+
+def test_outliers_of_a_later_token_do_not_change_the_check_in_8_bits(tmp_path, monkeypatch):
+    """LLM.int8 computes the column of an outlier in half precision for all tokens. The last token here has one."""
+    folder = write_tiny_llama(tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    last_token = (7 * 37 % 97) + 1
+    weights["model.embed_tokens.weight"][last_token] = 0
+    weights["model.embed_tokens.weight"][last_token, 0] = 50
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(head, "TOLERANCE_8_BIT", 1e-6)
+
+    model = load_base(folder, changed(QUANTIZATION, bits=8), AUTO)
+
+    assert model.model.layers[0].self_attn.q_proj.state.threshold == 6.0
