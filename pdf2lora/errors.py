@@ -28,30 +28,38 @@ class InputError(ValueError):
 def report_input_errors(main: Callable[[], None]) -> Callable[[], None]:
     """Decorates a stage's `main`: a user error ends it with `error: ...` on stderr and exit status 1.
 
-    User errors are InputError and the errors of the operating system in REMEDIES, for example a full disk.
+    User errors are those with a user_message.
     """
 
     @functools.wraps(main)
     def wrapper() -> None:
         try:
             main()
-        except InputError as error:
-            sys.exit(f"error: {error}")
         except Exception as error:
-            message = _describe_system_error(error)
+            message = user_message(error)
             if message is None:
                 raise
-            sys.exit(f"error: {message}, then run again. Finished work is kept.")
+            sys.exit(f"error: {message}")
 
     return wrapper
 
 
-def _describe_system_error(error: BaseException) -> str | None:
-    """File, cause and remedy; None for an error that is not in REMEDIES.
+def user_message(error: Exception) -> str | None:
+    """The line for the user: of an InputError, of an error in REMEDIES, of a lack of memory. None for other errors."""
+    if isinstance(error, InputError):
+        return str(error)
+    message = _describe_system_error(error)
+    return message and f"{message}, then run again. Finished work is kept."
 
-    safetensors has the error number only in its message. torch's file writer has no number: every failed write ends in
-    the same line of its source.
+
+def _describe_system_error(error: BaseException) -> str | None:
+    """Cause and remedy; None for an error that is not in REMEDIES.
+
+    safetensors has the error number only in its message. torch has no number: every failed write ends in the same line
+    of its file writer, and every failed allocation on a CPU in one of its allocator.
     """
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "memory ran out. Free some (free -h shows it)"
     if isinstance(error, OSError) and error.errno in REMEDIES:
         return f"{error.filename or 'a file'}: {error.strerror}. {REMEDIES[error.errno]}"
     if (match := re.search(r"os error (\d+)", str(error))) and int(match[1]) in REMEDIES:

@@ -311,6 +311,8 @@ def test_lack_of_memory_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPa
         assert words in message
     assert ("the checkpoint of step 2" if step else "the base model") in message
     assert not Path("models/adapter").exists()
+    if step:
+        assert "the GPU of process 1 of 2 ran out of memory" in run(2)[1].exit
 
 
 @pytest.mark.parametrize("is_same", [True, False])

@@ -239,6 +239,27 @@ def test_different_input_errors_name_the_process(start: Start) -> None:
     assert "no memory on 0 (process 0 of 2 (pid" in errors[0]
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("OSError(28, 'No space left on device', 'logs')", "logs: No space left on device. Free space on that disk"),
+        ("MemoryError()", "memory ran out. Free some (free -h shows it)"),
+        (
+            'RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 64 bytes.")',
+            "memory ran out. Free some (free -h shows it)",
+        ),
+    ],
+)
+def test_a_full_disk_or_memory_names_the_process(start: Start, error: str, message: str) -> None:
+    job = start(f"def work(index):\n if index == '1': raise {error}\n time.sleep(60)")
+
+    *_, [line] = job.wait()
+
+    who = f"process 1 of 2 (pid {job.variables(1)['pid']})"
+    assert line.startswith(f"error: stage: {who}: {message}")
+    assert line.endswith(", then run again. Finished work is kept.")
+
+
 def test_an_error_of_a_process_comes_before_those_that_it_causes(start: Start) -> None:
     """The first process to end is not the cause."""
     job = start(

@@ -12,6 +12,7 @@ from tests.long.torture import (
     STAGES,
     Fault,
     Project,
+    error_line,
     faults_of,
     first_step,
     require_newer,
@@ -63,6 +64,7 @@ def test_only_jobs_of_several_processes_have_faults_of_one_process() -> None:
         signal.SIGKILL,
         signal.SIGSTOP,
         signal.SIGTERM,
+        None,
     }
     assert {fault.target for fault in of_train} == {"process", "stage", "dvc", "all"}
 
@@ -72,3 +74,13 @@ def test_signal_without_a_new_checkpoint_is_found() -> None:
     with pytest.raises(Failed, match="no checkpoint after checkpoint-4"):
         require_newer(4, [4], last_step=29)
     require_newer(28, [28], last_step=28 + SAVE_STEPS)  # then the training may end before the signal arrives
+
+
+def test_the_line_that_names_the_process_is_required() -> None:
+    line = "error: train: process 1 of 2 (pid 7) was ended by SIGKILL; run dvc repro again"
+    assert error_line(f"Running stage 'train'\n{line}\nERROR: failed\n") == line
+    stopped = "train: stopped by SIGTERM after step 8; a checkpoint is saved"
+    assert error_line(f"{stopped}\n") == stopped
+    for output in ("", "error: train: a process was ended", f"{line}\n{line}", f"Traceback\n{line}"):
+        with pytest.raises(Failed, match="no line names the process"):
+            error_line(output)

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pdf2lora.errors import InputError
+from pdf2lora.errors import InputError, user_message
 from pdf2lora.runtime.gpus import reserve_gpus, visible_gpus
 
 PIPE = "PDF2LORA_STATUS_PIPE"  # the environment variable that holds the file descriptor
@@ -33,7 +33,7 @@ FORWARD_AFTER_S = 0.3  # the terminal sends Ctrl-C to all processes itself
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
-Kind = Literal["input_error", "stopped", "interrupted", "failed", "lost_peer"]
+Kind = Literal["input_error", "system_error", "stopped", "interrupted", "failed", "lost_peer"]
 
 
 class PeerLost(Exception):
@@ -234,7 +234,7 @@ def _raise_cause(name: str, workers: list[_Worker], signals: list[tuple[float, i
             return 0
         if code is not None and code < 0:
             return 1
-        return {"interrupted": 1, "input_error": 2, "failed": 3, "lost_peer": 5}.get(
+        return {"interrupted": 1, "input_error": 2, "system_error": 2, "failed": 3, "lost_peer": 5}.get(
             worker.kind or "", 4 if code else 6
         )
 
@@ -253,6 +253,8 @@ def _raise_cause(name: str, workers: list[_Worker], signals: list[tuple[float, i
     if worker.kind == "input_error":
         everywhere = all(other.message in ("", worker.message) for other in workers)
         raise InputError(worker.message if everywhere else f"{worker.message} ({who})")
+    if worker.kind == "system_error":
+        raise InputError(f"{name}: {who}: {worker.message}")
     raise RuntimeError(f"{name}: {who} failed: {worker.message or f'exit status {code}'}")
 
 
@@ -272,18 +274,19 @@ def _work_and_report(work: Callable[[], None]) -> None:
     try:
         work()
         return
-    except InputError as error:
-        kind: Kind = "input_error"
-        message = str(error)
     except Stopped as error:
-        kind, message = "stopped", str(error)
+        kind: Kind = "stopped"
+        message = str(error)
     except PeerLost as error:
         kind, message = "lost_peer", str(error)
     except KeyboardInterrupt:
         kind, message = "interrupted", ""
     except Exception as error:
-        kind, message = "failed", f"{type(error).__name__}: {error}"
-        sys.excepthook(type(error), error, error.__traceback__)
+        if text := user_message(error):
+            kind, message = ("input_error" if isinstance(error, InputError) else "system_error"), text
+        else:
+            kind, message = "failed", f"{type(error).__name__}: {error}"
+            sys.excepthook(type(error), error, error.__traceback__)
     with suppress(OSError):
         os.write(pipe, json.dumps({"kind": kind, "message": message}).encode() + b"\n")
     sys.stdout.flush()

@@ -137,7 +137,7 @@ def run(params: Params) -> None:
                 interrupt=interrupt,
             )
         except torch.OutOfMemoryError as error:
-            raise InputError(out_of_memory(checkpoints, error)) from error
+            raise InputError(out_of_memory(checkpoints, error, processes)) from error
         if result.stopped_by:
             raise Stopped(
                 f"train: stopped by {result.stopped_by} after step {result.steps}; a checkpoint is saved, and "
@@ -229,13 +229,15 @@ def log_start(params: Params, batch: Mapping[str, Any], model: PeftModel, proces
     log.info("trainable parameters: %s", model.get_nb_trainable_parameters())
 
 
-def out_of_memory(checkpoints: Path, error: torch.OutOfMemoryError) -> str:
+def out_of_memory(checkpoints: Path, error: torch.OutOfMemoryError, processes: Processes) -> str:
     """The message where memory ends in mid-run, although find_batch found room: another program took it."""
     kept = latest_valid(checkpoints)
     resumes = f"the checkpoint of step {step_of(kept)}" if kept else "the base model"
+    whose = f" of process {processes.index} of {processes.count}" if processes.count > 1 else ""
     return (
-        f"train: the GPU ran out of memory ({str(error).split('.')[0]}). Free it (nvidia-smi shows who uses it) and "
-        f"run dvc repro again, which resumes from {resumes}, or find a smaller batch: dvc repro -f -s find_batch"
+        f"train: the GPU{whose} ran out of memory ({str(error).split('.')[0]}). Free it (nvidia-smi shows who uses "
+        f"it) and run dvc repro again, which resumes from {resumes}, or find a smaller batch: "
+        "dvc repro -f -s find_batch"
     )
 
 

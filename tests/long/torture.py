@@ -14,13 +14,14 @@ A round also fails if a process lives longer than END_S after the end of dvc, if
 output, if a training does not resume from the last valid checkpoint, or if SIGTERM or Ctrl-C ended a training without a
 new checkpoint. Half of the rounds of train wait for a checkpoint first. `exp` rounds use `dvc exp run --temp`, `queue`
 rounds `dvc queue start`. --num-processes sets compute.num_processes. With 2 or more, one process of the job is a
-target, too, and it can freeze.
+target, too. It can also freeze or get no more memory, and the output must name it and the remedy in one line.
 """
 
 import argparse
 import json
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -47,17 +48,22 @@ END_S = 60.0  # from the end of dvc to that of all processes
 class Fault:
     """A signal and its target: `stage` (its process), `worker` (its children), `process` (one of them), `dvc` or `all`.
 
-    SIGSTOP freezes the target.
-
+    signum: SIGSTOP freezes the target; None: no signal, the target gets no more memory.
     after_checkpoint: wait until the training has written a checkpoint.
     """
 
     target: str
-    signum: signal.Signals = signal.SIGKILL
+    signum: signal.Signals | None = signal.SIGKILL
     after_checkpoint: bool = False
 
     def __str__(self) -> str:
-        return f"{self.signum.name} to {self.target}"
+        return f"{self.signum.name if self.signum else 'no memory'} to {self.target}"
+
+    def hit(self, process: psutil.Process) -> None:
+        if self.signum:
+            process.send_signal(self.signum)
+        else:
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (process.memory_info().vms, resource.RLIM_INFINITY))
 
 
 KILLS = [Fault("stage"), Fault("dvc"), Fault("all")]
@@ -79,10 +85,10 @@ FAULTS_OF_A_PROCESS = {
     "find_batch": [Fault("process")],
     "train": [
         Fault("process", signum, after_checkpoint=waits)
-        for signum in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
+        for signum in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, None)
         for waits in (True, False)
     ],
-    "evaluate": [Fault("process"), Fault("process", signal.SIGSTOP)],
+    "evaluate": [Fault("process"), Fault("process", signal.SIGSTOP), Fault("process", None)],
 }
 
 
@@ -262,13 +268,19 @@ class Project:
         newest = max(valid_checkpoints(work), default=0)
         for process in processes:
             with suppress(psutil.NoSuchProcess):
-                process.send_signal(fault.signum)
+                fault.hit(process)
+        hit_at = time.monotonic()
         if dvc:
             dvc.wait(TIMEOUT_S)
+            seconds = time.monotonic() - hit_at
             _, alive = psutil.wait_procs(list(processes_in(work)), END_S)
             if alive:
                 raise Failed(f"{delay:.1f} s after {event}; running {END_S:.0f} s after the end of dvc: {alive}")
-        if running and fault.after_checkpoint and fault.signum != signal.SIGKILL:
+            if fault.target == "process" and processes and dvc.returncode:
+                event += f"; {seconds:.0f} s later: {error_line(work.with_suffix('.txt').read_text())!r}"
+                if seconds > END_S:
+                    raise Failed(f"{delay:.1f} s after {event}; the job ended more than {END_S:.0f} s later")
+        if running and fault.after_checkpoint and fault.signum in (signal.SIGTERM, signal.SIGINT):
             psutil.wait_procs(running, TIMEOUT_S)
             require_newer(newest, valid_checkpoints(work), self.last_step)
         self.missed += not processes
@@ -343,6 +355,19 @@ def dvc_above(running: list[psutil.Process]) -> list[psutil.Process]:
     """The dvc process of a stage that a queue started."""
     parents = running[0].parents() if running else []
     return [next(parent for parent in parents if any("dvc" in word for word in parent.cmdline()))] if parents else []
+
+
+def error_line(output: str) -> str:
+    """The line of a job of several processes that names the process which failed, and the remedy, or the checkpoint.
+
+    Raises:
+        Failed: there is no such line, or a traceback.
+    """
+    of_process = r"error: .*process \d+ of \d+ \(pid \d+\).*run .*again.*"
+    lines = re.findall(rf"^(?:{of_process}|\w+: stopped by .*)$", output, re.MULTILINE)
+    if len(lines) != 1 or "Traceback" in output:
+        raise Failed(f"no line names the process and the remedy: {output[-2000:]}")
+    return str(lines[0])
 
 
 def logs(work: Path) -> set[Path]:
