@@ -171,6 +171,12 @@ def test_all_processes_end_well(start: Start, count: int) -> None:
     assert len({of_process["pid"] for of_process in variables} | {str(job.process.pid)}) == count + 1
 
 
+def test_a_slow_end_of_python_does_not_count_as_silence(start: Start) -> None:
+    job = start("import atexit\ndef work(index):\n atexit.register(time.sleep, 60)\n print('done')")
+
+    assert job.wait() == (0, "done\ndone\n", [])
+
+
 def test_one_process_is_the_stage_itself(start: Start) -> None:
     job = start("def work(index): print(index)", count=1)
 

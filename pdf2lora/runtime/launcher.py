@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from pdf2lora.errors import InputError, user_message
 from pdf2lora.runtime.gpus import reserve_gpus, visible_gpus
@@ -273,7 +273,7 @@ def _work_and_report(work: Callable[[], None]) -> None:
     threading.Thread(target=_heartbeat, args=(pipe,), daemon=True).start()
     try:
         work()
-        return
+        _end(0)
     except Stopped as error:
         kind: Kind = "stopped"
         message = str(error)
@@ -289,9 +289,17 @@ def _work_and_report(work: Callable[[], None]) -> None:
             sys.excepthook(type(error), error, error.__traceback__)
     with suppress(OSError):
         os.write(pipe, json.dumps({"kind": kind, "message": message}).encode() + b"\n")
+    _end(1)
+
+
+def _end(status: int) -> NoReturn:
+    """Ends this process without Python's clean-up.
+
+    During the clean-up no thread sends heartbeats, and that of a broken process group can wait for its peers.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)  # at once: the clean end of a broken process group can wait for its peers
+    os._exit(status)
 
 
 def _heartbeat(pipe: int) -> None:
