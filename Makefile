@@ -20,6 +20,8 @@ PYTHON ?= python3
 VENV := .venv
 UV := uv==0.13.9
 BIN := $(VENV)/bin
+# one: tests that measure the memory of a GPU share it with no other test
+TEST_PROCESSES := $(if $(wildcard /proc/driver/nvidia/version),1,2)
 # torch, and the packages that only its CUDA build needs
 NOT_LOCKED := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
   nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
@@ -38,7 +40,7 @@ repro: setup
 	dvc repro
 
 test: setup-dev
-	OMP_NUM_THREADS=1 pytest
+	OMP_NUM_THREADS=1 pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: setup-dev
 	ruff check .

@@ -6,7 +6,6 @@ output of the pipeline: the last values are in git, the curves in DVC's cache. N
 
 import importlib.util
 import logging
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -66,7 +65,7 @@ class Trackers:
 
         run = os.environ.get("DVC_EXP_NAME", f"{params.corpus} on {params.model}")
         project = os.environ.get("WANDB_PROJECT", "pdf2lora")
-        folder = project_root() / "logs"
+        folder = project_root() / "logs" / f"{datetime.now():%Y%m%d_%H%M%S} {run}"  # TensorBoard takes its name
         own: dict[str, dict[str, Any]] = {
             "wandb": {
                 "name": os.environ.get("WANDB_NAME", run),
@@ -202,5 +201,6 @@ class Tracker:
                 continue
             self.live.log_metric(name, rounded(value))
             if name.endswith("/loss"):
-                self.live.log_metric(name.replace("loss", "perplexity"), rounded(math.exp(value)))
+                with np.errstate(over="ignore"):  # infinite for a loss above 709
+                    self.live.log_metric(name.replace("loss", "perplexity"), rounded(float(np.exp(value))))
         self.live.make_summary()
