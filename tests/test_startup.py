@@ -20,6 +20,20 @@ def test_stages_on_text_import_no_slow_package_at_start(start_python, stage, nee
     assert names & HEAVY == needed
 
 
+UNUSED = {"torch._inductor.compile_fx", "datasketch", "dvc", "dvclive", "matplotlib", "pandas", "sklearn"}
+
+
+@pytest.mark.timeout(300)  # it imports torch and transformers
+@pytest.mark.parametrize("module", ["training.job", "training.probe"])
+def test_training_imports_no_package_that_it_does_not_use(start_python, module):
+    process = start_python(f"import sys, stages, pdf2lora.{module}; print(*sys.modules)")
+
+    names = set(process.communicate()[0].split())
+
+    assert {"torch", "transformers", "peft", "bitsandbytes"} <= names
+    assert not names & UNUSED
+
+
 def test_extract_prints_the_number_of_pdfs_before_it_reads_them(start_python, tmp_path, write_params, pdfs):
     write_params({"corpus": "reports"})
     folder = tmp_path / "data/pdfs/reports"

@@ -21,6 +21,9 @@ def prepare_process() -> None:
     # All files are local: no library asks the Hugging Face hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+    # bitsandbytes calls torch.compile when it is imported, which imports the compiler. Nothing here is compiled.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
     # GPU: segments of memory that grow leave no fragments; with these workspaces cuBLAS sums in one order.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

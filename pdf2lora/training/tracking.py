@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from dvclive import Live
 from tqdm import tqdm
 
 from pdf2lora.errors import InputError
@@ -116,11 +115,11 @@ class Tracker:
         self.is_main = processes.is_main
         self.trackers = trackers
         self.tokens_per_step = tokens_per_step
-        self.live = (
-            Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
-            if self.is_main
-            else None
-        )
+        self.live: Any = None
+        if self.is_main:
+            from dvclive import Live  # imports pandas, which the probes of find_batch and other processes do not need
+
+            self.live = Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
         self.progress: Any = None
         self.last_log = (0, 0.0)  # step, seconds
         self.step_starts: list[float] = []
