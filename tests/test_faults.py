@@ -91,6 +91,7 @@ def with_base(project: Path, base: Path) -> Path:
     """The project, ready for train."""
     for split in ("train", "validation", "test"):
         write_split(project, split, [prose(3, 25)], base)
+    write_split(project, "replay", [], base)
     shutil.copytree(base, project / "models/base")
     (project / "metrics").mkdir()
     (project / "metrics/batch.json").write_text(
