@@ -35,6 +35,16 @@ def test_model_metrics():
     assert (metrics["low_95"], metrics["high_95"]) == (None, None)
 
 
+def test_text_with_few_blanks_has_no_word_perplexity():
+    """A page of Chinese can be one word."""
+    metrics = model_metrics(np.array([400.0, 400.0]), [TextSize(tokens=200, bytes=900, words=1)] * 2)
+    assert metrics["word_perplexity"] == pytest.approx(math.exp(400), rel=1e-5)
+
+    metrics = model_metrics(np.array([800.0, 800.0]), [TextSize(tokens=200, bytes=900, words=1)] * 2)
+    assert metrics["word_perplexity"] is None
+    assert metrics["perplexity"] == pytest.approx(math.exp(4), rel=1e-5)
+
+
 def test_the_three_models_are_side_by_side():
     metrics = metrics_of(SCORES)
 

@@ -18,6 +18,7 @@ from pdf2lora.evaluation.sizes import TextSize
 
 COSTLY_QUANTIZATION = 0.05  # increase of the perplexity that is reported with remedies
 
+LARGEST_EXPONENT = 709.0  # of a float64
 Metrics = dict[str, Any]
 
 
@@ -35,15 +36,19 @@ class Scores:
 
 
 def model_metrics(nats: Nats, sizes: Sequence[TextSize]) -> Metrics:
-    """Perplexity with its 95% interval, bits per byte and word perplexity of one model over all documents."""
+    """Perplexity with its 95% interval, bits per byte and word perplexity of one model over all documents.
+
+    word_perplexity is None for text with so few blanks between words, such as Chinese, that it has no number.
+    """
     total = float(nats.sum())
+    nats_per_word = total / sum(size.words for size in sizes)
     estimate = perplexity(nats, token_counts(sizes))
     numbers = {
         "perplexity": estimate.value,
         "bits_per_byte": total / math.log(2) / sum(size.bytes for size in sizes),
-        "word_perplexity": math.exp(total / sum(size.words for size in sizes)),
+        "word_perplexity": math.exp(nats_per_word) if nats_per_word < LARGEST_EXPONENT else None,
     }
-    return {name: rounded(value) for name, value in numbers.items()} | _bounds(estimate)
+    return {name: value and rounded(value) for name, value in numbers.items()} | _bounds(estimate)
 
 
 def score_metrics(scores: Scores, sizes: Sequence[TextSize]) -> Metrics:
