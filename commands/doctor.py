@@ -65,7 +65,7 @@ def check_machine(params: Params, gpus: list[Gpu]) -> list[Finding]:
         environment.python_version(),
         environment.packages(REQUIREMENTS),
         environment.git_identity(),
-        environment.gpu(gpus),
+        environment.gpu(gpus, params.compute.num_processes),
         environment.torch_build(gpus),
         environment.bitsandbytes(params.quantization.bits, gpus),
         environment.flash_attention(params.compute.attention, gpus),

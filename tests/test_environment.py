@@ -1,5 +1,6 @@
 """Findings about the machine and its Python packages."""
 
+import pytest
 import torch
 
 from pdf2lora.preflight import environment
@@ -64,7 +65,23 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
 
     assert environment.find_gpus() == [T4]
-    assert environment.gpu([T4]).level == "note"
+    assert environment.gpu([T4], "auto").level == "note"
+
+
+def test_the_number_of_gpus_that_a_run_uses():
+    assert "uses 2 of 2 GPUs" in environment.gpu([H100, H100], "auto").text
+    assert "uses 1 of 2 GPUs" in environment.gpu([H100, H100], 1).text
+    assert "uses" not in environment.gpu([H100], "auto").text
+
+
+@pytest.mark.parametrize(
+    ("version", "level"), [((3, 10), "problem"), ((3, 11), "ok"), ((3, 13), "ok"), ((3, 14), "problem")]
+)
+def test_versions_of_python(monkeypatch, version, level):
+    """The same as in pyproject.toml."""
+    monkeypatch.setattr(environment.sys, "version_info", (*version, 1))
+
+    assert environment.python_version().level == level
 
 
 def test_no_gpu_if_nvidia_smi_fails(tmp_path, monkeypatch):

@@ -29,9 +29,9 @@ class Gpu:
 
 def python_version() -> Finding:
     current = ".".join(str(part) for part in sys.version_info[:3])
-    if (3, 11) <= sys.version_info[:2] <= (3, 12):
+    if (3, 11) <= sys.version_info[:2] <= (3, 13):
         return Finding("ok", "Python", current)
-    return Finding("problem", "Python", f"{current}, must be 3.11 or 3.12. Run: make repro PYTHON=python3.11")
+    return Finding("problem", "Python", f"{current}, must be 3.11, 3.12 or 3.13. Run: make repro PYTHON=python3.11")
 
 
 def packages(requirements: Path) -> Finding:
@@ -71,15 +71,17 @@ def find_gpus() -> list[Gpu]:
     return gpus
 
 
-def gpu(gpus: list[Gpu]) -> Finding:
+def gpu(gpus: list[Gpu], num_processes: int | str) -> Finding:
+    """num_processes: compute.num_processes; each process uses one GPU."""
     if not gpus:
         return Finding("note", "GPU", "nvidia-smi lists none. Everything runs on the CPU, as the demo does.")
     first = gpus[0]
     text = f"{first.name}, {first.memory_gib:.0f} GiB, driver {first.driver}"
     if len(gpus) > 1:
-        text += f"; 1 of {len(gpus)} is used (CUDA_VISIBLE_DEVICES chooses it)"
+        num_used = len(gpus) if num_processes == "auto" else num_processes
+        text += f"; compute.num_processes {num_processes} uses {num_used} of {len(gpus)} GPUs"
     if first.compute_capability < 8:
-        return Finding("note", "GPU", f"{text}; no bfloat16 below compute capability 8.0, so float32 is used")
+        return Finding("note", "GPU", f"{text}; no bfloat16 below compute capability 8.0, so float16 is used")
     return Finding("ok", "GPU", text)
 
 
