@@ -64,7 +64,7 @@ def test_no_stage_uses_the_network_or_writes_a_secret(
     shutil.copytree(REPOSITORY / "data/general", tmp_path / "data/general")
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics/batch.json").write_text(
-        '{"device": "cpu", "memory_gib": "auto", "gradient_checkpointing": "full", '
+        '{"device": "cpu", "memory_gib": "auto", "placement": "gpu", "gradient_checkpointing": "full", '
         '"per_device_batch": 2, "gradient_accumulation_steps": 1, "effective_batch": 2}'
     )
     printed = ""

@@ -122,6 +122,8 @@ OTHER_SETTINGS = {
     "save_steps": 7,
     "seed": 5,
     "keep": "best",
+    "replay": "books",
+    "replay_share": 0.5,
     "early_stopping_patience": 3,
     "report_to": "wandb",
 }
