@@ -140,10 +140,10 @@ def sample_memory(pid: int, peaks: dict[str, float]) -> None:
 
 
 def write_project(project: Path) -> None:
-    """The settings and the base model of the demo."""
+    """The settings, models and PDFs of the demo."""
     shutil.copy(PROJECT / "params.yaml", project)
     (project / "data").mkdir()
-    for name in ("models/base", "models/source/demo"):
+    for name in ("models/base", "models/source/demo", "models/adapter", "data/pdfs/demo"):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).symlink_to(PROJECT / name)
 
