@@ -141,6 +141,12 @@ class Quantization(Section):
     when it is needed, so a model larger than the GPU can train. Does not change the result. auto: the faster one that
     fits."""
 
+    @property
+    def bits_per_weight(self) -> float:
+        """With the scales of the 4-bit blocks (Dettmers et al. 2023)."""
+        scale_bits = 0.127 if self.bnb_4bit_use_double_quant else 0.5
+        return self.bits + (scale_bits if self.bits == 4 else 0)
+
 
 class Lora(Section):
     """The adapter."""

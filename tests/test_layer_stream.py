@@ -151,7 +151,7 @@ def test_resident_gib_is_the_size_of_the_model(base):
     states = [module.weight.quant_state for module in model.modules() if hasattr(module, "quant_state")]
     num_bytes += sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
 
-    assert resident_gib(base, torch.float32) * 2**30 == pytest.approx(num_bytes, rel=0.02)
+    assert resident_gib(base, QUANTIZATION, torch.float32) * 2**30 == pytest.approx(num_bytes, rel=0.02)
 
 
 def test_initial_matrices_from_weights_need_resident_layers(base, tmp_path):

@@ -26,7 +26,6 @@ from pdf2lora.runtime.pinned_memory import shared_pinned_memory
 
 GIB = 2**30
 ACTIVATIONS_GIB = 2.0  # of evaluate and generate
-PACKED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight with double quantization
 
 
 def packing_obstacle(config: PreTrainedConfig, quantization: Quantization) -> str:
@@ -55,7 +54,7 @@ def choose_placement(base: Path, config: PreTrainedConfig, quantization: Quantiz
     if obstacle:
         return "gpu"
     free_gib = torch.cuda.mem_get_info()[0] / GIB
-    return "gpu" if resident_gib(base, dtype) + ACTIVATIONS_GIB <= free_gib else "host"
+    return "gpu" if resident_gib(base, quantization, dtype) + ACTIVATIONS_GIB <= free_gib else "host"
 
 
 def possible_placements(
@@ -73,7 +72,7 @@ def possible_placements(
     return (choose_placement(base, config, quantization, dtype),)
 
 
-def resident_gib(base: Path, dtype: torch.dtype) -> float:
+def resident_gib(base: Path, quantization: Quantization, dtype: torch.dtype) -> float:
     """GPU memory of the whole model with packed layers, in GiB, from the headers of its files."""
     num_bytes = 0.0
     for file in base.glob("*.safetensors"):
@@ -81,7 +80,7 @@ def resident_gib(base: Path, dtype: torch.dtype) -> float:
             for name in weights.keys():  # noqa: SIM118, it is not a dict
                 shape = weights.get_slice(name).get_shape()
                 is_packed = ".layers." in name and len(shape) == 2
-                num_bytes += prod(shape) * (PACKED_BYTES if is_packed else dtype.itemsize)
+                num_bytes += prod(shape) * (quantization.bits_per_weight / 8 if is_packed else dtype.itemsize)
     return num_bytes / GIB
 
 

@@ -25,7 +25,7 @@ from pdf2lora.runtime.manifest import MANIFEST
 from pdf2lora.runtime.scratch import fingerprint, scratch_folder
 
 ALIGNMENT = 256  # bytes, of each tensor in a buffer
-LOCK_TIMEOUT_S = 3600.0  # another process quantizes the same model
+QUANTIZATION_TIMEOUT_S = 3600.0  # another process quantizes the same model
 
 
 class PackedLinear(NamedTuple):
@@ -170,7 +170,7 @@ def packed_file(
     key = fingerprint(base / MANIFEST, settings, dtype, device().type, version("bitsandbytes"), Path(__file__))
     folder = scratch_folder("base_4bit", key)
     file = folder / "layers.bin"
-    with exclusive_lock(folder.parent, timeout_s=LOCK_TIMEOUT_S):
+    with exclusive_lock(folder.parent, timeout_s=QUANTIZATION_TIMEOUT_S):
         if file.exists():
             return file
         for other in folder.parent.iterdir():

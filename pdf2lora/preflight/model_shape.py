@@ -40,9 +40,7 @@ class ModelShape:
 
     def layers_gib(self, quantization: Quantization) -> float:
         """The linear layers of the blocks."""
-        scale_bits = 0.127 if quantization.bnb_4bit_use_double_quant else 0.5  # per weight (Dettmers et al. 2023)
-        bits = quantization.bits + (scale_bits if quantization.bits == 4 else 0)
-        return self.num_linear * bits / 8 / GIB
+        return self.num_linear * quantization.bits_per_weight / 8 / GIB
 
     @property
     def num_linear(self) -> int:

@@ -61,7 +61,7 @@ class Prober:
             gradient_checkpointing=tuple(gradient_checkpointing_choices(self.params.train, kernels)),
             free_gib=min(self.processes.gather(free)),
             placements=possible_placements(BASE, config, quantization, self.params.lora, dtype),
-            resident_gib=resident_gib(BASE, dtype),
+            resident_gib=resident_gib(BASE, quantization, dtype),
             reference_reason=reference_reason(self.params.compute, quantization, self.params.lora, config),
         )
 
