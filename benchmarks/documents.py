@@ -187,7 +187,7 @@ def synthetic_texts() -> Iterator[str]:
 
 
 def write_results(project: Path) -> None:
-    """What report reads beside the documents: the demo's results, with a row for each test document."""
+    """Copies the demo's results for the stage report. Each test document gets a row of eval_documents.csv."""
     measured = shutil.ignore_patterns("split.json", "tokenize.json", "eval_documents.csv")
     shutil.copytree(PROJECT / "metrics", project / "metrics", dirs_exist_ok=True, ignore=measured)
     for name in ("dvc.lock", "data/samples.json"):

@@ -87,7 +87,7 @@ def write_documents(file: Path, documents: Iterable[Document]) -> None:
 
 
 def write_through(file: Path, documents: Iterable[Document]) -> Iterator[Document]:
-    """Like write_documents, and yields each document that it wrote."""
+    """Writes documents as write_documents does. Yields each document after it is written."""
     with file.open("w", encoding="utf-8", newline="\n") as out:
         for document in documents:
             out.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")

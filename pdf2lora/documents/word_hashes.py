@@ -14,7 +14,7 @@ from pdf2lora.documents.text import UNSPACED
 Hashes = NDArray[np.uint64]
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio
-_MAX_POSITIONS = 256  # in a word, with weights of their own
+_MAX_POSITIONS = 256  # in a word; each one has its own weight
 _OTHER, _LETTER, _WHOLE_WORD = range(3)
 
 

@@ -34,7 +34,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What one model makes of an opening."""
+    """The text that one model generates after an opening, and its NLL of the opening."""
 
     text: str
     nats: list[float]  # of each token of the opening

@@ -36,7 +36,7 @@ from pdf2lora.params import Lora
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_directory
 
-INITIAL = "initial"  # a folder beside the adapter's files
+INITIAL = "initial"  # sub-folder of models/adapter and of the checkpoints
 FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
@@ -75,7 +75,7 @@ def initialize(model: PeftModel, base: Path, lora: Lora, *, seed: int, folder: P
 
 
 def restore_trained_base(model: PeftModel, base: Path, adapter: Path, lora: Lora) -> None:
-    """Changes the base of a loaded adapter to the one that it was trained on; nothing for most methods.
+    """Changes the base of a loaded adapter to the base of its training. Most methods do not change the base.
 
     Raises:
         InputError: the layers are in host memory.

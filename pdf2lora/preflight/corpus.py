@@ -15,7 +15,7 @@ COUNT_TIMEOUT_S = 10
 
 
 def corpus(folder: Path, listing: Listing) -> list[Finding]:
-    """Whether the folder has PDFs, and what extract will not read."""
+    """Checks that the folder has PDFs. Lists the files that extract will not read."""
     notes = [Finding("note", "corpus", sentence) for sentence in listing.unread]
     if not listing.sources:
         return [Finding("problem", "corpus", f"{folder} has no file that ends in .pdf"), *notes]

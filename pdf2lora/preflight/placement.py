@@ -1,4 +1,4 @@
-"""Whether the base model's layers wait in host memory in this run, and what that needs (quantization.placement)."""
+"""Forecasts whether a run streams the base model's layers, and the memory and time for it (quantization.placement)."""
 
 from collections.abc import Sequence
 

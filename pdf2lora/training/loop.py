@@ -19,8 +19,8 @@ Settings (params.yaml), their effect and what they trade:
   whole batches of windows.
 - train.keep: `last` keeps the adapter of the last step, `best` the one with the lowest validation loss.
 - train.early_stopping_patience: stops after so many validations in a row without a new lowest loss; none never stops.
-- train.replay, replay_share: replay text beside the corpus, mixed over each epoch, which has more steps. Each token has
-  the same weight in the loss. The data order includes it, so a resumed training and several processes see the same.
+- train.replay, replay_share: mixes replay text into each epoch, so an epoch has more steps. Each token has the same
+  weight in the loss. The data order includes the replay text: a resumed training and several processes see the same.
 - train.logging_steps: the loss is the mean over the steps since the last log entry.
 - train.save_steps: a checkpoint every so many steps. SIGTERM, Ctrl-C and the end of the terminal save one more.
 - train.report_to: accelerate's trackers beside dvclive (tracking.py).

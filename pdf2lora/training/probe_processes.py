@@ -28,7 +28,7 @@ NUM_TRIES = 2  # a killed process may have been killed for another reason than m
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What train can run here.
+    """The kernels, settings and memory that train can use here.
 
     reference_reason: why the kernels are the reference ones although there is a GPU; "" otherwise.
     free_gib: of the GPU with the least free memory, before the model is loaded.

