@@ -28,7 +28,7 @@ class InputError(ValueError):
 def report_input_errors(main: Callable[[], None]) -> Callable[[], None]:
     """Decorates a stage's `main`: a user error ends it with `error: ...` on stderr and exit status 1.
 
-    User errors are those with a user_message.
+    User errors are those for which user_message returns a text.
     """
 
     @functools.wraps(main)
@@ -45,7 +45,7 @@ def report_input_errors(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def user_message(error: Exception) -> str | None:
-    """The line for the user: of an InputError, of an error in REMEDIES, of a lack of memory. None for other errors."""
+    """The line for the user, for an InputError, an error in REMEDIES or a lack of memory; None for other errors."""
     if isinstance(error, InputError):
         return str(error)
     message = _describe_system_error(error)
@@ -55,8 +55,8 @@ def user_message(error: Exception) -> str | None:
 def _describe_system_error(error: BaseException) -> str | None:
     """Cause and remedy; None for an error that is not in REMEDIES.
 
-    safetensors has the error number only in its message. torch has no number: every failed write ends in the same line
-    of its file writer, and every failed allocation on a CPU in one of its allocator.
+    The errors of safetensors have the number only in their message. torch's errors have no number: the message of a
+    failed write names its file writer, and that of a failed allocation its CPU allocator.
     """
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return "memory ran out. Free some (free -h shows it)"

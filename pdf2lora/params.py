@@ -79,11 +79,11 @@ class Extract(Section):
     engines: Annotated[list[Literal["pypdf2", "pdfium"]], Field(min_length=1)]
     """PDF engines. Each one reads each document; the better text is kept. If both are similar, the first one wins."""
     max_pages: Positive
-    """Pages per document, from the first. Later pages are not read."""
+    """Pages per document, from the first on. Later pages are not read."""
     timeout_s: Annotated[float, Field(gt=0)]
-    """Processor seconds per document and engine. After that the worker process is killed; the pages so far stay."""
+    """Processor seconds per document and engine. An engine that needs more is stopped. Its pages are kept."""
     memory_gib: Annotated[float, Field(ge=0.5)]
-    """Address space of one worker process, in GiB."""
+    """Address space of one worker process, in GiB. An engine that needs more is stopped. Its pages are kept."""
     clean: bool
     """Removes page headers, page numbers, hyphenation, ligatures and control characters."""
     min_characters: Positive
@@ -137,13 +137,13 @@ class Quantization(Section):
     bnb_4bit_use_double_quant: bool
     """Also quantizes the scales of the 4-bit blocks: 0.4 bits per weight less."""
     placement: Placement | Literal["auto"]
-    """Where the decoder layers wait. gpu: in GPU memory. host: in pinned host memory; each layer is copied to the GPU
+    """Where the decoder layers are. gpu: in GPU memory. host: in pinned host memory; each layer is copied to the GPU
     when it is needed, so a model larger than the GPU can train. Does not change the result. auto: the faster one that
     fits."""
 
     @property
     def bits_per_weight(self) -> float:
-        """With the scales of the 4-bit blocks (Dettmers et al. 2023)."""
+        """Bits per weight, including the scales of the 4-bit blocks (Dettmers et al. 2023)."""
         scale_bits = 0.127 if self.bnb_4bit_use_double_quant else 0.5
         return self.bits + (scale_bits if self.bits == 4 else 0)
 
@@ -165,10 +165,10 @@ class Lora(Section):
     use_rslora: bool
     """Scales by lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023). For high ranks."""
     init_lora_weights: Initialization
-    """PEFT's initialization. true: A is uniform, B is zero. gaussian: A is normal, B is zero. loftq: A and B correct
-    the error of quantization. pissa: A and B are the largest part of each weight, and the base keeps the rest.
-    pissa_niter_N: the same by a fast approximation with N iterations, such as 4 or 16. olora: a part by a QR
-    decomposition. docs/tuning.md compares them."""
+    """PEFT's initialization of A and B. true: A is uniform, B is zero. gaussian: A is normal, B is zero. loftq: A and B
+    correct the error of quantization. pissa: A and B get the part of each weight with the largest singular values, and
+    the base keeps the rest. pissa_niter_N: a fast approximation of pissa with N iterations, such as 4 or 16. olora: A
+    and B get a part of a QR decomposition, and the base keeps the rest. docs/tuning.md compares them."""
 
     @property
     def reads_weights(self) -> bool:
@@ -194,8 +194,8 @@ class Compute(Section):
     mathematics. fp8: fused, with 8-bit products of the frozen weights, an approximation in training only. auto: fused
     on a supported GPU, else reference."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"]
-    """Type of activations and products. auto: bfloat16 on a GPU that supports it,
-    float16 on an older GPU, float32 on a CPU."""
+    """Data type of activations and products. auto: bfloat16 on a GPU that supports it, float16 on an older GPU, float32
+    on a CPU."""
     attention: Literal["auto", "flash_attention_2", "sdpa"]
     """Attention of the reference implementation. auto: flash_attention_2 if it is installed, else PyTorch's sdpa."""
     deterministic: bool
@@ -259,21 +259,21 @@ class Train(Section):
     """Share of the training sequences that are replay text. An epoch has all sequences of the corpus and, in addition,
     replay sequences up to this share, none of them twice."""
     early_stopping_patience: Positive | Literal["none"]
-    """Validations in a row without a new lowest loss after which training stops. none: training never stops early."""
+    """Training stops after this number of validations in a row without a new lowest loss. none: never stops early."""
     report_to: Literal["none"] | Tracker | Annotated[list[Tracker], Field(min_length=1)]
-    """Experiment trackers besides dvclive, with accelerate's names. Each tracker needs its package."""
+    """Experiment trackers in addition to dvclive, with accelerate's names. Each tracker needs its package."""
 
 
 class Evaluate(Section):
     """Test perplexity, its intervals and comparison."""
 
     stride: Positive
-    """Tokens that each window adds to the previous one. A token has at least seq_length - stride tokens of context,
-    where its document has them. A smaller stride gives more context and takes more time."""
+    """Tokens that each window scores. A token has at least seq_length - stride tokens of context, or all tokens before
+    it. A smaller stride gives more context and takes more time."""
     per_device_batch: Positive
-    """Windows in one forward pass. It changes time and memory, not the result."""
+    """Windows in one forward pass. Changes time and memory, not the result."""
     unquantized_base: bool
-    """Also scores the base without quantization, which shows the cost of 4 or 8 bits. It takes half as long again."""
+    """Also scores the base without quantization, which shows the cost of 4 or 8 bits. evaluate takes 50% longer."""
     compare_to: Annotated[str, Field(min_length=1)]
     """A git revision or DVC experiment whose adapter is the baseline of a paired comparison, or none."""
 
@@ -286,7 +286,7 @@ class Sample(Section):
     prompt_tokens: Positive
     """Tokens of each opening."""
     max_new_tokens: Positive
-    """Tokens that a model generates at most."""
+    """Largest number of tokens that a model generates."""
     temperature: Annotated[float, Field(ge=0)]
     """0 takes the most probable token each time. A higher temperature draws less probable tokens more often."""
     seed: Annotated[int, Field(ge=0)]
@@ -372,7 +372,9 @@ def read_params(file: Path = PARAMS_FILE) -> Params:
     except (YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}. Correct that line.") from None
     if not isinstance(values, dict):
-        raise InputError(f"{file} holds {type(values).__name__}; it must hold sections such as 'train:'.")
+        raise InputError(
+            f"{file} has the type {type(values).__name__}; it must have sections such as 'train:'. Correct it."
+        )
     try:
         return Params.model_validate(values)
     except ValidationError as error:

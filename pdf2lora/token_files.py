@@ -1,7 +1,7 @@
 """data/tokens: the token ids of each split in files that are memory-mapped, so that no stage holds the corpus.
 
-<split>.npy            (num_tokens,) int32: bos, document, eos, bos, document, eos, ...; a model without bos has none
-<split>_documents.npy  (num_documents, 2) int64: where the tokens of each document begin and end in it
+<split>.npy            (num_tokens,) int32: bos, document, eos, bos, document, eos, ...; no bos if the model has none
+<split>_documents.npy  (num_documents, 2) int64: begin and end of each document's tokens in this array
 """
 
 from collections.abc import Iterable, Iterator
@@ -38,11 +38,11 @@ class TokenFile:
         return (self.stream[begin:end] for begin, end in self.bounds.tolist())
 
     def windows(self, *, seq_length: int, stride: int) -> list[Window]:
-        """Evaluation windows of all documents. Without bos, they start with the eos of the document before."""
+        """Evaluation windows of all documents. If the model has no bos, they start with the previous document's eos."""
         if not len(self.bounds):
             return []
         first = self.bounds[0, 0]
-        start = self.stream[first - 1]  # without bos, first is 0, and the last token of the stream is eos
+        start = self.stream[first - 1]  # bos; without bos, first is 0, and stream[-1] is eos
         return windows(self.documents(), bos=int(start), seq_length=seq_length, stride=stride)
 
 

@@ -33,7 +33,7 @@ def test_a_cpu_build_beside_a_gpu_is_a_problem(tmp_path, monkeypatch):
 
     assert environment.torch_build([]).level == "ok"
     assert environment.torch_build([H100]).level == "problem"
-    assert "2.13.0+cpu is a CPU build, so the GPU would be idle" in environment.torch_build([H100]).text
+    assert "2.13.0+cpu is a CPU build, which does not use the GPU" in environment.torch_build([H100]).text
 
     (package / "version.py").write_text("__version__ = '2.13.0+cu128'\ncuda: Optional[str] = '12.8'\n")
     assert environment.torch_build([H100]) == Finding("ok", "torch", "2.13.0+cu128, built for CUDA 12.8")

@@ -331,7 +331,7 @@ def test_missing_library_is_reported(project: Path) -> None:
     )
 
     assert ended.returncode == 1
-    assert ended.stderr == "error: numpy is not installed; run make setup, or pip install -r requirements.txt\n"
+    assert ended.stderr == "error: numpy is not installed. Run make setup, or pip install -r requirements.txt\n"
 
 
 def test_missing_module_of_this_project_keeps_its_traceback() -> None:

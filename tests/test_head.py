@@ -60,14 +60,14 @@ def test_special_heads(model_type, settings, expected):
 def test_model_that_sees_later_tokens_is_refused():
     model = random_model("llama", **SMALL, intermediate_size=64, is_causal=False)
 
-    with pytest.raises(InputError, match="LlamaForCausalLM, whose logits depend on later tokens"):
+    with pytest.raises(InputError, match="LlamaForCausalLM; its logits depend on later tokens"):
         check_causal_lm(model)
 
 
 def test_head_with_other_steps_is_refused():
     model = random_model("bert", **SMALL, intermediate_size=64, is_decoder=True)
 
-    with pytest.raises(InputError, match="BertLMHeadModel, whose logits are not a product"):
+    with pytest.raises(InputError, match="BertLMHeadModel; its logits are not a product"):
         check_causal_lm(model)
 
 

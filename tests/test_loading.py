@@ -271,7 +271,7 @@ def test_quantized_source_model_is_used_as_it_is(base, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "models/base is quantized by gptq; only bitsandbytes works"),
+        ({"quant_method": "gptq", "bits": 4}, "models/base is quantized by gptq; only bitsandbytes is supported"),
         ({"quant_method": "awq"}, "models/base is quantized by awq"),
     ],
 )

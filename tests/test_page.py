@@ -119,7 +119,7 @@ def test_text_of_documents_and_models_is_escaped(html):
     assert "is &lt;script&gt;" in html
 
 
-@pytest.mark.parametrize(("improvement", "words"), [(0.05, "includes zero"), (-0.3, "makes the model worse")])
+@pytest.mark.parametrize(("improvement", "words"), [(0.05, "contains zero"), (-0.3, "makes the model worse")])
 def test_warns_where_the_adapter_does_not_help(page_of, improvement, words):
     assert words in page_of(improvement=improvement)
 

@@ -255,7 +255,7 @@ def test_numbers_are_yaml_1_2(tmp_path: Path, written: str, value: float) -> Non
 def test_file_without_sections_is_an_error(tmp_path: Path, content: bytes, kind: str) -> None:
     file = tmp_path / "params.yaml"
     file.write_bytes(content)
-    assert error_lines(file) == [f"{file} holds {kind}; it must hold sections such as 'train:'."]
+    assert error_lines(file) == [f"{file} has the type {kind}; it must have sections such as 'train:'. Correct it."]
 
 
 @pytest.mark.parametrize(

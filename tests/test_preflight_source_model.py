@@ -87,7 +87,7 @@ def test_target_modules_must_be_layers_of_the_model(source, params_with):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("bits", 8, "quantization.bits: 8 in params.yaml, but the source model tiny is stored with 4. Set it to 4"),
+        ("bits", 8, "quantization.bits is 8, but the source model tiny is stored with 4. Set it to 4"),
         ("bnb_4bit_quant_type", "fp4", "stored with nf4"),
         ("bnb_4bit_use_double_quant", False, "stored with True"),
     ],

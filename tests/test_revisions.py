@@ -51,7 +51,7 @@ def test_the_table_of_a_revision_or_an_experiment(repository: Path, name: str, t
     [
         ("nowhere", "'nowhere' is not a git revision or an experiment"),
         ("--help", "'--help' is not a git revision"),
-        ("twice", "several experiments are called 'twice'"),
+        ("twice", "several experiments have the name 'twice'"),
     ],
 )
 def test_a_name_without_a_commit_is_refused(repository: Path, name: str, words: str) -> None:

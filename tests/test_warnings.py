@@ -47,7 +47,7 @@ def test_an_ordinary_run_has_none(warn):
     ("changes", "words"),
     [
         ({"evaluation": {"interval_note": "no interval: 1 document"}}, "No interval: 1 document."),
-        ({"evaluation": {"improvement": share(0.005)}}, "includes zero"),
+        ({"evaluation": {"improvement": share(0.005)}}, "contains zero"),
         ({"evaluation": {"improvement": share(-0.1)}}, "makes the model worse"),
         ({"evaluation": {"quantization_cost": share(0.22)}}, "4 bits raise the perplexity of the base by 22.0%"),
         ({"evaluation": {"general": {"improvement": share(-0.11)}}}, "general text by 11.0%"),

@@ -1,7 +1,7 @@
 """PDFs in .zip and .tar archives, read in place: nothing is unpacked, and the path of a member is never opened.
 
 An archive can be hostile. A member that is a link, has a path out of the archive, is too large or is a compression bomb
-is left out with a reason. A damaged archive is refused, because it hides how many documents it had.
+is left out with a reason. A damaged archive is refused, because the number of its documents is unknown.
 """
 
 import errno
@@ -20,8 +20,8 @@ from pdf2lora.errors import InputError
 ARCHIVES = (".zip", ".tar")
 OTHER_ARCHIVES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 MAX_MEMBER_BYTES = 2**30
-MAX_RATIO = 200  # of a member's bytes to its packed bytes, after the first
-FREE_BYTES = 2**20
+FREE_BYTES = 2**20  # a member may have so many bytes, whatever its packed size,
+MAX_RATIO = 200  # plus 200 for each packed byte; a larger one is a compression bomb
 CHUNK_BYTES = 2**20
 
 _ZIP_HEADER = struct.Struct("<4s22xHH")
@@ -53,7 +53,7 @@ class Member:
 def list_members(archive: Path) -> tuple[list[Member], int]:
     """Returns the PDFs of an archive, sorted by name, and the number of its other files.
 
-    Of several members with one name the last counts, as in an unpacked archive.
+    If several members have the same name, the last one is used, as in an unpacked archive.
 
     Raises:
         InputError: the archive is damaged.
@@ -62,7 +62,7 @@ def list_members(archive: Path) -> tuple[list[Member], int]:
         with archive.open("rb") as stream:
             members = list(_zip_members(stream) if archive.suffix.lower() == ".zip" else _tar_members(stream))
     except (*_FAULTS, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a position that no file has
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a header has a negative position
             raise
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(f"{archive} is a damaged archive ({text}). Make it again, or remove it.") from error
@@ -72,7 +72,7 @@ def list_members(archive: Path) -> tuple[list[Member], int]:
 
 
 def _is_pdf(name: str) -> bool:
-    return name.lower().endswith(".pdf") and not name.startswith("__MACOSX/")  # macOS adds a small file per file
+    return name.lower().endswith(".pdf") and not name.startswith("__MACOSX/")  # there macOS puts a file for each file
 
 
 def _zip_members(stream: BinaryIO) -> Iterator[Member]:
@@ -89,7 +89,7 @@ def _zip_members(stream: BinaryIO) -> Iterator[Member]:
             packed_bytes += info.compress_size
             if info.flag_bits & _IS_ENCRYPTED:
                 reason: Reason | None = Reason.ENCRYPTED
-            elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others need much memory
+            elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others can need much memory
                 reason = Reason.UNSAFE_MEMBER
             else:
                 is_link = info.external_attr >> 16 & _FILE_TYPE == _LINK

@@ -14,9 +14,9 @@ OT1_CODE = re.compile("(?<=[A-Za-z])[\x0b\x0c\r\x0e\x0f]|[\x0b\x0c\r\x0e\x0f](?=
 # The hyphen at a line end: pdfium writes U+0002 or U+FFFE, some fonts write a soft hyphen.
 LINE_END_HYPHEN = re.compile("[\x02\ufffe]\n?|\u00ad\n")
 
-# Forms of letters that fonts need and texts do not, by the tag of their decomposition in Unicode: letters of
-# mathematical fonts, Arabic letter forms, half-width and vertical forms, no-break space and hyphen. The other tags
-# have a meaning (superscripts, fractions, full-width punctuation), which the full NFKC would destroy: 10³ -> 103.
+# Some characters are only another form of a letter: letters of mathematical fonts, Arabic letter forms, half-width and
+# vertical forms, no-break space and hyphen. Their decomposition in Unicode has one of these tags. Characters with other
+# tags have a meaning (superscripts, fractions, full-width punctuation), which NFKC would destroy: 10³ -> 103.
 FORM_TAGS = {"<font>", "<initial>", "<medial>", "<final>", "<isolated>", "<narrow>", "<vertical>", "<noBreak>"}
 LIGATURES_AND_RADICALS = re.compile("[\u01c4-\u01cc\ufb00-\ufb06\ufb13-\ufb17\u2e80-\u2fdf]")
 ARABIC_PHRASES = re.compile("[\ufdf0-\ufdff]")
@@ -29,7 +29,7 @@ _SPACED_OUT_CJK = re.compile(rf"(?<![{CJK}])[{CJK}](?: [{CJK}]){{2,}}(?![{CJK}])
 def clean_characters(page: str) -> tuple[str, int]:
     """Returns the page in NFC with line ends \\n, and the number of removed characters.
 
-    Removes control characters, invisible characters, private characters and U+FFFD. Line-end hyphens become `-\\n`.
+    Removes control, invisible and private-use characters and U+FFFD. Line-end hyphens become `-\\n`.
     """
     page = page.replace("\r\n", "\n").strip("\f\r\n")
     if OT1_CONTEXT.search(page):  # without OT1 codes, \r alone is a line end

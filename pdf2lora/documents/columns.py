@@ -1,7 +1,7 @@
 """Reading order of a page whose two text columns are drawn row by row.
 
-Some producers draw a row of the left column, then the same row of the right column. The text then has one half
-sentence of each column in turn. The positions of the text pieces show the columns.
+Some programs draw a row of the left column, then the same row of the right column. In the text, half sentences of the
+two columns then alternate. The positions of the text pieces show the columns.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-MAX_BOXES = 2000  # of a page; the time grows with the square
-MIN_ROWS = 6  # of both columns
+MAX_BOXES = 2000  # of a page; the time grows with the square of their number
+MIN_ROWS = 6  # in each column
 MIN_WIDTH = 0.35  # a column has at least 35% of the width of the page
 FULL_LINE = 0.7  # a line of text fills 70% of its column; the cells of a table are shorter
 FULL_LINES_SHARE = 0.6  # of the lines of each column
-ALTERNATION_SHARE = 0.8  # of the rows: the drawing order goes from left to right and back to left
+ALTERNATION_SHARE = 0.8  # of the rows: after the left piece, the page draws the right one
 
 
 class Box(NamedTuple):

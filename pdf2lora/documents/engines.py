@@ -1,4 +1,4 @@
-"""The PDF engines. Each opens a file and reads the text of single pages."""
+"""The PDF engines. Each one opens a file and reads the text of single pages."""
 
 import ctypes
 import re
@@ -11,12 +11,12 @@ from pdf2lora.documents.columns import Box, column_order, union
 from pdf2lora.documents.paragraphs import paragraph_starts
 
 LINE_END = re.compile("\r\n|\n|(?<=\ufffe)(?!\r?\n)")  # pdfium writes U+FFFE for a hyphen at a line end
-PROSE_LETTERS = 8  # a line of a text column has at least 8 letters,
-PROSE_SHARE = 0.8  # in 80% of the lines
+PROSE_LETTERS = 8  # in a column of prose, a line has at least 8 letters
+PROSE_SHARE = 0.8  # in at least 80% of the lines
 
 
 class Encrypted(Exception):
-    """The document needs a password, or a cipher that the engine does not have."""
+    """The document needs a password, or the engine does not have its cipher."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _text_in_reading_order(text_page: Any) -> tuple[str, bool]:
         return _text_with_gaps(text_page), False
     lines = [text_page.get_text_bounded(*union([boxes[piece] for piece in pieces])) for pieces in order]
     num_prose_lines = sum(sum(map(str.isalpha, line)) >= PROSE_LETTERS for line in lines)
-    if num_prose_lines < PROSE_SHARE * len(lines):  # a table of contents also has full lines, of dots
+    if num_prose_lines < PROSE_SHARE * len(lines):  # the lines of a table of contents are also full, but of dots
         return _text_with_gaps(text_page), False
     return "\n".join(lines), True
 
@@ -97,7 +97,7 @@ def _text_with_gaps(text_page: Any) -> str:
 
     text = str(text_page.get_text_range())
     bounded = str(text_page.get_text_bounded())
-    if text.replace("\ufffe", "\x02") != bounded:  # some text is outside of the page, so the positions differ
+    if text.replace("\ufffe", "\x02") != bounded:  # text outside of the page shifts the indices of characters
         return bounded
     lines = LINE_END.split(text)
     starts = [0, *(match.end() for match in LINE_END.finditer(text))]

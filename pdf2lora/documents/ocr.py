@@ -59,9 +59,9 @@ def _recognize(image: Any) -> str:
 
 def _reading_order(boxes: Sequence[Box]) -> list[list[int]]:
     """Returns the lines from top to bottom, or column by column, each with its pieces from left to right."""
-    drawn = sorted(range(len(boxes)), key=lambda number: -boxes[number].top)
+    from_top = sorted(range(len(boxes)), key=lambda number: -boxes[number].top)
     rows: list[list[int]] = []
-    for number in drawn:
+    for number in from_top:
         if rows and same_row(boxes[rows[-1][0]], boxes[number]):
             rows[-1].append(number)
         else:
@@ -82,7 +82,7 @@ def _engine() -> Any:
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             "Global.log_level": "critical",
-            "Global.use_cls": False,  # pages are upright; the classifier turns single lines by mistake
+            "Global.use_cls": False,  # pages are upright, and the classifier rotates some lines by mistake
             "Global.max_side_len": MAX_SIDE_PIXELS,
             "Det.limit_type": "max",  # finds lines on a smaller image: half the time, the same errors
             "Det.limit_side_len": 1216,

@@ -6,14 +6,14 @@ from statistics import median
 
 from pdf2lora.documents.columns import Box
 
-MAX_LINE_STEP = 1.4  # of the median distance between two lines of a page; a longer one is a gap,
-MAX_HEIGHT_STEP = 1.1  # if it is also longer than 1.1 of the height of the line, which is large in headings
+MAX_LINE_STEP = 1.4  # times the median distance between two lines of the page: a longer distance is a gap,
+MAX_HEIGHT_STEP = 1.1  # if it is also longer than 1.1 times the height of the line (headings are high)
 MIN_INDENT = 0.5  # of the height of the line
 SAME_LEFT = 0.1  # of the height: the lines above and below an indented line start at the same x
 
 
 def paragraph_starts(first_letters: Sequence[Box | None]) -> list[bool]:
-    """Returns for each line if a paragraph starts with it.
+    """Returns for each line whether a paragraph starts with it.
 
     first_letters: the box of the first character of each line, as high as its font; None for a blank line.
     """

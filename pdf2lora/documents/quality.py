@@ -35,7 +35,7 @@ def is_readable(text: str) -> bool:
 
 
 def has_codes(text: str) -> bool:
-    """Returns True for a text or page of codes: its font has no Unicode map, so it looks right only on paper."""
+    """Returns True if a text or page consists of codes: its font has no Unicode map, so only its image is readable."""
     if len(_UNREADABLE.findall(text)) >= MAX_UNREADABLE_RUNS * max(1, len(text)):
         return bool(text)
     plain = unicodedata.normalize("NFD", text).lower()
@@ -51,11 +51,11 @@ def _num_spaced_out_letters(text: str) -> int:
 
 
 def num_word_errors(one: str, other: str) -> tuple[int, int]:
-    """Returns how many words of each text are wrong by comparison with the other engine's text of the same pages.
+    """Compares the texts of two engines for the same pages. Returns the number of wrong words in each text.
 
-    A word is wrong if the other text does not have it as a word, but has its letters in the same order: the word is
-    split (ENG LISH), or it is glued to the next one. Right words usually occur more than once, in both texts. Also
-    counts the single letters that the other text does not have, and the runs of unreadable characters.
+    A word is wrong if the other text has its letters in the same order, but not as a word: it is split (ENG LISH) or
+    glued to the next word. A correct word usually occurs more than once, in both texts. Single letters that the other
+    text does not have also count, and runs of unreadable characters.
     """
     one, other = one[:MAX_COMPARED_CHARACTERS], other[:MAX_COMPARED_CHARACTERS]
     words, other_words = _TOKEN.findall(one.casefold()), _TOKEN.findall(other.casefold())

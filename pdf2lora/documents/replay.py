@@ -12,7 +12,7 @@ MAX_LEAKAGE = 0.01  # share of 13-word sequences; common phrases give less
 
 
 def read_replay(folder: Path) -> Iterator[str]:
-    """The documents of the folder in the order of the files' names, one at a time.
+    """Yields the documents of the folder, in the order of the files' names.
 
     A .txt file is one document in UTF-8. A .jsonl file has the format of data/documents.jsonl and data/split.
 
@@ -30,9 +30,9 @@ def read_replay(folder: Path) -> Iterator[str]:
 
 
 def require_unseen(replay: Iterable[str], scored: Iterable[str], name: str, folder: Path, workers: Workers) -> None:
-    """Refuses replay text that evaluate scores: the perplexity would then measure memory.
+    """Refuses replay text that evaluate scores: its perplexity would only show what the model memorized.
 
-    name: of the scored text; folder, workers: see leakage().
+    name: of the scored text, for the error message; folder, workers: see leakage().
 
     Raises:
         InputError: more than 1% of the 13-word sequences of `scored` occur in the replay text.

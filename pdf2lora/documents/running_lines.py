@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 EDGE_LINES = 3  # running lines are among the first and last three lines of a page
 RUNNING_SHARE = 0.4  # they are on at least 40% of the pages (left and right pages can differ)
-SAME_NUMBERS_SHARE = 0.6  # and at least 60% of them have the same numbers, or count the pages
+SAME_NUMBERS_SHARE = 0.6  # and at least 60% of them have the same numbers or count the pages
 
 _PAGE_WORDS = "page|pages|pg|pag|pagina|página|p|s|seite|sida|side|strana|strona|str|стр|страница|صفحة|עמוד"
 _NUMBER = r"(?:\d{1,4}|[ivx]{1,6})"
@@ -69,7 +69,7 @@ def _edges(page: list[str]) -> tuple[list[str], list[str]]:
 def _running_keys(pages: list[list[str]]) -> set[str]:
     """Returns the keys of the lines that are running headers or footers.
 
-    A table row or a heading that counts (Article 1, Article 2) can be at the same place on many pages. Its numbers
+    A table row, or a heading with a number (Article 1, Article 2), can be at the same place on many pages. Its numbers
     differ from page to page. A running line has the same numbers on each page, or counts the pages.
     """
     pages_of_key: defaultdict[str, dict[int, str]] = defaultdict(dict)
@@ -108,9 +108,11 @@ def _bare_numbers(lines: list[str]) -> set[int]:
 
 
 def _is_page_number(line: str, page: int, numbers: list[set[int]]) -> bool:
-    """A number without a label must fit to a number at the same end of a near page; else it can be a table's.
+    """Returns True for a page number: one with a label, or one that continues the numbers of the pages near it.
 
-    numbers: the numbers without a label, per page.
+    Other numbers without a label can belong to a table.
+
+    numbers: the numbers without a label at this end of each page.
     """
     if _LABELED_PAGE_NUMBER.fullmatch(line):
         return True

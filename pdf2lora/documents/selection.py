@@ -7,7 +7,7 @@ from pdf2lora.documents.language import detect_language
 from pdf2lora.documents.quality import has_codes, is_readable, is_right_to_left, num_word_errors
 from pdf2lora.documents.records import COMPLETE, Attempt, Extraction, Reason
 
-RIGHT_TO_LEFT_ENGINE = "pdfium"  # the only one that puts right-to-left lines in reading order
+RIGHT_TO_LEFT_ENGINE = "pdfium"  # only this engine puts right-to-left lines in reading order
 CLEARLY_FEWER = 0.8  # a later engine is better if it has at most 80% of the word errors,
 MIN_DIFFERENCE = 0.001  # and the difference is at least 0.1% of the words,
 MIN_TEXT_SHARE = 0.5  # and it has at least 50% of the characters
@@ -32,7 +32,7 @@ def best_attempt(attempts: Sequence[Attempt]) -> Attempt | None:
 
 
 def _without_codes(attempt: Attempt) -> Attempt:
-    """Empties the pages whose font has no Unicode map. The others can be readable."""
+    """Removes the text of pages whose font has no Unicode map. The other pages can be readable."""
     pages = ["" if has_codes(page) else page for page in attempt.pages]
     return Attempt(**vars(attempt) | {"pages": pages})
 
@@ -105,7 +105,10 @@ def judge(
 
 
 def _reason(attempts: Sequence[Attempt], best: Attempt | None, *, is_long_enough: bool) -> Reason | None:
-    """Returns why a document is left out. The first engine that did not crash decides, encryption before damage."""
+    """Returns why a document is left out, or None.
+
+    If no engine was complete: ENCRYPTED if one engine says so, else the reason of the first one that did not crash.
+    """
     if any(attempt.is_placeholder for attempt in attempts):
         return Reason.PLACEHOLDER
     if best and is_long_enough:

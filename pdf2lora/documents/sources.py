@@ -33,7 +33,7 @@ class Listing:
     """The content of a corpus folder."""
 
     sources: list[Source]
-    unread: list[str]  # a sentence for each entry that can have documents and is not read
+    unread: list[str]  # one sentence for each file or folder that may have documents but is not read
 
 
 def list_corpus(folder: Path) -> Listing:
@@ -49,7 +49,7 @@ def list_corpus(folder: Path) -> Listing:
         if file.is_symlink() and file.is_dir():
             unread.append(f"the linked folder {file} is not read, because DVC does not track its files. Copy them.")
         elif suffix in OTHER_ARCHIVES and file.is_file():
-            unread.append(f"{file} is not read, because it has no access by position. Make a .zip or .tar archive.")
+            unread.append(f"{file} is not read, because it has no random access. Make a .zip or .tar archive.")
         elif suffix in (".pdf", *ARCHIVES) and file.is_file():
             path = file.relative_to(folder)
             if suffix == ".pdf":
@@ -89,7 +89,7 @@ def require_sources(folder: Path, listing: Listing) -> None:
 
 
 def hash_source(folder: Path, source: Source) -> str | Reason:
-    """Returns the SHA-256 of a PDF's bytes, or the reason why its archive cannot give them."""
+    """Returns the SHA-256 of a PDF's bytes, or the reason why its archive member cannot be read."""
     if source.member is None:
         return file_sha256(folder / source.path)
     if source.member.reason is not None:
@@ -136,7 +136,7 @@ def _open_remote(folder: str, path: Path) -> BinaryIO:
         return cast(BinaryIO, file_system.open(f"{root}/{path.as_posix()}", "rb"))
     except FileNotFoundError:
         raise
-    except Exception as error:  # of many libraries: a missing package, wrong credentials, a server that does not answer
+    except Exception as error:  # a missing package, wrong credentials, no answer: each library has its own exceptions
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
             f"{folder}: {path} cannot be opened ({text}). Check address, packages and credentials."

@@ -19,10 +19,9 @@ def split(
 
     hashes: of the text of each document. groups: the numbers of near-duplicates.
 
-    A seeded hash of its texts gives each group a number. The groups are sorted by these numbers. The first ones fill
-    test, the next ones fill validation, each up to its fraction of the documents (at least one group). Train gets the
-    rest. So the names and the order of the files do not matter, and an additional document moves at most one other
-    document across each boundary.
+    The groups are sorted by a seeded hash of their texts. The first ones fill test and the next ones fill validation,
+    up to their fraction of the documents (at least one group). Train gets the rest. So the names and the order of the
+    files do not matter, and an additional document moves at most one other document across each boundary.
 
     Raises:
         InputError: there are fewer groups than splits.

@@ -1,6 +1,6 @@
 """The words of a text as 64-bit hashes, for the comparison of texts.
 
-Computed on whole arrays: an object of Python for each word would take most of the time of split.
+The hashes are computed with numpy: a Python object for each word would take most of the time of split.
 """
 
 import re
@@ -19,7 +19,7 @@ _OTHER, _LETTER, _WHOLE_WORD = range(3)
 
 
 def word_hashes(text: str) -> Hashes:
-    """A hash of each word, in lower case and without punctuation. Without spaces between words, each character is one.
+    """Returns a hash of each word in lower case, without punctuation. In scripts without spaces, a character is a word.
 
     The same word has the same hash on every machine.
     """
@@ -36,7 +36,7 @@ def word_hashes(text: str) -> Hashes:
 
 
 def ngram_hashes(words: Hashes, length: int) -> Hashes:
-    """A hash of each `length` successive words; empty if there are fewer words."""
+    """Returns a hash of each n-gram of `length` words; empty if there are fewer words."""
     num_ngrams = max(0, len(words) - length + 1)
     hashes = np.zeros(num_ngrams, dtype=np.uint64)
     for first in range(length):

@@ -1,4 +1,4 @@
-"""A child process that reads PDFs. A hostile PDF cannot hang, exhaust the memory of, or crash the parent.
+"""A child process that reads PDFs. A hostile PDF cannot hang or crash the parent, or exhaust its memory.
 
 The parent kills a worker that uses too much processor time. The kernel limits the worker's memory and, if the parent
 dies, its time.
@@ -26,7 +26,7 @@ MAX_CHARACTERS = 10_000_000  # of one document, about 5,000 pages; a longer text
 
 
 class Worker:
-    """A child process that reads PDFs. It starts again after it was killed or died."""
+    """A child process that reads PDFs. A new one starts if it was killed or died."""
 
     def __init__(self, *, timeout_s: float, memory_gib: float, timeout_per_page: bool = False):
         """timeout_s: processor time for a document, or for each of its pages. memory_gib: address space."""
@@ -35,7 +35,7 @@ class Worker:
         self.pipe: Connection
 
     def read(self, file: Path, engine: str, pages: Sequence[int]) -> Attempt:
-        """Reads the pages with these numbers, from 0, that the file has. Never raises for a bad PDF."""
+        """Reads the pages with these numbers (from 0) that exist in the file. Never raises for a damaged PDF."""
         if self.process is None or not self.process.is_alive():
             self._start()
         attempt = Attempt(engine)
@@ -81,7 +81,7 @@ class Worker:
 
 
 def _serve(pipe: Connection, memory_gib: float) -> None:
-    """The main loop of the child. For each request it sends facts about the file, the pages and the outcome."""
+    """The main loop of the child. For each request it sends properties of the file, the pages and the outcome."""
     devnull = os.open(os.devnull, os.O_WRONLY)  # engines print warnings about a file
     os.dup2(devnull, sys.stdout.fileno())
     os.dup2(devnull, sys.stderr.fileno())
@@ -94,7 +94,7 @@ def _serve(pipe: Connection, memory_gib: float) -> None:
             file, engine, pages, timeout_s, timeout_per_page = pipe.recv()
         except EOFError:
             return
-        # A parent that was killed cannot stop this process. The kernel then stops it after twice its time.
+        # If the parent was killed, it cannot stop this process. The kernel then stops it after twice its time.
         max_s = timeout_s * (len(pages) if timeout_per_page else 1)
         _limit(resource.RLIMIT_CPU, int(time.process_time() + 2 * max_s) + 1)
         pipe.send(("outcome", _read_pages(pipe, Path(file), engine, pages)))
@@ -107,7 +107,7 @@ def _limit(kind: int, value: int) -> None:
 
 
 def _read_pages(pipe: Connection, file: Path, engine: str, pages: Sequence[int]) -> str:
-    """Sends facts about the file and the pages. Returns COMPLETE or the Reason that stopped the engine."""
+    """Sends properties of the file, and the pages. Returns COMPLETE or the Reason that stopped the engine."""
     outcome = COMPLETE
     try:
         document = OPENERS[engine](file)

@@ -1,4 +1,4 @@
-"""The current adapter against a baseline adapter, paired by test document.
+"""Compares the current adapter with a baseline adapter, paired by test document.
 
 The perplexities of two documents differ far more than those of two adapters on one document. A paired comparison
 removes the differences between documents.
@@ -18,7 +18,7 @@ from pdf2lora.evaluation.rounding import rounded
 
 @dataclass(frozen=True)
 class Comparison:
-    """Perplexities over the test documents that both runs scored."""
+    """Perplexities on the test documents that both runs scored."""
 
     num_documents: int
     num_unpaired: int  # test documents of the current run that the baseline did not score
@@ -29,21 +29,22 @@ class Comparison:
 
     @property
     def significant(self) -> bool | None:
-        """Whether the 95% interval excludes 0; None without an interval."""
+        """Whether the 95% interval does not contain 0; None without an interval."""
         interval = self.improvement.interval
         return None if interval is None else not interval.low <= 0 <= interval.high
 
 
 def parse_table(text: str) -> pd.DataFrame:
-    """metrics/eval_documents.csv as a table."""
+    """Reads the text of metrics/eval_documents.csv."""
     return pd.read_csv(io.StringIO(text))
 
 
 def compare(current: pd.DataFrame, baseline: pd.DataFrame) -> Comparison | None:
-    """Compares two tables of evaluate; None if they share no document.
+    """Compares two tables of evaluate; None if they have no common document.
 
-    Two documents are the same where id, bytes and tokens agree. The interval covers the choice of test documents. It
-    does not cover other training seeds: tests/long/noise_floor.py measures those (docs/reproducibility.md).
+    Two rows belong to the same document if id, bytes and tokens are equal. The interval shows how much the result
+    depends on the choice of test documents. It does not include other training seeds, which tests/long/noise_floor.py
+    measures (docs/reproducibility.md).
     """
     pairs = current.merge(
         baseline, on=["id", "bytes", "tokens"], suffixes=("_current", "_baseline"), validate="one_to_one"
@@ -65,12 +66,12 @@ def compare(current: pd.DataFrame, baseline: pd.DataFrame) -> Comparison | None:
 def require_pairs(comparison: Comparison | None) -> Comparison:
     """
     Raises:
-        InputError: the two runs share no test document.
+        InputError: the two runs have no common test document.
     """
     if comparison is None:
         raise InputError(
-            "evaluate.compare_to: the baseline scored none of the current test documents (same id, bytes and tokens); "
-            "compare runs with the same corpus, split and tokenizer, or choose 'none'"
+            "evaluate.compare_to: the baseline scored none of the current test documents (same id, bytes and tokens). "
+            "Compare runs with the same corpus, split and tokenizer, or choose 'none'."
         )
     return comparison
 

@@ -15,5 +15,5 @@ def read_general(folder: Path = GENERAL) -> list[str]:
     """
     texts = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.txt"))]
     if not texts:
-        raise InputError(f"{folder} has no .txt file. It is part of the project: git checkout {folder}")
+        raise InputError(f"{folder} has no .txt file, but it is part of the project. Run: git checkout {folder}")
     return texts

@@ -21,7 +21,7 @@ def generate(
     settings: Sample,
     on_text: Callable[[str], object] | None = None,
 ) -> list[str]:
-    """The continuation of bos and each prompt, (num_tokens,), until an end token or settings.max_new_tokens.
+    """Continues each prompt, (num_tokens,), until an end token or settings.max_new_tokens. bos comes before a prompt.
 
     All prompts are one batch. The same prompts and seed give the same texts on one kind of machine.
 
@@ -58,7 +58,7 @@ def generate(
 
 
 class _TextStreamer(BaseStreamer):  # type: ignore[misc]
-    """Passes text on token by token. The bytes of an incomplete character wait for the next token."""
+    """Passes text on, token by token. It keeps the bytes of an incomplete character until the next token."""
 
     def __init__(self, encoder: Encoder, on_text: Callable[[str], object]):
         self.tokenizer = encoder.tokenizer

@@ -1,11 +1,11 @@
 """95% intervals of perplexity and of improvement. Every interval of the project is computed here.
 
 Method: the jackknife over documents (Efron and Tibshirani 1993, chapter 11) with the quantile of Student's t. The
-tokens of one document depend on each other, documents hardly do, so the jackknife leaves out whole documents. Long
-documents count more than short ones: the degrees of freedom are the effective number of documents (Kish 1965) - 1.
+tokens of one document depend on each other, but documents hardly do. So the jackknife leaves out whole documents. Long
+documents count more than short ones, so the degrees of freedom are the effective number of documents (Kish 1965) - 1.
 
-benchmarks/coverage.py measures how often intervals of this and of other methods contain the true value
-(docs/reading-the-numbers.md): with 4 documents 96%, where a percentile bootstrap contains it in 78% of cases.
+benchmarks/coverage.py measures how often the intervals of this method and of others contain the true value
+(docs/reading-the-numbers.md has the results).
 """
 
 from collections.abc import Callable
@@ -34,23 +34,22 @@ class Estimate(NamedTuple):
 
 
 def perplexity(nats: Nats, tokens: Counts) -> Estimate:
-    """exp(total nats / total tokens). It is not a mean over batches or documents: each token has the same weight."""
+    """exp(total nats / total tokens). Each token has the same weight; it is not a mean over batches or documents."""
     mean, half_width = _mean(nats, tokens)
     return Estimate(float(np.exp(mean)), _interval(np.exp, mean, half_width))
 
 
 def improvement(before: Nats, after: Nats, tokens: Counts) -> Estimate:
-    """1 - perplexity after / perplexity before: positive where the perplexity falls.
+    """1 - perplexity after / perplexity before. Positive if the perplexity falls.
 
-    The estimate is paired: it uses the difference of the nats of each document, so the differences between documents
-    cancel.
+    The estimate is paired: it uses the difference in nats of each document, so differences between documents cancel.
     """
     mean, half_width = _mean(before - after, tokens)
     return Estimate(float(-np.expm1(-mean)), _interval(lambda gain: -np.expm1(-gain), mean, half_width))
 
 
 def interval_note(num_documents: int) -> str | None:
-    """A warning about the interval of so many documents; None if they are enough."""
+    """A warning if the documents are too few for a useful interval, else None."""
     documents = "1 document" if num_documents == 1 else f"{num_documents} documents"
     if num_documents < MIN_DOCUMENTS:
         return f"no interval: {documents}, at least {MIN_DOCUMENTS} are needed"

@@ -1,6 +1,6 @@
 """The results of evaluate: metrics/eval.json, the rows of metrics/eval_documents.csv, the lines for the terminal.
 
-Bits per byte and word perplexity divide the same nats by the size of the text instead of the number of tokens. They
+Bits per byte and word perplexity divide the same nats by the bytes or words of the text instead of its tokens. They
 compare models with different tokenizers (Gao et al. 2020, The Pile, section 3.1).
 """
 
@@ -16,8 +16,7 @@ from pdf2lora.evaluation.intervals import METHOD, Counts, Estimate, Nats, improv
 from pdf2lora.evaluation.rounding import rounded
 from pdf2lora.evaluation.sizes import TextSize
 
-COSTLY_QUANTIZATION = 0.05  # increase of the perplexity that is reported with remedies
-
+COSTLY_QUANTIZATION = 0.05  # a larger increase of the perplexity is reported with remedies
 LARGEST_EXPONENT = 709.0  # of a float64
 Metrics = dict[str, Any]
 
@@ -38,7 +37,7 @@ class Scores:
 def model_metrics(nats: Nats, sizes: Sequence[TextSize]) -> Metrics:
     """Perplexity with its 95% interval, bits per byte and word perplexity of one model over all documents.
 
-    word_perplexity is None for text with so few blanks between words, such as Chinese, that it has no number.
+    word_perplexity is None if it is too large for a float64, as in Chinese text, which has few spaces.
     """
     total = float(nats.sum())
     nats_per_word = total / sum(size.words for size in sizes)
@@ -52,7 +51,7 @@ def model_metrics(nats: Nats, sizes: Sequence[TextSize]) -> Metrics:
 
 
 def score_metrics(scores: Scores, sizes: Sequence[TextSize]) -> Metrics:
-    """The models side by side, with the improvement over each base and the cost of quantization.
+    """The metrics of each model, the improvement over each base and the cost of quantization.
 
     quantization_cost: perplexity of the quantized base / perplexity of the unquantized base - 1.
     """
@@ -73,7 +72,7 @@ def score_metrics(scores: Scores, sizes: Sequence[TextSize]) -> Metrics:
 def evaluation_metrics(
     test: Scores, test_sizes: Sequence[TextSize], general: Scores, general_sizes: Sequence[TextSize]
 ) -> Metrics:
-    """The content of metrics/eval.json: the test documents, and in the section `general` the general text."""
+    """The content of metrics/eval.json. Its section `general` has the same numbers for the general text."""
     metrics = score_metrics(test, test_sizes) | {"interval": METHOD}
     if note := interval_note(len(test_sizes)):
         metrics["interval_note"] = note
@@ -91,7 +90,7 @@ def document_table(ids: Sequence[str], sizes: Sequence[TextSize], scores: Scores
 
 
 def summary_lines(metrics: Metrics, bits: int) -> list[str]:
-    """The results in a few lines for the terminal."""
+    """The lines that evaluate prints."""
     note = f"; {metrics['interval_note']}" if "interval_note" in metrics else ""
     base, adapted, general = metrics["base"], metrics["adapted"], metrics["general"]
     lines = [
@@ -107,7 +106,7 @@ def summary_lines(metrics: Metrics, bits: int) -> list[str]:
         if cost > COSTLY_QUANTIZATION:
             remedy = "quantization.bits=8 or a larger model" if bits == 4 else "quantization.bits=16 or a larger model"
             lines.append(
-                f"quantization costs more than {COSTLY_QUANTIZATION:.0%}; {remedy} reduces this cost, "
+                f"quantization costs more than {COSTLY_QUANTIZATION:.0%}; {remedy} reduces this cost; "
                 "lora.init_lora_weights=loftq or pissa with a high lora.r corrects a part of it"
             )
     lines.append(
@@ -118,7 +117,7 @@ def summary_lines(metrics: Metrics, bits: int) -> list[str]:
 
 
 def format_improvement(metrics: Metrics) -> str:
-    """2.0% lower [1.0%, 3.0%] or 2.0% higher [1.0%, 3.0%]; only the share if the interval is missing."""
+    """2.0% lower [1.0%, 3.0%] or 2.0% higher [1.0%, 3.0%]; without an interval only the share."""
     share, low, high = metrics["share"], metrics["low_95"], metrics["high_95"]
     word = "lower" if share >= 0 else "higher"
     if low is None:

@@ -19,7 +19,7 @@ def resolve_commit(name: str, project: Path) -> str:
     """The commit of a git revision or of a DVC experiment.
 
     Raises:
-        InputError: nothing has this name, or several experiments have it.
+        InputError: the name does not exist, or several experiments have it.
     """
     revision = _git(project, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if revision:
@@ -28,11 +28,11 @@ def resolve_commit(name: str, project: Path) -> str:
     commits = sorted(set((listed or "").split()))
     if not commits:
         raise InputError(
-            f"evaluate.compare_to: '{name}' is not a git revision or an experiment; choose one from git log or "
-            "dvc exp show, or 'none'"
+            f"evaluate.compare_to: '{name}' is not a git revision or an experiment. Choose one from git log or "
+            "dvc exp show, or 'none'."
         )
     if len(commits) > 1:
-        raise InputError(f"evaluate.compare_to: several experiments are called '{name}'; give the commit of one")
+        raise InputError(f"evaluate.compare_to: several experiments have the name '{name}'. Use the commit of one.")
     return commits[0]
 
 
@@ -53,13 +53,13 @@ def read_documents_at(commit: str, project: Path) -> str:
     table = read_at(commit, DOCUMENTS, project)
     if table is None or not is_evaluated(commit, project):
         raise InputError(
-            f"evaluate.compare_to: commit {commit[:7]} is not evaluated; choose a commit after evaluate, or 'none'"
+            f"evaluate.compare_to: commit {commit[:7]} is not evaluated. Choose a commit after evaluate, or 'none'."
         )
     return table
 
 
 def is_evaluated(commit: str, project: Path) -> bool:
-    """Whether evaluate read the outputs that the stages before it have in the dvc.lock of the commit.
+    """Whether evaluate ran on the outputs of the earlier stages that the dvc.lock of the commit has.
 
     An experiment that stops before evaluate (`dvc exp run train`) has the metrics of its parent commit.
     """
@@ -73,7 +73,7 @@ def is_evaluated(commit: str, project: Path) -> bool:
 
 
 def _is_current(entry: Entry, outputs: list[Entry], cache: Path) -> bool:
-    """Whether a dependency has the hash of the output that it is, or that it is part of."""
+    """Whether a dependency has the hash that it has as an output, or as a file of an output folder."""
     for output in outputs:
         if output["path"] == entry["path"]:
             return bool(output["md5"] == entry["md5"])

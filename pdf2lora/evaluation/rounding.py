@@ -1,4 +1,4 @@
-"""The rounding of all metrics in git: another processor's last digits then show no change."""
+"""The rounding of all metrics in git: the last digits, which differ between processors, then make no difference."""
 
 SIGNIFICANT_DIGITS = 6
 

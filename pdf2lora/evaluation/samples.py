@@ -1,7 +1,7 @@
-"""data/samples.json: how base and adapted model continue the openings of test documents, and the nats of their tokens.
+"""data/samples.json: the texts with which base and adapted model continue test documents, and the nats of each token.
 
-Two runs on the same kind of machine give the same text. On another kind, one draw may differ, and then the rest of the
-text does.
+Two runs on the same kind of machine give the same text. On another kind of machine a token may differ, and then all
+later tokens differ.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from pdf2lora.params import Sample
 from pdf2lora.tokens import Encoder, Tokens
 
 DIGITS = 3  # of nats, after the decimal point
-MAX_CHARACTERS_PER_TOKEN = 40  # the text that is encoded for a sample: longer tokens shorten the sample
+MAX_CHARACTERS_PER_TOKEN = 40  # limits the text that is encoded; a sample is shorter if its tokens are longer
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def read_openings(documents: Sequence[Document], encoder: Encoder, settings: Sam
 def continue_openings(
     model: Any, openings: Sequence[Opening], encoder: Encoder, settings: Sample
 ) -> list[Continuation]:
-    """Continues each opening with the model as it is: a PeftModel, with its adapter on or off."""
+    """Continues each opening. model: a PeftModel; the caller turns its adapter on or off."""
     texts = generate(model, [opening.prompt for opening in openings], encoder, settings)
     nats = [token_nats(model, opening.tokens, encoder).round(DIGITS).tolist() for opening in openings]
     return [Continuation(text, values) for text, values in zip(texts, nats, strict=True)]
@@ -64,7 +64,7 @@ def continue_openings(
 def sample_entries(
     openings: Sequence[Opening], base: Sequence[Continuation], adapted: Sequence[Continuation]
 ) -> list[dict[str, Any]]:
-    """The entries of data/samples.json. `tokens` are the pieces of prompt and reference with their nats."""
+    """The entries of data/samples.json. `tokens` has the text and the nats of each token of prompt and reference."""
     entries = []
     for opening, of_base, of_adapted in zip(openings, base, adapted, strict=True):
         text, ends = opening.text, opening.ends

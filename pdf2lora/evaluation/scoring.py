@@ -1,4 +1,4 @@
-"""Negative log-likelihood of windows, dealt over the processes of a job."""
+"""Negative log-likelihood of windows. The processes of a job share the work."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,10 +24,10 @@ def nats_per_window(
     processes: Processes,
     progress: Callable[[int], object] = lambda num_windows: None,
 ) -> Nats:
-    """Summed nats of each window's targets, (num_windows,), the same in each process.
+    """Sum of the nats of each window's targets, (num_windows,). Each process gets all of them.
 
-    Whole batches are dealt in turn, without padding or repetition, so a window is scored in the same batch for any
-    number of processes, and the result has the same bytes on a CPU. The model is left in eval mode.
+    The processes take whole batches in turn. So a window is scored in the same batch for any number of processes, and
+    on a CPU the result has the same bytes. No window is padded or repeated. The model is in eval mode afterwards.
 
     progress: receives the number of windows of each finished batch.
 
@@ -51,7 +51,7 @@ def nats_per_window(
     if not nats.isfinite().all():
         dtype = str(forward.head.dtype).removeprefix("torch.")
         raise InputError(
-            f"the model gives scores in {dtype} that are not finite. If the training diverged, use a smaller "
+            f"the scores of the model in {dtype} are not finite. If the training diverged, use a smaller "
             "train.learning_rate; on a GPU without bfloat16, use compute.compute_dtype=float32."
         )
     return nats.cpu().numpy()
@@ -66,7 +66,7 @@ def nats_per_document(
     processes: Processes,
     progress: Callable[[int], object] = lambda num_windows: None,
 ) -> Nats:
-    """Summed nats of each document's targets, (num_documents,); see nats_per_window."""
+    """Sum of the nats of each document's targets, (num_documents,); see nats_per_window."""
     scores = nats_per_window(
         forward, windows, per_device_batch=per_device_batch, processes=processes, progress=progress
     )

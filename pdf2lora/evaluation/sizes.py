@@ -1,4 +1,4 @@
-"""The sizes of texts, by which their nats are divided."""
+"""The sizes of texts. The metrics divide nats by them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A model without quantization, also one larger than the GPU."""
+"""Loads a model without quantization, even if it is larger than the GPU."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from pdf2lora.model.device import compute_dtype, device
 from pdf2lora.model.loading import load_base, read_config
 from pdf2lora.params import Compute, Quantization
 
-FREE_SHARE = 0.8  # of the free GPU memory that weights can use; the rest is for activations and logits
+FREE_SHARE = 0.8  # share of the free GPU memory for weights; the rest is for activations and logits
 
 Placement = dict[str, torch.device | str]  # name of a module -> its device
 
@@ -28,7 +28,7 @@ def load_unquantized(folder: Path, quantization: Quantization, compute: Compute)
 
 
 def _placement(folder: Path, compute: Compute) -> Placement:
-    """The first decoder layers and all other modules on the GPU, the remaining layers in host memory."""
+    """Puts as many decoder layers on the GPU as fit, and all other modules. The other layers are in host memory."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(read_config(folder))
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
@@ -51,7 +51,7 @@ def _placement(folder: Path, compute: Compute) -> Placement:
 
 
 def _weights_gib(folder: Path, compute: Compute) -> float:
-    """The weights in compute.compute_dtype; the files have 16 bits a weight."""
+    """The size of the weights in compute.compute_dtype. The files have 16 bits per weight."""
     num_weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2
     return num_weights * compute_dtype(compute).itemsize / 2**30
 

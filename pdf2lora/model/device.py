@@ -14,7 +14,7 @@ def device() -> torch.device:
 
 
 def limit_gpu_memory(limit_gib: float) -> None:
-    """Limits the memory that this process's allocator reserves: a large GPU emulates a small one."""
+    """Limits the GPU memory that this process can reserve. So a large GPU emulates a small one."""
     if torch.cuda.is_available():
         total_gib = torch.cuda.mem_get_info()[1] / 2**30
         torch.cuda.set_per_process_memory_fraction(min(limit_gib / total_gib, 1.0))
@@ -23,12 +23,12 @@ def limit_gpu_memory(limit_gib: float) -> None:
 def compute_dtype(compute: Compute) -> torch.dtype:
     """The data type of matrix products. `auto`: bfloat16 or float16 on a GPU, float32 on a CPU.
 
-    GPUs before compute capability 8.0 emulate bfloat16; `auto` takes float16 there, and training scales the loss. Most
-    CPUs emulate bfloat16 too: on two cores with AVX2 a training step of the demo took 38 s in bfloat16 and 2.6 s in
-    float32.
+    GPUs before compute capability 8.0 only emulate bfloat16. There `auto` selects float16, and training scales the
+    loss. Most CPUs emulate bfloat16 too: on two cores with AVX2 a training step of the demo took 38 s in bfloat16 and
+    2.6 s in float32.
 
     Raises:
-        InputError: this machine does not compute in the data type.
+        InputError: this machine does not support the data type.
     """
     has_gpu = torch.cuda.is_available()
     has_bfloat16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -10,7 +10,7 @@ from pdf2lora.params import Train
 
 
 class GradientCheckpointing(StrEnum):
-    """From the fastest step to the one with the smallest memory. kernels/decoder.py lists bytes per token."""
+    """Sorted from the fastest step to the one with the smallest memory. kernels/decoder.py lists bytes per token."""
 
     NONE = "none"  # recomputes nothing
     MLP = "mlp"  # recomputes the second RMSNorm and the gate and up projections
@@ -28,7 +28,7 @@ SUPPORTED_GRADIENT_CHECKPOINTING: dict[Kernels, tuple[GradientCheckpointing, ...
 def gradient_checkpointing_choices(train: Train, kernels: Kernels) -> tuple[GradientCheckpointing, ...]:
     """The values that find_batch compares, from the fastest step to the one with the smallest memory.
 
-    `auto` on a CPU is `full`: all CPUs then train in the same way.
+    On a CPU `auto` is `full`, so that all CPUs train in the same way.
 
     Raises:
         InputError: the kernels do not support the value of train.gradient_checkpointing.

@@ -33,7 +33,7 @@ class Head(NamedTuple):
 
     @classmethod
     def of(cls, causal_lm: Any) -> "Head":
-        """Reads the head from a transformers model. check_causal_lm() proves that the model has no other step."""
+        """Reads the head from a transformers model. check_causal_lm() checks that the result is complete."""
         config = causal_lm.config.get_text_config()
         embeddings = causal_lm.get_output_embeddings()
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
@@ -58,17 +58,18 @@ class Head(NamedTuple):
 
 @torch.no_grad()
 def check_causal_lm(causal_lm: Any) -> None:
-    """Compares the decoder and the Head with the model's own logits on a few tokens, and checks that it is causal.
+    """Compares the logits of decoder and Head with the model's own logits on a few tokens. Checks that it is causal.
 
-    The training loss then equals transformers' own loss for any architecture that passes.
+    For a model that passes, the training loss equals transformers' own loss.
 
     Raises:
-        InputError: the model's logits come from other steps, or depend on later tokens.
+        InputError: the model computes its logits in another way, or they depend on later tokens.
     """
     name = type(causal_lm).__name__
     was_training = causal_lm.training
     causal_lm.eval()
-    # LLM.int8 chooses outlier features from all rows, so a later token changes earlier logits. Not without outliers.
+    # LLM.int8 selects outlier features from all tokens, so a later token changes earlier logits. A threshold of 0 turns
+    # the outliers off.
     layers_8bit = [module for module in causal_lm.modules() if isinstance(module, bnb.nn.Linear8bitLt)]
     thresholds = [layer.state.threshold for layer in layers_8bit]
     for layer in layers_8bit:
@@ -84,7 +85,7 @@ def check_causal_lm(causal_lm: Any) -> None:
         computed = Head.of(causal_lm).logits(hidden).float()
     except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise InputError(
-            f"models/base holds a {name}, which pdf2lora cannot run as a decoder-only language model: "
+            f"models/base is a {name}, which pdf2lora cannot run as a decoder-only language model: "
             f"{' '.join(str(error).split())[:200]}. Use another base model."
         ) from error
     finally:
@@ -94,12 +95,12 @@ def check_causal_lm(causal_lm: Any) -> None:
     limit = (TOLERANCE_8_BIT if layers_8bit else TOLERANCE[hidden.dtype]) * logits.abs().max()
     if computed.shape != logits.shape or not (computed - logits).abs().max() <= limit:
         raise InputError(
-            f"models/base holds a {name}, whose logits are not a product of its last hidden states with its output "
+            f"models/base is a {name}; its logits are not a product of its last hidden states with its output "
             "embeddings (with bias, scale and soft cap). pdf2lora does not know its loss. Use another base model."
         )
     if not (changed - logits)[:, :-1].abs().max() <= limit:
         raise InputError(
-            f"models/base holds a {name}, whose logits depend on later tokens. It is not a causal language model. Use "
+            f"models/base is a {name}; its logits depend on later tokens, so it is not a causal language model. Use "
             "another base model."
         )
 

@@ -8,9 +8,9 @@ Q is the quantization, s the scaling of the adapter, A0 and B0 the initial matri
 - olora (Büyükakyüz 2024): s B0 A0 comes from the first r columns of a QR decomposition of W. The base becomes
   Q(W - s B0 A0).
 
-Training then runs as with other initial matrices. models/adapter/initial keeps A0 and B0, from which evaluate and
-generate make the changed base. Without quantization the trained model is W + s (B A - B0 A0), which an ordinary adapter
-of rank 2r also gives (weights/plain_adapter.py). export merges and releases that one.
+Training then runs as with other initial matrices. models/adapter/initial stores A0 and B0. evaluate and generate
+compute the changed base from them. Without quantization the trained model is W + s (B A - B0 A0). An ordinary adapter
+of rank 2r gives the same model (weights/plain_adapter.py); export merges and releases that adapter.
 """
 
 import hashlib
@@ -44,9 +44,9 @@ Matrices = dict[str, Tensor]  # by PEFT's names: base_model.model.<layer>.lora_A
 
 
 def initialize(model: PeftModel, base: Path, lora: Lora, *, seed: int, folder: Path, processes: Processes) -> None:
-    """Sets A and B of a new adapter, and changes the base where the method does.
+    """Sets A and B of a new adapter, and changes the base if the method requires it.
 
-    The processes deal the layers. The main process keeps the matrices in `folder`: a resumed training reads them.
+    Each process computes a part of the layers. The main process stores the matrices in `folder` for a resumed training.
 
     Raises:
         InputError: the files of the base do not have unquantized weights of these layers, r is too large, or the
@@ -75,7 +75,7 @@ def initialize(model: PeftModel, base: Path, lora: Lora, *, seed: int, folder: P
 
 
 def restore_trained_base(model: PeftModel, base: Path, adapter: Path, lora: Lora) -> None:
-    """Changes the base of a loaded adapter to the base of its training. Most methods do not change the base.
+    """Changes the base of a loaded adapter to the base of its training, if they differ.
 
     Raises:
         InputError: the layers are in host memory.
@@ -100,7 +100,7 @@ def layer_names(model: PeftModel) -> list[str]:
 
 
 def unquantized_weights(base: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Name and weight in float32, as the file stores it, of each layer. Holds one weight at a time.
+    """Yields the name and the stored weight, in float32, of each layer. Holds one weight at a time.
 
     Raises:
         InputError: the files have no unquantized weight of a layer.
@@ -136,7 +136,7 @@ def _initial_pair(layer: nn.Module, weight: Tensor, lora: Lora, name: str) -> tu
     if lora.init_lora_weights == "loftq":
         scaling = lora.lora_alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
         rest = weight - dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).float()
-        pair = _low_rank_decomposition(rest / scaling, reduced_rank=lora.r)  # PEFT's LoftQ leaves the scaling out
+        pair = _low_rank_decomposition(rest / scaling, reduced_rank=lora.r)  # PEFT's LoftQ does not divide by it
         return pair["R"].contiguous(), pair["L"].contiguous()
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
@@ -147,7 +147,7 @@ def _initial_pair(layer: nn.Module, weight: Tensor, lora: Lora, name: str) -> tu
 
 @torch.no_grad()
 def _change_base(model: PeftModel, base: Path, matrices: Matrices) -> None:
-    """Q(W - s B0 A0) instead of Q(W) in each layer with LoRA matrices."""
+    """Replaces Q(W) by Q(W - s B0 A0) in each layer with LoRA matrices."""
     for name, stored in unquantized_weights(base, layer_names(model)):
         lora_layer = model.get_submodule(f"{PREFIX}{name}")
         layer = lora_layer.base_layer
@@ -159,7 +159,7 @@ def _change_base(model: PeftModel, base: Path, matrices: Matrices) -> None:
 
 
 def _set_weight(layer: Any, weight: Tensor) -> None:
-    """Replaces the weight of a layer in the layer's own precision, with bitsandbytes' quantization as at loading."""
+    """Replaces the weight of a layer, in the layer's precision. Quantizes it as loading does."""
     old = layer.weight
     if isinstance(old, bnb.nn.Params4bit):
         layer.weight = bnb.nn.Params4bit(

@@ -1,9 +1,9 @@
 """Decoder layers that wait in host memory. Two buffers on the GPU hold the current layer and the next one.
 
-While one layer computes, the next one is copied: in the forward pass layer n + 1, in the backward pass layer n - 1. A
-layer is copied twice per micro-batch. Its copy takes no time if the layer computes longer: on a PCIe 5 link (about 50
-GB/s) from about 4,000 tokens per micro-batch. Gradients are those of a model in GPU memory, bit for bit. The frozen
-weights never change, so nothing is copied back.
+While layer n computes, the next layer is copied: layer n + 1 in the forward pass, layer n - 1 in the backward pass. A
+layer is copied twice per micro-batch. The copy costs no time if it is shorter than the computation of a layer: on a
+PCIe 5 link (about 50 GB/s) this needs about 4,000 tokens per micro-batch. The gradients are the same, bit for bit, as
+with all layers in GPU memory. The frozen weights never change, so nothing is copied back.
 """
 
 from collections.abc import Sequence
@@ -34,20 +34,20 @@ class LayerStream:
         self.buffers = [torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)]
         self.views = [[layout.views(buffer) for buffer in self.buffers] for layout in layouts]
         self.copies = torch.cuda.Stream() if device.type == "cuda" else None
-        self.held: list[int | None] = [None] * NUM_BUFFERS  # the layer in each buffer, or on its way there
+        self.held: list[int | None] = [None] * NUM_BUFFERS  # the layer in each buffer; its copy may still run
         self.last = 0
         for number, layer in enumerate(layers):
             layouts[number].attach(layer, self.views[number][0], dtype)
             self._add_hooks(number, layer)
 
     def restart(self) -> None:
-        """Forgets the buffers' content, which the replay of a CUDA graph may have changed."""
+        """Marks both buffers as empty, because the replay of a CUDA graph may have changed them."""
         self.held = [None] * NUM_BUFFERS
 
     def load(self, number: int, *, backward: bool = False) -> None:
-        """Makes layer `number` usable on the current CUDA stream, and starts to copy the layer that follows.
+        """Makes layer `number` usable on the current CUDA stream, and starts to copy the next layer.
 
-        backward: layers follow each other from the last to the first.
+        backward: the order of the layers is from the last to the first.
         """
         if number not in self.held:
             self._fetch(number, 0)
@@ -60,12 +60,12 @@ class LayerStream:
         self.last = number
 
     def join(self) -> None:
-        """Lets the current CUDA stream wait for the copies. A graph's capture must end with it."""
+        """Makes the current CUDA stream wait for the copies. The capture of a graph must end with this call."""
         if self.copies is not None:
             torch.cuda.current_stream().wait_stream(self.copies)
 
     def _fetch(self, number: int, slot: int) -> None:
-        """Copies a layer to a buffer, after the kernels that read the buffer's earlier content."""
+        """Copies a layer to a buffer, as soon as no kernel reads the buffer's earlier content."""
         self.held[slot] = number
         host = self.host[number]
         buffer = self.buffers[slot][: host.numel()]
@@ -77,7 +77,7 @@ class LayerStream:
             buffer.copy_(host, non_blocking=True)
 
     def _add_hooks(self, number: int, layer: nn.Module) -> None:
-        """For transformers' own layers. Activation checkpointing calls them again in the backward pass."""
+        """Loads the weights of transformers' layers. Activation checkpointing calls them again in the backward pass."""
 
         def before_forward(module: nn.Module, args: Any) -> None:
             is_recomputed = torch.is_grad_enabled() and number <= self.last and number in self.held

@@ -29,7 +29,7 @@ warnings.filterwarnings("ignore", "`(gradient|is_gradient)_checkpointing", Futur
 
 
 def read_config(base: Path) -> PreTrainedConfig:
-    """The model's config.json as transformers reads it. Runs no code of the model's repository.
+    """Reads the model's config.json with transformers. Runs no code from the model's repository.
 
     Raises:
         InputError: transformers does not know the architecture.
@@ -53,12 +53,12 @@ def load_base(
     """The frozen base model on the device, its linear layers in 4, 8 or 16 bits.
 
     device_map: the device of each module; None puts the whole model on the device of this process.
-    placement: of the decoder layers; None: as quantization.placement says.
-    processes: of the job; None: this one alone.
+    placement: of the decoder layers; None: the setting quantization.placement decides.
+    processes: all processes of the job; None: this process does not wait for others.
 
     Raises:
-        InputError: bitsandbytes cannot quantize on this machine, or not this model; the model is not a decoder-only
-            causal language model whose loss loss.py computes; or memory or disk are too small for the packed layers.
+        InputError: bitsandbytes cannot quantize this model on this machine; the model is not a decoder-only causal
+            language model whose loss loss.py computes; or memory or disk are too small for the packed layers.
     """
     dtype = compute_dtype(compute)
     require_quantization(quantization.bits)
@@ -116,7 +116,7 @@ def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """transformers' class of the causal language model.
 
     Raises:
-        InputError: the architecture has none.
+        InputError: the architecture is not a causal language model.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(
@@ -140,10 +140,10 @@ def _disable_dropout(model: PreTrainedModel) -> None:
 def _quantization_config(
     config: PreTrainedConfig, quantization: Quantization, ours: BitsAndBytesConfig | None
 ) -> BitsAndBytesConfig | None:
-    """Ours, or None for a source model that is quantized already: transformers then reads its own settings.
+    """Returns `ours`, or None if the source model is already quantized: transformers then reads the model's settings.
 
     Raises:
-        InputError: the source model has other bits than quantization.bits.
+        InputError: the source model has another number of bits than quantization.bits.
     """
     settings = getattr(config, "quantization_config", None)
     if settings is None:
@@ -152,10 +152,12 @@ def _quantization_config(
     method = settings.get("quant_method", "unknown")
     bits = 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
     if method != "bitsandbytes" or bits is None:
-        raise InputError(f"models/base is quantized by {method}; only bitsandbytes works. Use the unquantized model.")
+        raise InputError(
+            f"models/base is quantized by {method}; only bitsandbytes is supported. Use the unquantized model."
+        )
     if bits != quantization.bits:
         raise InputError(
-            f"quantization.bits is {quantization.bits}; the source model is quantized to {bits} bits. Use {bits}, or "
+            f"quantization.bits is {quantization.bits}; the source model is quantized to {bits} bits. Use {bits} or "
             "the unquantized model."
         )
     return None
@@ -183,7 +185,7 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
         raise InputError(
             f"lora.target_modules: PEFT cannot add LoRA to this model: {text}. Name other layers."
         ) from error
-    # PEFT keeps a set, which has another order in every process: adapter_config.json would differ.
+    # PEFT keeps a set, whose order differs in every process, so adapter_config.json would differ too.
     peft_model.peft_config["default"].target_modules = targets
     for parameter in peft_model.parameters():
         if parameter.requires_grad:

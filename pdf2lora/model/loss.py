@@ -1,8 +1,9 @@
 """Cross-entropy of hidden states under a frozen head, without the logits of a whole batch in memory.
 
 The logits of 32,768 positions over 128,256 tokens are 8.4 GB in bfloat16 and 16.8 GB in float32. This module computes
-them in chunks, and with each chunk its gradient of the hidden states, as Liger's fused linear cross-entropy does (Hsu
-et al. 2024). A step costs two products of 2 * positions * vocabulary * hidden FLOP; the backward pass needs no third.
+the logits in chunks, and the gradient of the hidden states together with each chunk, as Liger's fused linear
+cross-entropy does (Hsu et al. 2024). A step costs two products of 2 * positions * vocabulary * hidden FLOP. The
+backward pass needs no further product.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ TILE = 256  # the positions of a chunk are a multiple of it, for tensor cores
 
 
 def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """The sum of the targets' nats, a float32 scalar. Allows one backward pass, to `hidden`.
+    """The sum of the targets' nats, a float32 scalar. Only `hidden` gets a gradient, in one backward pass.
 
     hidden: (positions, hidden); targets: (positions,), token ids or IGNORED.
     """
@@ -69,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _cross_entropy_(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
-    """The nats of each row, (rows,), float32. `gradient`: overwrites the logits with the gradient of the nats' sum.
+    """The nats of each row, (rows,), float32. With `gradient`, the gradient of their sum overwrites the logits.
 
     logits: (rows, vocabulary).
     """

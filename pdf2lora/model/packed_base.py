@@ -1,6 +1,6 @@
 """Loads a 4-bit base model whose decoder layers are in GPU memory or in host memory (quantization.placement).
 
-Everything but the linear layers of the decoder (embeddings, norms, biases, head) is on the GPU in both cases.
+All other parts (embeddings, norms, biases, head) are on the GPU in both cases.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.pinned_memory import shared_pinned_memory
 
 GIB = 2**30
-ACTIVATIONS_GIB = 2.0  # of evaluate and generate
+ACTIVATIONS_GIB = 2.0  # free memory that evaluate and generate need
 
 
 def packing_obstacle(config: PreTrainedConfig, quantization: Quantization) -> str:
     """The reason why the layers of this model cannot be packed, or an empty string."""
     if quantization.bits != 4:
-        return f"quantization.bits is {quantization.bits}, and packed layers have 4"
+        return f"packed layers have 4 bits, quantization.bits is {quantization.bits}"
     if config.model_type not in FUSED_RULES:
         return f"{config.model_type} is not one of {', '.join(FUSED_RULES)}"
     if getattr(config, "quantization_config", None) is not None:
@@ -40,7 +40,7 @@ def packing_obstacle(config: PreTrainedConfig, quantization: Quantization) -> st
 
 
 def choose_placement(base: Path, config: PreTrainedConfig, quantization: Quantization, dtype: torch.dtype) -> Placement:
-    """quantization.placement. auto: gpu if the model fits into the free memory of the GPU, else host.
+    """Returns quantization.placement. auto: gpu if the model fits into the free memory of the GPU, else host.
 
     Raises:
         InputError: the placement is host, which this machine or model does not support.
@@ -60,7 +60,7 @@ def choose_placement(base: Path, config: PreTrainedConfig, quantization: Quantiz
 def possible_placements(
     base: Path, config: PreTrainedConfig, quantization: Quantization, lora: Lora, dtype: torch.dtype
 ) -> tuple[Placement, ...]:
-    """The placements that find_batch compares, the usual one first.
+    """The placements that find_batch compares, gpu first.
 
     Raises:
         InputError: the placement is host, which this machine or model does not support.
@@ -73,7 +73,7 @@ def possible_placements(
 
 
 def resident_gib(base: Path, quantization: Quantization, dtype: torch.dtype) -> float:
-    """GPU memory of the whole model with packed layers, in GiB, from the headers of its files."""
+    """GPU memory of the whole model with packed layers, in GiB. Reads only the headers of the files."""
     num_bytes = 0.0
     for file in base.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
@@ -93,9 +93,9 @@ def load_packed_base(
     placement: Placement,
     processes: Processes,
 ) -> PreTrainedModel:
-    """The model of packing_obstacle() == "", frozen, its linear layers in 4 bits.
+    """The frozen base model, its linear layers in 4 bits. packing_obstacle() must be empty.
 
-    attention: transformers' attn_implementation. processes: the processes of one node share the memory of `host`.
+    attention: transformers' attn_implementation. processes: with `host`, the processes of a node share the memory.
 
     Raises:
         InputError: the host's memory or the disk is too small.
@@ -143,7 +143,7 @@ class BaseWeights:
 
 
 def replace_linears(layer: nn.Module, quantization: Quantization, dtype: torch.dtype) -> None:
-    """Puts a Linear4bit without weights in the place of each linear layer of a decoder layer."""
+    """Replaces each linear layer of a decoder layer by a Linear4bit without weights."""
     for name, module in list(layer.named_modules()):
         if isinstance(module, nn.Linear):
             linear = bnb.nn.Linear4bit(
@@ -158,7 +158,7 @@ def replace_linears(layer: nn.Module, quantization: Quantization, dtype: torch.d
 
 
 def _load_others(model: PreTrainedModel, weights: BaseWeights, base: Path) -> None:
-    """Reads all parameters but the packed ones, and moves the buffers (RoPE's frequencies) to the device.
+    """Reads all parameters that are not packed, and moves the buffers (RoPE frequencies) to the device.
 
     Raises:
         InputError: a weight is missing.
@@ -179,7 +179,7 @@ def _load_others(model: PreTrainedModel, weights: BaseWeights, base: Path) -> No
 
 
 def _read_buffers(file: Path, layouts: Sequence[LayerLayout]) -> list[Tensor]:
-    """Maps the file: a layer is read when it is copied."""
+    """Maps the file into memory. A layer is read from disk when it is copied."""
     sizes = [layout.num_bytes for layout in layouts]
     return list(torch.from_file(str(file), size=sum(sizes), dtype=torch.uint8).split(sizes))
 

@@ -1,8 +1,8 @@
 """The decoder layers of a base model in 4 bits, each one as a buffer of bytes.
 
-A buffer holds bitsandbytes' tensors of all linear layers of one decoder layer, so one copy moves a layer. Layers are
-quantized one by one: neither the GPU nor the host ever holds the model in 16 bits. A file in .scratch has the buffers
-of all layers; find_batch, train, evaluate and generate read it and do not quantize again.
+A buffer holds bitsandbytes' tensors of all linear layers of one decoder layer, so one copy moves the whole layer. The
+layers are quantized one by one, so neither the GPU nor the host ever holds the model in 16 bits. A file in .scratch has
+the buffers of all layers. find_batch, train, evaluate and generate read it and do not quantize again.
 """
 
 import shutil
@@ -25,7 +25,7 @@ from pdf2lora.runtime.manifest import MANIFEST
 from pdf2lora.runtime.scratch import fingerprint, scratch_folder
 
 ALIGNMENT = 256  # bytes, of each tensor in a buffer
-QUANTIZATION_TIMEOUT_S = 3600.0  # another process quantizes the same model
+QUANTIZATION_TIMEOUT_S = 3600.0  # longest wait for another process that quantizes the same model
 
 
 class PackedLinear(NamedTuple):
@@ -38,7 +38,7 @@ class PackedLinear(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Of a tensor in a buffer. start: in bytes."""
+    """Position, type and shape of a tensor in a buffer. start: in bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class LayerLayout:
         self.shapes = [_shape(layer.get_submodule(name)) for name in self.names]
         self.quantization = quantization
         _, state = self.quantize(torch.zeros(1, 64, device=device()))
-        self.state = state  # with the tables of both quantizations
+        self.state = state  # has the code tables of both quantizations
         self.places: list[list[Place]] = []  # of the tensors of each linear layer, as in PackedLinear
         self.num_bytes = 0
         for shape in self.shapes:
@@ -84,7 +84,7 @@ class LayerLayout:
         return packed, state
 
     def views(self, buffer: Tensor) -> list[PackedLinear]:
-        """The tensors of each linear layer in a buffer of num_bytes bytes."""
+        """The tensors of each linear layer, as views of a buffer of num_bytes bytes."""
         return [PackedLinear(*(place.view(buffer) for place in places)) for places in self.places]
 
     def pack(self, weights: Sequence[Tensor], buffer: Tensor) -> None:
@@ -98,7 +98,7 @@ class LayerLayout:
                 linear.offset.copy_(state.offset)
 
     def attach(self, layer: nn.Module, linears: Sequence[PackedLinear], dtype: torch.dtype) -> None:
-        """Gives the Linear4bit of a layer their weights for the first time. dtype: of dequantized weights."""
+        """Sets the weights of a layer's Linear4bit for the first time. dtype: of dequantized weights."""
         for name, shape, linear in zip(self.names, self.shapes, linears, strict=True):
             second = None
             if linear.nested_absmax is not None:
@@ -132,7 +132,7 @@ class LayerLayout:
             module.quant_state = state
 
     def bind(self, layer: nn.Module, linears: Sequence[PackedLinear]) -> None:
-        """Lets the Linear4bit of a layer read their weights from other buffers."""
+        """Makes a layer's Linear4bit read their weights from another buffer."""
         for name, linear in zip(self.names, linears, strict=True):
             module: Any = layer.get_submodule(name)
             weight = getattr(module, "base_layer", module).weight  # PEFT wraps the layers that have LoRA matrices
@@ -157,9 +157,9 @@ def packed_file(
     layouts: Sequence[LayerLayout],
     read_layer: Callable[[int], list[Tensor]],
 ) -> Path:
-    """The file with the buffers of all layers, one after the other. Makes it if it does not exist.
+    """Returns the file with the buffers of all layers, one after the other. Writes it if it does not exist.
 
-    Only the file of the last model stays in .scratch. Other processes that need the same file wait.
+    Only the file of the last model stays in .scratch. Other processes that need the file wait.
 
     read_layer: number of a layer -> its weights on the device, in `dtype`, in the order of LayerLayout.names.
 

@@ -12,7 +12,7 @@ ROUND_TRIP_TOLERANCE = 0.01  # of the largest weight
 
 
 def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """For transformers. None: 16 bits, without quantization. dtype: of the products with dequantized weights."""
+    """The configuration for transformers; None for 16 bits. dtype: of the products with dequantized weights."""
     match quantization.bits:
         case 4:
             return BitsAndBytesConfig(
@@ -28,7 +28,7 @@ def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
 
 
 def require_quantization(bits: int) -> None:
-    """Quantizes a few numbers: a bitsandbytes without kernels for this machine fails here, before a model is loaded.
+    """Quantizes a few numbers. If bitsandbytes has no kernels for this machine, it fails before a model is loaded.
 
     Raises:
         InputError: bitsandbytes cannot quantize.
@@ -44,17 +44,17 @@ def require_quantization(bits: int) -> None:
     except Exception as error:
         raise InputError(
             f"quantization.bits is {bits}, which does not work here: bitsandbytes {bnb.__version__} fails on "
-            f"{device().type} with '{' '.join(str(error).split())[:200]}'. Install a bitsandbytes that is built for "
-            "this machine, or use 16."
+            f"{device().type} with '{' '.join(str(error).split())[:200]}'. Install a build of bitsandbytes for this "
+            "machine, or use 16."
         ) from error
 
 
 def check_4bit_round_trip(widths: set[int], quant_type: str, dtype: torch.dtype) -> None:
-    """Quantizes random weights to 4 bits and compares what bitsandbytes dequantizes with plain arithmetic.
+    """Quantizes random weights to 4 bits, dequantizes them with bitsandbytes, and compares with plain arithmetic.
 
-    bitsandbytes 0.50.2 has a fault on CPUs with AVX512: it starts each row at a new block. Blocks have 64 weights and
-    cross rows, so if the width is a multiple of 16 and not of 64, most rows get the scales of other blocks. Products
-    and gradients then had errors of 16% to 48%.
+    bitsandbytes 0.50.2 has a fault on CPUs with AVX512: it assumes that each row starts a new block. But blocks have 64
+    weights and cross rows. So if the width is a multiple of 16 and not of 64, most rows get the scales of other blocks.
+    Products and gradients had errors of 16% to 48%.
 
     widths: numbers of input features of the model's layers.
 

@@ -10,7 +10,7 @@ from pdf2lora.documents.archives import DamagedMember
 from pdf2lora.documents.sources import Listing, Source, local_file
 from pdf2lora.preflight.findings import Finding
 
-MAX_OPENED_PDFS = 200  # of which pages are counted; the rest is extrapolated
+MAX_OPENED_PDFS = 200  # their pages are counted; the pages of the other PDFs are extrapolated
 COUNT_TIMEOUT_S = 10
 
 
@@ -30,7 +30,7 @@ def _num_bytes(folder: Path, source: Source) -> int:
 
 
 def count_pages(folder: Path, sources: Sequence[Source], max_pages: int) -> int:
-    """Pages that extract will read. pdfium counts them in a child process, because a hostile PDF may crash it.
+    """Number of pages that extract will read. pdfium counts in a child process, because a hostile PDF may crash it.
 
     max_pages: of each document.
     """

@@ -35,7 +35,7 @@ def python_version() -> Finding:
 
 
 def packages(requirements: Path) -> Finding:
-    """Whether the packages of a requirements file are installed in its versions."""
+    """Whether the packages of a requirements file are installed with the pinned versions."""
     pinned = dict(re.findall(r"^([\w.-]+)==([\w.]+)", requirements.read_text(encoding="utf-8"), re.MULTILINE))
     wrong = []
     for name, required in pinned.items():
@@ -74,7 +74,7 @@ def find_gpus() -> list[Gpu]:
 def gpu(gpus: list[Gpu], num_processes: int | str) -> Finding:
     """num_processes: compute.num_processes; each process uses one GPU."""
     if not gpus:
-        return Finding("note", "GPU", "nvidia-smi lists none. Everything runs on the CPU, as the demo does.")
+        return Finding("note", "GPU", "nvidia-smi lists no GPU. All stages run on the CPU.")
     first = gpus[0]
     text = f"{first.name}, {first.memory_gib:.0f} GiB, driver {first.driver}"
     if len(gpus) > 1:
@@ -97,21 +97,21 @@ def torch_build(gpus: list[Gpu]) -> Finding:
     if cuda_match:
         return Finding("ok", "torch", f"{name}, built for CUDA {cuda_match[1]}")
     if gpus:
-        text = f"{name} is a CPU build, so the GPU would be idle. Run: rm .venv/.installed; make setup"
+        text = f"{name} is a CPU build, which does not use the GPU. Run: rm .venv/.installed; make setup"
         return Finding("problem", "torch", text)
     return Finding("ok", "torch", f"{name}, a CPU build")
 
 
 def bitsandbytes(bits: int, gpus: list[Gpu]) -> Finding:
-    """Whether it has a compiled library for this machine."""
+    """Whether bitsandbytes has a compiled library for this machine."""
     package = _package_folder("bitsandbytes")
     backend = "cuda" if gpus else "cpu"
     if bits == 16:
         return Finding("ok", "bitsandbytes", "not needed for the base model: quantization.bits is 16")
     if package is None:
-        return Finding("problem", "bitsandbytes", "not installed. Run make setup or choose quantization.bits=16.")
+        return Finding("problem", "bitsandbytes", "not installed. Run make setup, or use quantization.bits=16.")
     if not list(package.glob(f"libbitsandbytes_{backend}*")):
-        text = f"{package} has no library for {backend}. Choose quantization.bits=16."
+        text = f"{package} has no library for {backend}. Use quantization.bits=16."
         return Finding("problem", "bitsandbytes", text)
     return Finding("ok", "bitsandbytes", f"{installed('bitsandbytes')}, with a library for {backend}")
 
@@ -130,7 +130,7 @@ def flash_attention(attention: str, gpus: list[Gpu]) -> Finding:
 
 
 def git_identity() -> Finding:
-    """Whether git knows who makes a commit: `dvc exp run` commits each experiment."""
+    """Whether git has a user name and address, because `dvc exp run` commits each experiment."""
     process = subprocess.run(["git", "var", "GIT_COMMITTER_IDENT"], capture_output=True, text=True, check=False)
     if process.returncode == 0:
         return Finding("ok", "git", "user.name and user.email are set")
@@ -145,7 +145,8 @@ def git_identity() -> Finding:
 def memory(needed_gib: float) -> Finding:
     available_gib = available_bytes() / GIB
     if available_gib < needed_gib:
-        return Finding("problem", "memory", f"{available_gib:.1f} GiB free, about {needed_gib:.1f} GiB needed")
+        text = f"{available_gib:.1f} GiB free, about {needed_gib:.1f} GiB needed. Free some (free -h shows it)."
+        return Finding("problem", "memory", text)
     return Finding("ok", "memory", f"{available_gib:.1f} GiB free, {psutil.cpu_count(logical=True)} processors")
 
 

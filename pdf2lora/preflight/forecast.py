@@ -1,4 +1,4 @@
-"""A forecast of a run before it starts: sequences, steps, memory, time, disk space, and how each number is known."""
+"""A forecast of a run before it starts: sequences, steps, memory, time, disk space, and the source of each number."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ from pdf2lora.training.throughput import peak_flop_per_s
 
 BASE = Path("models/base")
 ADAPTER_BYTES_PER_PARAMETER = 4 + 4 + 2  # weight, gradient, 8-bit moments
-# Of one token, forward and backward: 2 FLOP a parameter forward, 2 through the frozen weights backward, 2 more to
-# recompute the forward pass. Not counted: attention scores, LoRA, the head's gradient.
+# Of one token: 2 FLOP per parameter in the forward pass, 2 in the backward pass through frozen weights, 2 to recompute
+# the forward pass. Attention scores, LoRA and the head's gradient are not counted.
 FLOP_PER_PARAMETER = 6
-GPU_UTILIZATION = 0.3  # of the data sheet's rate, a low guess
-CPU_GFLOP_PER_S = 10  # of one core, float32 with AVX2: the demo on two cores
+GPU_UTILIZATION = 0.3  # of the data sheet's rate; a careful guess
+CPU_GFLOP_PER_S = 10  # of one core, float32 with AVX2; measured with the demo on two cores
 
 
 @dataclass(frozen=True)
 class Estimate:
     """One number of the forecast.
 
-    source: counted in existing data, measured on this machine by the previous run, computed from other numbers,
-    estimated by a rule of thumb (which may be off by a factor of two), or unknown.
+    source: counted in existing data; measured on this machine by the previous run; computed from other numbers;
+    estimated by a rule of thumb, which can be wrong by a factor of two; or unknown.
     """
 
     quantity: str
@@ -55,7 +55,7 @@ def forecast(
 
 
 def training_sequences(params: Params, tokens: TokenCount) -> int:
-    """Of one epoch: those of the corpus and of the replay text, if there is enough of it."""
+    """Sequences of one epoch: those of the corpus and of the replay text, if there is enough replay text."""
     share = 0.0 if params.train.replay == "none" else params.train.replay_share
     return round(tokens.num_sequences(params.compute.seq_length) / (1 - share))
 
@@ -70,7 +70,7 @@ def step_estimate(previous: PreviousRun, params: Params, num_sequences: int) -> 
 
 
 def effective_batch(previous: PreviousRun, params: Params) -> int | None:
-    """train.effective_batch; for auto the choice of the last find_batch, None without one."""
+    """train.effective_batch; if it is auto, the choice of the last find_batch, or None before the first one."""
     batch = params.train.effective_batch
     return previous.batch.get("effective_batch") if batch == "auto" else batch
 
@@ -85,7 +85,7 @@ def schedule_notes(previous: PreviousRun, params: Params, num_sequences: int) ->
 
 
 def memory_estimate(previous: PreviousRun, params: Params, shape: ModelShape) -> Estimate:
-    """The peak of the last batch search if it ran with these params and this model, else the fixed part."""
+    """The peak memory of the last batch search if its params and model were the same; else base and adapter alone."""
     if previous.ran_with_same_params("find_batch") and previous.has_current_base:
         peak_gib = _measured_peak_gib(previous)
         if peak_gib is not None:

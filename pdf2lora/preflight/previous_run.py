@@ -16,18 +16,18 @@ TOKENIZER = Path("models/base/tokenizer.json")
 
 @dataclass(frozen=True)
 class PreviousRun:
-    """A number of the previous run counts only if it was measured with the params, corpus and model of now."""
+    """The files of the previous run. The methods check whether it had the current params, corpus and model."""
 
     params: Params
-    """of now"""
+    """Of the current params.yaml."""
     stages: dict[str, Any]
-    """of dvc.lock"""
+    """Of dvc.lock."""
     machine: dict[str, Any]
-    """metrics/machine.json"""
+    """metrics/machine.json."""
     batch: dict[str, Any]
-    """metrics/batch.json"""
+    """metrics/batch.json."""
     split: dict[str, Any] = field(default_factory=dict)
-    """metrics/split.json"""
+    """metrics/split.json."""
 
     @classmethod
     def read(cls, params: Params) -> "PreviousRun":
@@ -38,7 +38,7 @@ class PreviousRun:
         return cls(params, locked.get("stages", {}), *metrics)
 
     def ran_with_same_params(self, stage: str) -> bool:
-        """Whether the last run of a stage had all its params as they are in params.yaml now."""
+        """Whether the last run of a stage had the same params as params.yaml now."""
         locked = self.locked_params(stage)
         current = self.params.model_dump()
         return bool(locked) and all(_value_at(current, key) == value for key, value in locked.items())
@@ -49,7 +49,7 @@ class PreviousRun:
 
     @property
     def has_current_text(self) -> bool:
-        """Whether data/split is the text of this corpus with these params."""
+        """Whether data/split has the text of this corpus with these params."""
         return (
             self._depended_on("extract", CORPORA / self.params.corpus)
             and self.ran_with_same_params("extract")
@@ -69,7 +69,7 @@ class PreviousRun:
 
     @property
     def has_current_base(self) -> bool:
-        """Whether models/base is the base model of now."""
+        """Whether models/base was converted from the current source model."""
         return self._depended_on("convert", SOURCE_MODELS / self.params.model)
 
     @property

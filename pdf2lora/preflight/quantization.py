@@ -1,4 +1,4 @@
-"""Whether this machine reads back 4-bit weights correctly."""
+"""Checks that this machine reads 4-bit weights back correctly."""
 
 from pdf2lora.errors import InputError
 from pdf2lora.params import Params
@@ -9,9 +9,9 @@ BLOCK_SIZE = 64  # weights that share a scale in 4 bits; only other widths can f
 
 
 def four_bit_weights(params: Params, shape: ModelShape, *, has_gpu: bool) -> list[Finding]:
-    """The check that the stages make of the model's widths; no finding if it cannot fail.
+    """Checks the model's widths as the stages do. Returns no finding if the check cannot fail.
 
-    It imports torch, which takes about five seconds.
+    Imports torch, which takes about five seconds.
     """
     widths = {num_inputs for num_inputs, _ in shape.layers.values()}
     if has_gpu or params.quantization.bits != 4 or all(width % BLOCK_SIZE == 0 for width in widths):

@@ -55,7 +55,7 @@ def inspect_for(params: Params) -> HuggingFaceFiles | ModelArgs:
 
 
 def _require_same_quantization(params: Params, files: HuggingFaceFiles) -> None:
-    """A model that is stored in 4 bits keeps its quantization: the settings must say the same."""
+    """A model that is stored in 4 bits keeps its quantization, so the settings must be the same."""
     stored = files.config["quantization_config"]
     settings = {
         "bits": 4,
@@ -66,8 +66,8 @@ def _require_same_quantization(params: Params, files: HuggingFaceFiles) -> None:
         current = getattr(params.quantization, key)
         if current != value:
             raise InputError(
-                f"quantization.{key}: {current} in params.yaml, but the source model {params.model} is stored with "
-                f"{value}. Set it to {value}, or use the unquantized model."
+                f"quantization.{key} is {current}, but the source model {params.model} is stored with {value}. "
+                f"Set it to {value}, or use the unquantized model."
             )
 
 

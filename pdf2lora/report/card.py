@@ -12,8 +12,8 @@ def render_card(
 ) -> str:
     """A model card with the front matter of the Hugging Face hub.
 
-    merged: the test metrics of the merged model, if it is there; is_merged: writes the card of the merged model instead
-    of the adapter's.
+    merged: the test metrics of the merged model, if it exists.
+    is_merged: writes the card of the merged model, not of the adapter.
     """
     card = environment().get_template("model_card.md.jinja")
     return card.render(r=results, params=params, merged=merged, is_merged=is_merged)

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from pdf2lora.report.results import Curve
 from pdf2lora.report.style import LIGHT, axes
 
-NUM_DOCUMENTS = 12  # in the figure of documents: the best and the worst ones
+NUM_DOCUMENTS = 12  # best and worst documents in the figure of documents
 MAX_BUDGETS = 1.15  # a memory model is drawn up to this multiple of the budget
 LINE_COLOURS = (LIGHT["adapted"], LIGHT["base"], LIGHT["validation"], LIGHT["train"], LIGHT["ink"])
 
@@ -18,7 +18,7 @@ Figures = dict[str, Figure]
 
 
 def over_steps(title: str, y_label: str, curves: Mapping[str, Curve], kept_step: int | None = None) -> Figure:
-    """A line for each curve over the optimizer steps; validation has a mark for each point.
+    """Draws each curve as a line over the optimizer steps. The validation curve has a mark at each point.
 
     kept_step: the step whose adapter train kept, as a vertical line.
     """
@@ -35,7 +35,7 @@ def over_steps(title: str, y_label: str, curves: Mapping[str, Curve], kept_step:
 
 
 def batch_memory(probes: Sequence[dict[str, Any]], models: Mapping[str, dict[str, float]], budget_gib: float) -> Figure:
-    """Peak memory of each probe over its batch, the fitted memory models, the budget."""
+    """Draws the peak memory of each probe over its batch, the memory models and the budget."""
     with axes("Memory of a training step", "sequences in the batch", "peak GiB") as (figure, area):
         names = list(dict.fromkeys(_checkpointing(probe) for probe in probes))
         for name, colour in zip(names, cycle(LINE_COLOURS), strict=False):
@@ -71,7 +71,7 @@ def batch_memory(probes: Sequence[dict[str, Any]], models: Mapping[str, dict[str
 
 
 def batch_bounds(probes: Sequence[dict[str, Any]], gradient_checkpointing: str) -> Figure:
-    """The probes with this gradient_checkpointing in their order, and the bounds of the answer after each probe."""
+    """Draws the probes with this gradient_checkpointing in their order, and the bounds of the search after each."""
     probes = [probe for probe in probes if _checkpointing(probe) == gradient_checkpointing]
     ceiling = max(probe["batch"] for probe in probes) + 1
     low, high, lows, highs = 0, ceiling, [], []
@@ -99,7 +99,7 @@ def batch_bounds(probes: Sequence[dict[str, Any]], gradient_checkpointing: str) 
 
 
 def perplexities(title: str, metrics: Mapping[str, Any]) -> Figure:
-    """The perplexity of each model with its 95% interval."""
+    """Draws the perplexity of each model with its 95% interval."""
     models = {"adapted": "adapted", "base": "base", "base_unquantized": "unquantized base"}
     rows = [(name, label) for name, label in models.items() if name in metrics]
     height = 0.9 + 0.4 * len(rows)
@@ -121,14 +121,14 @@ def perplexities(title: str, metrics: Mapping[str, Any]) -> Figure:
 
 
 def documents(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Base and adapted perplexity of each test document, lowest first; of many documents the best and the worst."""
+    """Draws base and adapted perplexity of each test document, or only of the best and the worst ones."""
     rows = sorted(rows, key=lambda row: row["adapted_perplexity"])
     title = "Each test document"
     if len(rows) > 2 * NUM_DOCUMENTS:
         rows = [*rows[:NUM_DOCUMENTS], *rows[-NUM_DOCUMENTS:]]
         title = f"The {NUM_DOCUMENTS} best and the {NUM_DOCUMENTS} worst test documents"
     with axes("", "perplexity, base to adapted", "", height=1.4 + 0.3 * len(rows)) as (figure, area):
-        figure.suptitle(title, x=0.02, ha="left")  # above the names: they leave little width for a title of the axes
+        figure.suptitle(title, x=0.02, ha="left")  # the names leave too little width for a title of the axes
         for line, row in enumerate(rows):
             ends = row["base_perplexity"], row["adapted_perplexity"]
             area.plot(ends, (line, line), color=LIGHT["grid"], linewidth=3, solid_capstyle="round", zorder=1)
@@ -144,7 +144,7 @@ def documents(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def improvement(rows: Sequence[dict[str, Any]], metrics: Mapping[str, Any]) -> Figure:
-    """Histogram of the improvement by document, with the improvement over all documents and its interval."""
+    """Draws a histogram of the improvement by document, and the improvement over all documents with its interval."""
     with axes("Improvement by document", "improvement", "documents") as (figure, area):
         area.hist([row["improvement"] for row in rows], bins=20, color=LIGHT["adapted"], alpha=0.7)
         total = metrics["improvement"]
@@ -158,7 +158,7 @@ def improvement(rows: Sequence[dict[str, Any]], metrics: Mapping[str, Any]) -> F
 
 
 def over_time(title: str, y_label: str, curves: Mapping[str, Curve]) -> Figure:
-    """A line for each curve over the seconds of a stage."""
+    """Draws each curve as a line over the seconds of a stage."""
     with axes(title, "seconds", y_label, height=2.6) as (figure, area):
         for colour, (name, (seconds, values)) in zip(cycle(LINE_COLOURS), curves.items(), strict=False):
             area.plot(seconds, values, label=name, color=colour, linewidth=1.2)
@@ -169,7 +169,7 @@ def over_time(title: str, y_label: str, curves: Mapping[str, Curve]) -> Figure:
 
 
 def shortened(name: str, length: int = 30) -> str:
-    """A document's path, shortened: first its folders go, then the middle of its name."""
+    """Shortens a document's path: removes first its folders, then the middle of its name."""
     name = name.removesuffix(".pdf")
     while len(name) > length and "/" in name:
         name = name.partition("/")[2]

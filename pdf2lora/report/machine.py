@@ -1,7 +1,7 @@
 """reports/machine.html: time, throughput and memory of the stages on this machine.
 
-These numbers differ from run to run. They have a page apart from reports/index.html, which is a DVC output and so must
-have the same bytes after a repeated run.
+These numbers differ from run to run. So they are not in reports/index.html, which is a DVC output and must have the
+same bytes after a repeated run.
 """
 
 import json
@@ -47,7 +47,7 @@ class Measurements:
 
 
 def read_measurements(metrics: Path, folder: Path) -> Measurements:
-    """metrics/machine.json and the curves in metrics/machine; empty if no stage ran on this machine."""
+    """Reads metrics/machine.json and the curves in metrics/machine. Empty if no stage ran on this machine."""
     stages = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
     machine = stages.pop("machine", {})
     curves = {stage: read_columns(folder / f"{stage}.tsv") for stage in stages if (folder / f"{stage}.tsv").exists()}
@@ -58,7 +58,7 @@ def read_measurements(metrics: Path, folder: Path) -> Measurements:
 
 
 def machine_figures(curves: Mapping[str, Columns]) -> figures.Figures:
-    """Memory, GPU utilization and GPU power over the seconds of each stage."""
+    """Draws memory, GPU utilization and GPU power over the seconds of each stage."""
     drawings: figures.Figures = {}
     for stage, columns in curves.items():
         if len(columns.get("seconds", ())) < MIN_SAMPLES:

@@ -1,6 +1,6 @@
 """reports/index.html: the results of one run as one page.
 
-The page has only numbers that a repeated run gives again, so DVC keeps it with each experiment. The numbers of one
+The page has only numbers that a repeated run gives again. So DVC stores it with each experiment. The numbers of one
 machine are on another page (machine.py).
 """
 
@@ -19,7 +19,7 @@ NUM_EXTREMES = 5  # documents in the tables of the best and of the worst
 
 
 def result_figures(results: Results) -> figures.Figures:
-    """The figures of the page by name; a figure without data is left out."""
+    """Draws the figures of the page, by name. A figure without data is left out."""
     curves, batch = results.curves, results.batch
     drawings: figures.Figures = {}
     for name, title, y_label in (("loss", "Loss", "nats a token"), ("perplexity", "Perplexity", "perplexity")):
@@ -59,7 +59,7 @@ def memory_models(batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def chosen_checkpointing(batch: Mapping[str, Any]) -> str:
-    """The gradient_checkpointing of train; empty if the probes do not name theirs."""
+    """The value of gradient_checkpointing that train uses; empty if the probes have no such entry."""
     return str(batch["gradient_checkpointing"]) if "gradient_checkpointing" in batch["probes"][0] else ""
 
 

@@ -16,12 +16,12 @@ Curve = tuple[list[float], list[float]]  # x, y
 
 PLOTS = Path("metrics/train/plots/metrics")
 MAX_LISTED = 500  # documents in the page's table
-NUM_EXAMPLES = 5  # documents that are named for each reason
+NUM_EXAMPLES = 5  # documents that the page names for each reason
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file or folder in dvc.lock. The md5 of a folder is that of its list of files and ends in .dir."""
+    """A file or folder in dvc.lock. The md5 of a folder is the md5 of its list of files, and ends in .dir."""
 
     path: str
     md5: str
@@ -40,11 +40,11 @@ class Results:
     batch: dict[str, Any]
     evaluation: dict[str, Any]
     curves: dict[str, Curve]  # train/loss, validation/loss, learning_rate, ... -> steps, values
-    kept_step: int | None  # whose adapter train kept; None if it kept the last one
+    kept_step: int | None  # train kept the adapter of this step; None if it kept the last one
     replay_share: float | None  # of the training tokens; None without replay text
     test_documents: list[dict[str, Any]]  # rows of eval_documents.csv
     documents: list[Document]  # the first MAX_LISTED of the corpus, without their text
-    split_of: dict[str, str]  # id of a kept one of them -> train, validation or test
+    split_of: dict[str, str]  # id of one of these documents -> train, validation or test
     excluded: dict[str, list[str]]  # reason -> ids of the first NUM_EXAMPLES documents
     samples: list[dict[str, Any]]
     artifacts: list[Artifact]
@@ -52,9 +52,9 @@ class Results:
 
 
 def read_results(source: Path, paths: Iterable[str]) -> Results:
-    """Reads the outputs of the stages in the current folder. The memory does not grow with the corpus.
+    """Reads the outputs of the stages in the current folder. Memory does not grow with the corpus.
 
-    source: the folder of the source model; paths: files and folders whose hashes dvc.lock gives.
+    source: the folder of the source model; paths: files and folders whose hashes are read from dvc.lock.
     """
     documents, excluded = _read_corpus(Path("data/documents.jsonl"))
     return Results(
@@ -93,7 +93,7 @@ def _read_corpus(file: Path) -> tuple[list[Document], dict[str, list[str]]]:
 
 
 def _read_splits(ids: Set[str]) -> dict[str, str]:
-    """The split of each of these documents that is kept."""
+    """Document id -> split, for those of these documents that are kept."""
     return {
         document.id: split
         for split in SPLITS
@@ -117,10 +117,9 @@ def read_columns(file: Path) -> dict[str, list[float]]:
 
 
 def read_artifacts(lock: Path, paths: Iterable[str]) -> list[Artifact]:
-    """These files and folders in dvc.lock; unknown ones are left out.
+    """Reads the entries of these files and folders in dvc.lock. Unknown ones are left out.
 
-    DVC updates the lock after each stage. So while report runs, the entry of report is that of the previous run, and is
-    not read.
+    DVC updates dvc.lock after each stage. So while report runs, its own entry is of the previous run; it is not read.
     """
     if not lock.exists():
         return []

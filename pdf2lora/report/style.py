@@ -1,7 +1,7 @@
-"""The style of the report's figures: one palette for light and dark mode, the same bytes for the same numbers.
+"""The style of the report's figures: one palette for light and dark mode. The same numbers give the same bytes.
 
-matplotlib draws with the light colours. `svg` replaces each of them by a CSS variable. The page, or the SVG file itself
-outside the page, sets the variables for light and dark mode.
+matplotlib draws with the light colours. `svg` replaces each colour by a CSS variable. The page sets these variables for
+light and dark mode; an SVG file outside the page sets them itself.
 """
 
 import re
@@ -33,7 +33,7 @@ PNG_DPI = 160
 
 _SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "pdf2lora",  # without it the ids of the SVG are random
-    "svg.fonttype": "none",  # text stays text, not outlines: small, searchable, in the page's font
+    "svg.fonttype": "none",  # text is stored as text, not as outlines: small, searchable, in the page's font
     "font.family": "DejaVu Sans",  # comes with matplotlib, so text has the same width on every machine
     "font.size": 9,
     "axes.titlesize": 10,
@@ -64,7 +64,7 @@ _SETTINGS: dict[Any, Any] = {
 
 @contextmanager
 def axes(title: str, x_label: str, y_label: str, *, height: float = 3.0) -> Iterator[tuple[Figure, Axes]]:
-    """An empty figure of the report, 4.8 inches wide and `height` inches high. Draw inside the block."""
+    """Yields an empty figure, 4.8 inches wide and `height` inches high. Draw inside the block."""
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(4.8, height))
         area = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
@@ -79,7 +79,7 @@ def svg(figure: Figure) -> str:
     text = output.getvalue().decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # the ids of groups are numbers, which would repeat in the next figure of the page
+    # Removes the ids of groups: they are numbers, which would repeat in the next figure of the page.
     text = re.sub(r'(<g|<svg\b[^>]*?) id="[\w.]+"', r"\1", text).replace("*{stroke", "svg *{stroke")
     text = text.replace("'DejaVu Sans'", "inherit").replace("font: 9px inherit", "font-size: 9px")
     for role, light in LIGHT.items():

@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 def environment() -> Environment:
-    """The templates of this folder. HTML is escaped; an unknown name is an error."""
+    """The templates of this folder. HTML is escaped. An unknown variable is an error."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: name is not None and ".html" in name,
@@ -39,14 +39,14 @@ def interval(metrics: Mapping[str, Any], as_percent: bool = False) -> str:
 
 
 def number(value: float | int | None, digits: int = 2) -> str:
-    """With thousands separators; `digits` after the decimal point of a float, a dash for None and nan."""
+    """Formats a number with thousands separators; a float with `digits` decimals; None and nan as a dash."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
 def setting(value: Any) -> str:
-    """A value as in params.yaml: true for True, 30 for 30.0, a list without brackets."""
+    """Formats a value as in params.yaml: true for True, 30 for 30.0, a list without brackets."""
     if isinstance(value, list):
         return ", ".join(map(setting, value))
     return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")

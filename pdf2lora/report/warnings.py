@@ -1,4 +1,4 @@
-"""Warnings of the report: small and odd runs, whose numbers mislead without a word of explanation."""
+"""Warnings of the report about runs whose numbers can mislead, for example small ones."""
 
 from pdf2lora.params import Params
 from pdf2lora.report.results import Results
@@ -10,14 +10,14 @@ FEW_STEPS = 10
 
 
 def run_warnings(results: Results, params: Params) -> list[str]:
-    """Plain sentences with the numbers; an ordinary run has none."""
+    """One sentence for each problem, with numbers. An ordinary run has none."""
     evaluation, warnings = results.evaluation, []
     if "interval_note" in evaluation:
         note = evaluation["interval_note"]
         warnings.append(f"{note[0].upper()}{note[1:]}. Add documents or raise split.test_fraction.")
     improvement = evaluation["improvement"]
     if improvement["low_95"] is not None and improvement["low_95"] <= 0 <= improvement["high_95"]:
-        warnings.append("The interval of the improvement includes zero: these documents do not show an improvement.")
+        warnings.append("The interval of the improvement contains zero: these documents do not show an improvement.")
     elif improvement["share"] < 0:
         warnings.append("The adapter makes the model worse on the test documents.")
     if evaluation.get("quantization_cost", {}).get("share", 0) > HIGH_COST:

@@ -1,4 +1,4 @@
-"""The processes that compute one job together, by accelerate: their number, their devices and their collectives."""
+"""The processes that compute one job together, through accelerate: number, devices and collectives."""
 
 import hashlib
 import logging
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pdf2lora.runtime.launcher import PeerLost
 
-TIMEOUT = timedelta(minutes=5)  # of a collective; a process that ends or freezes is found earlier by the launcher
+TIMEOUT = timedelta(minutes=5)  # of a collective; the launcher notices earlier if a process ends or hangs
 
 
 class Processes:
-    """All processes of the job; with one process every collective returns its argument."""
+    """All processes of the job. With one process, each collective returns its argument."""
 
     def __init__(self) -> None:
         on_gpu = torch.cuda.is_available()
@@ -33,7 +33,7 @@ class Processes:
 
     @classmethod
     def alone(cls, device: torch.device) -> "Processes":
-        """This process by itself, also inside a job of several: no collective waits for another one."""
+        """A job of this process only, even inside a job of several: no collective waits for another process."""
         alone = cls.__new__(cls)
         alone.index, alone.count, alone.device, alone.is_first_of_node = 0, 1, device, True
         return alone
@@ -44,7 +44,7 @@ class Processes:
         return self.index == 0
 
     def leave_output_to_main(self) -> None:
-        """Turns off log lines and warnings in the processes that would repeat those of the main one."""
+        """Turns off log lines and warnings in all processes but the main one, which prints the same."""
         if not self.is_main:
             logging.disable()
             warnings.simplefilter("ignore")
@@ -70,10 +70,10 @@ class Processes:
             return broadcast_object_list([value])[0]
 
     def require_equal(self, tensor: Tensor, name: str) -> None:
-        """Compares a tensor's bytes over the processes.
+        """Checks that a tensor has the same bytes in all processes.
 
         Raises:
-            RuntimeError: they differ.
+            RuntimeError: the bytes differ.
         """
         if self.count == 1:
             return

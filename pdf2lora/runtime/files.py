@@ -74,7 +74,7 @@ def _is_running(pid: int) -> bool:
 
 @contextmanager
 def _add_filename(path: Path) -> Iterator[None]:
-    """Adds the path to an OSError without one. A failed write to an open file (full disk, file size limit) has none."""
+    """Adds the path to an OSError without a path, such as a failed write to an open file (full disk, size limit)."""
     try:
         yield
     except OSError as error:

@@ -8,7 +8,7 @@ CGROUP = Path("/sys/fs/cgroup")  # of a container, version 2
 
 
 def available_bytes() -> int:
-    """Of the machine, or of the container if its limit leaves less."""
+    """Available memory of the machine, or of the container if its limit is lower."""
     available = int(psutil.virtual_memory().available)
     try:
         limit = (CGROUP / "memory.max").read_text().strip()

@@ -1,4 +1,4 @@
-"""The inputs of a stage or command that is started by hand, before the stages that write them."""
+"""Checks the inputs of a stage or command, for a user who starts it before the stages that write them."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ from pdf2lora.runtime.scratch import pipeline_stages
 
 
 def require_inputs_of(stage: str) -> None:
-    """Checks the dependencies of a stage in dvc.yaml that other stages write.
+    """Checks that the dependencies of a stage exist, as far as other stages write them.
 
     Raises:
-        InputError: one does not exist.
+        InputError: a dependency does not exist.
     """
     stages = pipeline_stages()
     require_inputs(*(Path(dep) for dep in stages[stage]["deps"] if _writer(dep, stages)))
@@ -28,7 +28,7 @@ def require_inputs(*paths: Path) -> None:
 
 
 def _writer(path: str, stages: dict[str, Any]) -> str | None:
-    """The stage that writes a file or folder, or the folder around it; None for code and data of the user."""
+    """The stage that writes this path or a folder that contains it; None for code and for data of the user."""
     for name, stage in stages.items():
         entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, ())]
         outputs = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class ResourceMonitor:
-    """Samples memory and GPU sensors every SAMPLE_S seconds in a thread, from `start` to `stop`."""
+    """Samples memory and GPU sensors every SAMPLE_S seconds in a thread, from start() to stop()."""
 
     def __init__(self) -> None:
         self.gpu = this_gpu()  # in this thread, because it imports torch
@@ -42,7 +42,7 @@ class ResourceMonitor:
 
     @property
     def seconds(self) -> float:
-        """Since the monitor was created."""
+        """Seconds since the monitor was created."""
         return time.monotonic() - self.started
 
     def start(self) -> None:
@@ -61,7 +61,7 @@ class ResourceMonitor:
         }
 
     def to_tsv(self) -> str:
-        """One row per sample; a column per quantity; an empty cell if a sensor did not answer."""
+        """One row per sample, one column per quantity. A cell is empty if its sensor did not answer."""
         columns = self._columns()
         rows = [columns, *([str(sample.get(name, "")) for name in columns] for sample in self.samples)]
         return "\n".join("\t".join(row) for row in rows) + "\n"

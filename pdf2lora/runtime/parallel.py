@@ -1,4 +1,4 @@
-"""A function for each of many items, on all cores, with bounded memory."""
+"""Applies a function to many items on all cores, with bounded memory."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from pdf2lora.errors import InputError
 
-ITEMS_PER_WORKER = 3  # that wait or are worked on
+ITEMS_PER_WORKER = 3  # items that wait or are in work
 
 MAX_BATCH_CHARACTERS = 1_000_000
 
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """One process per core. They start when `map` first has two items, because the start takes half a second."""
+    """One process per core. They start when map() has at least two items, because the start takes half a second."""
 
     def __init__(self) -> None:
         self.pool: ProcessPoolExecutor | None = None
@@ -33,10 +33,9 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Yields function(item) for each item, in their order. Reads only so many items ahead as keep the workers busy.
+        """Yields function(item) for each item, in their order. Reads only a few items ahead, to keep the workers busy.
 
-        Args:
-            function: of a module, because the workers import it.
+        function: a function of a module, because the workers import it.
 
         Raises:
             InputError: a worker was killed.
@@ -64,7 +63,7 @@ class Workers:
 
 
 def batches(texts: Iterable[str], max_characters: int = MAX_BATCH_CHARACTERS) -> Iterator[list[str]]:
-    """Cuts texts into batches with so many characters. A longer text is a batch."""
+    """Groups texts into batches of at most max_characters. A longer text is a batch of its own."""
     batch: list[str] = []
     num_characters = 0
     for text in texts:
@@ -78,5 +77,5 @@ def batches(texts: Iterable[str], max_characters: int = MAX_BATCH_CHARACTERS) ->
 
 
 def num_cores() -> int:
-    """The number of cores that this process may use; the machine can have more."""
+    """The number of cores that this process may use. The machine may have more."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -29,7 +29,7 @@ def require_host_memory(num_bytes: int, purpose: str) -> None:
 
 
 def shared_pinned_memory(num_bytes: int, fill: Callable[[Tensor], None], processes: Processes, purpose: str) -> Tensor:
-    """num_bytes bytes, (num_bytes,), uint8. The first process of each node allocates and fills them; all map them.
+    """Returns shared memory, (num_bytes,), uint8. The first process of each node allocates and fills it; all map it.
 
     purpose: of the memory, for error messages.
 

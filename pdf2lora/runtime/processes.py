@@ -1,4 +1,4 @@
-"""The life of a stage's process: it ends when its dvc ends, and no two runs of a stage overlap.
+"""Start and end of a stage's process: it ends when its dvc ends, and no two runs of a stage overlap.
 
 kill -9 on dvc, or on a shell between dvc and the stage, kills only that process. The stage would continue as an orphan
 and write its outputs while the next `dvc repro` runs the same stage. Therefore every stage watches its ancestors and
@@ -52,7 +52,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def single_instance(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorates a stage's `main`: in one working copy, one process at a time runs it.
+    """Decorates a stage's `main`: in one working copy, only one process at a time runs it.
 
     Raises:
         InputError: another process did not end within LOCK_TIMEOUT_S.

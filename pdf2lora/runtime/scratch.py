@@ -1,4 +1,4 @@
-""".scratch/: caches and checkpoints, in one folder per fingerprint of their inputs. In neither git nor DVC's cache."""
+""".scratch/: caches and checkpoints, in a folder for each fingerprint of their inputs. Not in git or DVC's cache."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ def project_root() -> Path:
 
 
 def fingerprint(*inputs: object) -> str:
-    """16 hex digits that change with any input: with the bytes of a file or folder (Path), else with the repr."""
+    """16 hex digits that change with every input: with the bytes of a file or folder (a Path), or with the repr."""
     digest = hashlib.sha256()
     for value in inputs:
         if isinstance(value, Path):
@@ -30,7 +30,7 @@ def fingerprint(*inputs: object) -> str:
 
 
 def scratch_folder(stage: str, key: str) -> Path:
-    """Makes `.scratch/<stage>/<key>`. The stage can make the content again at any time."""
+    """Makes the folder .scratch/<stage>/<key>. Its content can be deleted: the stage can make it again."""
     folder = project_root() / ".scratch" / stage / key
     folder.mkdir(parents=True, exist_ok=True)
     return folder

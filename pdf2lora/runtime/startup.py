@@ -1,4 +1,4 @@
-"""The settings of a process that must exist before torch is imported, and the report of a missing package."""
+"""Process settings that must exist before torch is imported, and the error line for a missing package."""
 
 import os
 import sys
@@ -7,24 +7,24 @@ from types import TracebackType
 
 
 def prepare_process() -> None:
-    """Sets environment variables for torch, MKL, CUDA and the Hugging Face libraries. Values of the user win."""
-    # Waiting threads sleep instead of spinning. Spinning threads of several processes slow each other down threefold
-    # (a training of one minute took ten); sleeping costs a few percent on an idle machine.
+    """Sets environment variables for torch, MKL, CUDA and the Hugging Face libraries. Keeps values of the user."""
+    # Waiting threads sleep; they do not spin. Spinning threads of several processes slow each other down (a training of
+    # one minute took ten). Sleeping costs a few percent on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    # CPU: MKL sums each product in one order for any number of threads. With AVX512 it does not do so by default.
-    # It costs 5 to 10% of the demo's tokens/s. The instruction set is named, because MKL's own choice (AUTO) can be
-    # the slowest one on processors of other vendors than Intel.
+    # CPU: MKL sums each product in the same order for any number of threads. By default it does not, with AVX512. This
+    # costs 5 to 10% of the demo's tokens/s. The instruction set is set explicitly, because MKL's own choice (AUTO) can
+    # be the slowest one on processors that are not from Intel.
     if instructions := _widest_instructions():
         os.environ.setdefault("MKL_CBWR", f"{instructions},STRICT")
 
-    # All files are local: no library asks the Hugging Face hub.
+    # All files are local, so no library needs the Hugging Face hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    # bitsandbytes calls torch.compile when it is imported, which imports the compiler. Nothing here is compiled.
+    # bitsandbytes calls torch.compile at import, which imports the compiler. This project compiles nothing with it.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-    # GPU: segments of memory that grow leave no fragments; with these workspaces cuBLAS sums in one order.
+    # GPU: expandable segments avoid fragmentation. With these workspaces cuBLAS sums in a fixed order.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -32,7 +32,7 @@ def prepare_process() -> None:
 
 
 def _widest_instructions() -> str:
-    """This processor's widest vector instructions under MKL's name; "" if unknown."""
+    """MKL's name of this processor's widest vector instructions; empty if unknown."""
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         flags = next((line for line in lines if line.startswith("flags")), "").split()
         return "AVX512" if "avx512f" in flags else "AVX2" if "avx2" in flags else ""
@@ -43,6 +43,6 @@ def _report_missing_package(kind: type[BaseException], error: BaseException, tra
     """Prints one line for a missing package, because the user can install it; other errors keep their traceback."""
     package = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if package and package not in ("pdf2lora", "stages"):
-        print(f"error: {package} is not installed; run make setup, or pip install -r requirements.txt", file=sys.stderr)
+        print(f"error: {package} is not installed. Run make setup, or pip install -r requirements.txt", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
