@@ -3,9 +3,9 @@
     python -m benchmarks.documents <results.json> [<number of documents> ...]
 
 Writes data/documents.jsonl of a project in a temporary folder (--folder chooses its place; 20,000 documents need 5 GB)
-and runs the stages there, each in a new process; split again with one document more. The documents are random phrases,
-48,000 characters each; each twentieth one is an edited copy of the one before. `read` opens the tokens as find_batch,
-train and evaluate do, and reads each of them once in a random order.
+and runs the stages there, each in a new process; split and tokenize again with one document more. The documents are
+random phrases, 48,000 characters each; each twentieth one is an edited copy of the one before. `read` opens the tokens
+as find_batch, train and evaluate do, and reads each of them once in a random order.
 
 Needs the demo's outputs (make repro) for the base model and the report.
 """
@@ -85,13 +85,13 @@ def measure(project: Path, size: int, split_only: bool) -> Iterator[tuple[str, d
     """Yields the numbers of each stage on a corpus of this size."""
     write_project(project)
     texts = synthetic_texts()
-    append_documents(project, islice(texts, size))
-    yield "split", run(project, "-m", "stages.split")
-    append_documents(project, islice(texts, 1))
-    yield "split, one document more", run(project, "-m", "stages.split")
+    stages = ("split",) if split_only else ("split", "tokenize")
+    for num_texts, suffix in ((size, ""), (1, ", one document more")):
+        append_documents(project, islice(texts, num_texts))
+        for stage in stages:
+            yield stage + suffix, run(project, "-m", f"stages.{stage}")
     if split_only:
         return
-    yield "tokenize", run(project, "-m", "stages.tokenize")
     yield "read", run(project, "-c", READ)
     write_results(project)
     numbers = run(project, "-m", "stages.report")

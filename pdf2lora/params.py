@@ -100,8 +100,9 @@ class Cluster(Section):
     """Where the work runs. No stage depends on this section: it changes the time, not the results."""
 
     scheduler: Annotated[str, Field(pattern=r"^(local|[a-z]+://\S+|\S+\.json)$")]
-    """local: extract uses the cores of this machine. Otherwise the address of a Dask scheduler (tcp://host:8786) or
-    the file that it writes (--scheduler-file), which ends in .json."""
+    """local: the cores of this machine. Otherwise the address of a Dask scheduler (tcp://host:8786) or the file that it
+    writes (--scheduler-file), which ends in .json. Its workers read PDFs (extract), sketch texts (split) and encode
+    texts (tokenize)."""
     corpus: Annotated[str, Field(min_length=1)]
     """Where the Dask workers find the corpus: a folder, or an address that fsspec knows (s3://bucket/folder). none: the
     folder has the same path on all machines."""

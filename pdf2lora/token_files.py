@@ -4,8 +4,9 @@
 <split>_documents.npy  (num_documents, 2) int64: begin and end of each document's tokens in this array
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +17,8 @@ from pdf2lora.runtime.parallel import batches
 from pdf2lora.tokens import Encoder, Sequences, Tokens, Window, windows
 
 MAX_BATCH_CHARACTERS = 4_000_000  # of texts that are encoded together
+
+EncodeBatches = Callable[[Callable[[list[str]], list[Tokens]], Iterable[list[str]]], Iterator[list[Tokens]]]
 
 
 @dataclass(frozen=True)
@@ -46,23 +49,37 @@ class TokenFile:
         return windows(self.documents(), bos=int(start), seq_length=seq_length, stride=stride)
 
 
-def write_tokens(folder: Path, split: str, texts: Iterable[str], encoder: Encoder) -> dict[str, int]:
-    """Writes the files of one split. The memory does not grow with the number of texts.
+def encode_texts(encoder: Encoder, texts: Iterable[str], run: EncodeBatches = map) -> Iterator[Tokens]:
+    """The tokens of each text, int32. Reads one batch of texts at a time.
+
+    run: like `map`, for a function and batches of texts; it can compute on other machines.
+    """
+    for batch in run(partial(_encode_batch, encoder), batches(texts, MAX_BATCH_CHARACTERS)):
+        yield from batch
+
+
+def _encode_batch(encoder: Encoder, texts: Sequence[str]) -> list[Tokens]:
+    return [tokens.astype("<i4") for tokens in encoder.encode(texts)]
+
+
+def write_tokens(folder: Path, split: str, documents: Iterable[Tokens], encoder: Encoder) -> dict[str, int]:
+    """Writes the files of one split. The memory does not grow with the number of tokens.
+
+    documents: the int32 tokens of each document.
 
     Returns the numbers of documents and tokens, without bos and eos.
     """
     tokens_file, documents_file = _files(folder, split)
-    before = np.array([] if encoder.bos is None else [encoder.bos], dtype=np.int32)
-    after = np.array([encoder.eos], dtype=np.int32)
+    before = np.array([] if encoder.bos is None else [encoder.bos], dtype="<i4")
+    after = np.array([encoder.eos], dtype="<i4")
     bounds, length = [], 0
     with tokens_file.open("wb") as out:
         _write_header(out, 0)
-        for batch in batches(texts, MAX_BATCH_CHARACTERS):
-            for tokens in encoder.encode(batch):
-                begin = length + len(before)
-                bounds.append((begin, begin + len(tokens)))
-                length = begin + len(tokens) + len(after)
-                out.write(np.concatenate([before, tokens, after]).astype("<i4", copy=False).tobytes())
+        for tokens in documents:
+            begin = length + len(before)
+            bounds.append((begin, begin + len(tokens)))
+            length = begin + len(tokens) + len(after)
+            out.write(np.concatenate([before, tokens, after]).tobytes())
         out.seek(0)
         _write_header(out, length)
     np.save(documents_file, np.array(bounds, dtype="<i8").reshape(-1, 2))

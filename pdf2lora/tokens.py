@@ -33,14 +33,22 @@ class Encoder:
     def load(cls, base: Path) -> "Encoder":
         """Reads tokenizer.json and config.json of a Hugging Face folder."""
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-        tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-        tokenizer.encode_special_tokens = True  # "<|end_of_text|>" in a document is plain text
         eos = config["eos_token_id"]
-        return cls(
-            tokenizer=tokenizer,
-            bos=config["bos_token_id"],
-            eos=eos[0] if isinstance(eos, list) else eos,  # chat models also have an end-of-turn token
+        return cls.from_json(
+            (base / "tokenizer.json").read_text(encoding="utf-8"),
+            config["bos_token_id"],
+            eos[0] if isinstance(eos, list) else eos,  # chat models also have an end-of-turn token
         )
+
+    @classmethod
+    def from_json(cls, tokenizer_json: str, bos: int | None, eos: int) -> "Encoder":
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+        tokenizer.encode_special_tokens = True  # "<|end_of_text|>" in a document is plain text
+        return cls(tokenizer, bos, eos)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the encoder for another machine. A pickled Tokenizer would lose encode_special_tokens."""
+        return Encoder.from_json, (self.tokenizer.to_str(), self.bos, self.eos)
 
     @property
     def start(self) -> int:

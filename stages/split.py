@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -9,10 +10,11 @@ from tqdm import tqdm
 from pdf2lora.documents.leakage import leakage
 from pdf2lora.documents.near_duplicates import near_duplicate_groups
 from pdf2lora.documents.records import copy_documents, read_documents, read_with_offsets
-from pdf2lora.documents.sketches import sketch_texts
+from pdf2lora.documents.sketches import SketchBatches, sketch_texts
 from pdf2lora.documents.splitting import split
 from pdf2lora.errors import report_input_errors
 from pdf2lora.params import read_params
+from pdf2lora.runtime.cluster import map_on_cluster
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.parallel import Workers
@@ -28,7 +30,7 @@ METRICS = Path("metrics/split.json")
 @single_instance
 def main() -> None:
     began = time.monotonic()
-    params = read_params().split
+    params = read_params()
     require_inputs_of("split")
     scratch = scratch_folder("split", fingerprint(*stage_code("split")))
     offsets: list[int] = []
@@ -43,13 +45,16 @@ def main() -> None:
                 yield document.text
 
     with Workers() as workers:
-        sketches, num_new = sketch_texts(usable_texts(), scratch / "sketches.npy", workers)
+        run: SketchBatches = workers.map
+        if params.cluster.scheduler != "local":
+            run = partial(map_on_cluster, params.cluster.scheduler, "split", ("numpy",))
+        sketches, num_new = sketch_texts(usable_texts(), scratch / "sketches.npy", run)
         splits = split(
             [sha256.decode() for sha256 in sketches["text_sha256"].tolist()],
-            near_duplicate_groups(sketches["sketch"], params.near_duplicate_similarity),
-            test_fraction=params.test_fraction,
-            validation_fraction=params.validation_fraction,
-            seed=params.seed,
+            near_duplicate_groups(sketches["sketch"], params.split.near_duplicate_similarity),
+            test_fraction=params.split.test_fraction,
+            validation_fraction=params.split.validation_fraction,
+            seed=params.split.seed,
         )
         metrics: dict[str, object] = {
             name: {

@@ -5,6 +5,9 @@ windows are views of these files.
 """
 
 import time
+from collections.abc import Iterable
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,12 +18,14 @@ from pdf2lora.documents.replay import read_replay, require_unseen
 from pdf2lora.errors import report_input_errors
 from pdf2lora.evaluation.general import read_general
 from pdf2lora.params import read_params
+from pdf2lora.runtime.cluster import map_on_cluster
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.parallel import Workers
 from pdf2lora.runtime.processes import single_instance
-from pdf2lora.runtime.scratch import fingerprint, scratch_folder
-from pdf2lora.token_files import write_tokens
+from pdf2lora.runtime.scratch import fingerprint, scratch_folder, stage_code
+from pdf2lora.token_cache import TokenCache
+from pdf2lora.token_files import EncodeBatches, encode_texts, write_tokens
 from pdf2lora.tokens import Encoder
 
 BASE = Path("models/base")
@@ -28,30 +33,42 @@ SPLITS = Path("data/split")
 REPLAY = Path("data/replay")
 TOKENS = Path("data/tokens")
 METRICS = Path("metrics/tokenize.json")
+PACKAGES = ("tokenizers",)  # another version can give other tokens
 
 
 @report_input_errors
 @single_instance
 def main() -> None:
     began = time.monotonic()
-    replay = read_params().train.replay
+    params = read_params()
+    replay = params.train.replay
     require_inputs_of("tokenize")
     encoder = Encoder.load(BASE)
+    run: EncodeBatches = map  # the tokenizer uses all cores by itself
+    if params.cluster.scheduler != "local":
+        run = partial(map_on_cluster, params.cluster.scheduler, "tokenize", PACKAGES)
+    key = fingerprint(BASE / "tokenizer.json", *stage_code("tokenize"), *map(version, PACKAGES))
+    cache = TokenCache(scratch_folder("tokenize", "last_run"), key)
+
+    def write(folder: Path, name: str, texts: Iterable[str]) -> dict[str, int]:
+        documents = cache.encode(name, texts, lambda new: encode_texts(encoder, new, run))
+        return write_tokens(folder, name, documents, encoder)
+
     counts = {}
     with atomic_directory(TOKENS) as folder:
         for name in NAMES:
             documents = read_documents(SPLITS / f"{name}.jsonl")
             progress = tqdm(documents, desc=f"tokenize {name}", unit="document", disable=None)
-            counts[name] = write_tokens(folder, name, (document.text for document in progress), encoder)
+            counts[name] = write(folder, name, (document.text for document in progress))
         if replay != "none":
             require_unseen_replay(REPLAY / replay)
-        texts = read_replay(REPLAY / replay) if replay != "none" else []
-        replay_counts = write_tokens(folder, "replay", texts, encoder)
+        replay_counts = write(folder, "replay", read_replay(REPLAY / replay) if replay != "none" else [])
+    cache.replace(TOKENS)
     if replay != "none":
         counts["replay"] = replay_counts
     write_json(METRICS, counts)
     numbers = ", ".join(f"{count['tokens']:,} {name}" for name, count in counts.items())
-    print(f"tokenize: {numbers} tokens, {time.monotonic() - began:.1f} s")
+    print(f"tokenize: {numbers} tokens; {cache.num_new:,} new texts, {time.monotonic() - began:.1f} s")
 
 
 def require_unseen_replay(folder: Path) -> None:

@@ -6,12 +6,13 @@ import random
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dask_processes import REPOSITORY, start_scheduler
 from PIL import Image
 from reportlab.lib.pdfencrypt import StandardEncryption
 from reportlab.lib.utils import ImageReader
@@ -29,7 +30,6 @@ from pdf2lora.runtime.gpus import has_cuda_driver
 if not has_cuda_driver():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 EXTRACT_SETTINGS: dict[str, Any] = {  # section `extract` of params.yaml, for small PDFs
     "engines": ["pdfium", "pypdf2"],
     "max_pages": 30,
@@ -171,6 +171,13 @@ def pdfs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "short": write_pdf(folder / "short.pdf", ["Sea level"]),
         **{name: folder / f"{name}.pdf" for name in from_bytes},
     }
+
+
+@pytest.fixture(scope="session")
+def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The file of a Dask scheduler without workers."""
+    with start_scheduler(tmp_path_factory.mktemp("dask")) as (file, _):
+        yield file
 
 
 @pytest.fixture

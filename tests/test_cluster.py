@@ -2,72 +2,31 @@
 
 import json
 import logging
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from conftest import EXTRACT_SETTINGS, REPOSITORY, prose, write_pdf
+from conftest import EXTRACT_SETTINGS, prose, write_pdf
+from dask_processes import REPOSITORY, start_scheduler, wait_until, worker
 from test_worker import slow_pdf
 
-from pdf2lora.documents import cluster
-from pdf2lora.documents.cluster import environment, extract_on_cluster
+from pdf2lora.documents import ocr, sketches
+from pdf2lora.documents.cluster import extract_on_cluster
 from pdf2lora.documents.corpus import extract_corpus
 from pdf2lora.documents.extraction import extract
 from pdf2lora.documents.records import write_documents
 from pdf2lora.documents.sources import list_corpus
 from pdf2lora.errors import InputError
+from pdf2lora.runtime import cluster
+from pdf2lora.runtime.cluster import environment, map_on_cluster
 
 pytest.importorskip("distributed", reason="needs requirements-cluster.txt")
 pytestmark = pytest.mark.timeout(300)
-ENVIRONMENT = {
-    "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "5s",  # a worker that stops is given up after this time
-    "DASK_DISTRIBUTED__WORKER__DAEMON": "False",
-    "OMP_NUM_THREADS": "1",
-}
-
-
-@contextmanager
-def dask(kind: str, scheduler_file: Path, *options: str, folder: Path = REPOSITORY, **changes: str) -> Iterator[Any]:
-    """A scheduler or a worker, started as a user would start it."""
-    command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", "--scheduler-file", str(scheduler_file)]
-    environ = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(folder), **changes}
-    process = subprocess.Popen([*command, *options], cwd=folder, env=environ, stderr=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-            child.kill()
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    file = tmp_path_factory.mktemp("dask") / "scheduler.json"
-    with dask("scheduler", file, "--port", "0", "--no-dashboard", "--host", "127.0.0.1"):
-        wait_until(file.exists)
-        yield file
-
-
-def worker(scheduler: Path, *options: str, **changes: Any) -> Any:
-    return dask("worker", scheduler, "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1", *options, **changes)
-
-
-def wait_until(condition: Any, timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def write_corpus(folder: Path, number: int) -> Path:
@@ -142,17 +101,25 @@ def test_another_version_of_the_code_or_of_a_package_is_refused(
     for name in ("pdf2lora", "stages"):
         shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "dvc.yaml", checkout)
-    with (checkout / "pdf2lora/documents/cleaning.py").open("a") as code:
-        code.write("# another version\n")
+    for name in ("cleaning", "sketches"):
+        (checkout / f"pdf2lora/documents/{name}.py").write_text("raise RuntimeError('another version')")
     with worker(scheduler, folder=checkout):
         message = error_of_run(scheduler, tmp_path)
+        with pytest.raises(InputError, match=r"the code is \w+, but \w+ on this machine"):
+            list(map_on_cluster(str(scheduler), "split", (), sketches._sketch_batch, [["a text"]]))
     assert message.startswith("the Dask worker tcp://127.0.0.1:")
     assert ": the code is " in message
-    same = environment(True)
-    for name, value in (("pypdfium2", "0.1"), ("OCR", "rapidocr 99")):
-        monkeypatch.setattr(cluster, "environment", lambda has_ocr, n=name, v=value: {**same, n: v})
-        with worker(scheduler):
-            assert f": {name} is {same[name]}, but {value} on this machine" in error_of_run(scheduler, tmp_path)
+    monkeypatch.setattr(ocr, "installed_version", lambda: "rapidocr 99")
+    monkeypatch.setitem(EXTRACT_SETTINGS, "ocr", "rapidocr")
+    with worker(scheduler):
+        for name, value in (("pypdfium2", "0.1"), ("rapidocr", "99")):
+
+            def changed(stage: str, packages: Any, name: str = name, value: str = value) -> dict[str, str]:
+                return {**environment(stage, packages), name: value}
+
+            same = environment("extract", (name,))[name]
+            monkeypatch.setattr(cluster, "environment", changed)
+            assert f": {name} is {same}, but {value} on this machine" in error_of_run(scheduler, tmp_path)
 
 
 def test_a_worker_that_must_not_start_processes_is_refused(scheduler: Path, tmp_path: Path) -> None:
@@ -183,8 +150,6 @@ def test_a_scheduler_without_workers_is_refused(
 
 def test_a_scheduler_that_ends_is_reported_in_one_line(tmp_path: Path) -> None:
     folder = write_corpus(tmp_path / "corpus", 10)
-    file = tmp_path / "scheduler.json"
-
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -194,14 +159,12 @@ def test_a_scheduler_that_ends_is_reported_in_one_line(tmp_path: Path) -> None:
         wait_until(lambda: list((tmp_path / "a.cache").glob("*")))
         scheduler.kill()
 
-    with dask("scheduler", file, "--port", "0", "--no-dashboard", "--host", "127.0.0.1") as scheduler:
-        wait_until(file.exists)
-        with worker(file):
-            thread = threading.Thread(target=end)
-            thread.start()
-            with pytest.raises(InputError, match=r"was lost\. Run again"):
-                documents(folder, tmp_path / "a.jsonl", partial(extract_on_cluster, str(file), "none"))
-            thread.join()
+    with start_scheduler(tmp_path) as (file, scheduler), worker(file):
+        thread = threading.Thread(target=end)
+        thread.start()
+        with pytest.raises(InputError, match=r"was lost\. Run again"):
+            documents(folder, tmp_path / "a.jsonl", partial(extract_on_cluster, str(file), "none"))
+        thread.join()
     assert not records
 
 

@@ -48,6 +48,7 @@ LAYERS = (  # from low to high: a module imports only its own layer and lower on
     "params",
     "tokens",
     "token_files",
+    "token_cache",
     "documents",
     "weights",
     "model",
@@ -242,7 +243,7 @@ def test_every_section_of_params_belongs_to_a_stage():
     assert used == set(Params.model_fields)
 
 
-def test_the_machines_of_extract_re_run_no_stage_that_makes_data():
+def test_the_cluster_re_runs_no_stage_that_makes_data():
     assert {stage for stage in STAGES if "cluster" in params_of(stage)} == {"check", "report"}
 
 

@@ -21,7 +21,7 @@ from tiny_llama import byte_tokenizer
 from pdf2lora.errors import InputError
 from pdf2lora.params import Params, read_params
 from pdf2lora.runtime.launcher import PeerLost
-from pdf2lora.token_files import write_tokens
+from pdf2lora.token_files import encode_texts, write_tokens
 from pdf2lora.tokens import Encoder
 from pdf2lora.training import probe, probe_processes
 from pdf2lora.training.batch_search import Measurement
@@ -108,7 +108,8 @@ def start(
     params = read_params(write_params())
     (tmp_path / "data/tokens").mkdir(parents=True)
     text = "x" * 2 * params.compute.seq_length
-    write_tokens(tmp_path / "data/tokens", "train", [text], Encoder(byte_tokenizer(), bos=None, eos=1))
+    encoder = Encoder(byte_tokenizer(), bos=None, eos=1)
+    write_tokens(tmp_path / "data/tokens", "train", encode_texts(encoder, [text]), encoder)
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr(probe_processes.multiprocessing, "get_context", lambda kind: fork)
     monkeypatch.setattr(probe, "Prober", FakeProber)

@@ -18,7 +18,7 @@ TEXTS = [prose(seed) for seed in range(6)]
 
 def sketch_texts(texts: Iterable[str], cache: Path) -> tuple[sketches.Rows, int]:
     with Workers() as workers:
-        return sketches.sketch_texts(texts, cache, workers)
+        return sketches.sketch_texts(texts, cache, workers.map)
 
 
 def test_a_row_has_hash_words_and_sketch_of_its_text(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny_llama import BOS, EOS, byte_tokenizer
 
 from pdf2lora import token_files
-from pdf2lora.token_files import TokenFile, write_tokens
+from pdf2lora.token_files import TokenFile, encode_texts, write_tokens
 from pdf2lora.tokens import Encoder
 
 TEXTS = ["the sea", "", "ice", "a longer text about rivers"]
@@ -21,7 +21,7 @@ def stream_of(texts, encoder):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_the_stream_has_bos_and_eos_around_each_document(tmp_path, encoder):
-    counts = write_tokens(tmp_path, "train", iter(TEXTS), encoder)
+    counts = write_tokens(tmp_path, "train", encode_texts(encoder, iter(TEXTS)), encoder)
 
     tokens = TokenFile.open(tmp_path, "train")
     assert tokens.stream.tolist() == stream_of(TEXTS, encoder)
@@ -30,14 +30,14 @@ def test_the_stream_has_bos_and_eos_around_each_document(tmp_path, encoder):
 
 
 def test_a_token_has_4_bytes_and_the_files_are_plain_arrays(tmp_path):
-    write_tokens(tmp_path, "train", ["x" * 10_000], ENCODERS[0])
+    write_tokens(tmp_path, "train", encode_texts(ENCODERS[0], ["x" * 10_000]), ENCODERS[0])
 
     assert 40_000 < (tmp_path / "train.npy").stat().st_size < 40_200
     assert np.load(tmp_path / "train.npy").dtype == np.int32
 
 
 def test_the_arrays_are_memory_mapped(tmp_path):
-    write_tokens(tmp_path, "train", TEXTS, ENCODERS[0])
+    write_tokens(tmp_path, "train", encode_texts(ENCODERS[0], TEXTS), ENCODERS[0])
     tokens = TokenFile.open(tmp_path, "train")
 
     assert tokens.stream.base is not None
@@ -47,7 +47,7 @@ def test_the_arrays_are_memory_mapped(tmp_path):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_split_without_documents(tmp_path, encoder):
-    assert write_tokens(tmp_path, "validation", [], encoder) == {"documents": 0, "tokens": 0}
+    assert write_tokens(tmp_path, "validation", encode_texts(encoder, []), encoder) == {"documents": 0, "tokens": 0}
 
     tokens = TokenFile.open(tmp_path, "validation")
     assert tokens.windows(seq_length=4, stride=2) == []
@@ -56,7 +56,7 @@ def test_a_split_without_documents(tmp_path, encoder):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_windows_start_with_the_token_before_a_document(tmp_path, encoder):
-    write_tokens(tmp_path, "test", ["sea", "ice"], encoder)
+    write_tokens(tmp_path, "test", encode_texts(encoder, ["sea", "ice"]), encoder)
 
     windows = TokenFile.open(tmp_path, "test").windows(seq_length=3, stride=3)
 
@@ -70,9 +70,9 @@ def test_windows_start_with_the_token_before_a_document(tmp_path, encoder):
 def test_the_files_do_not_depend_on_the_size_of_a_batch(tmp_path_factory, texts, limit):
     folder = tmp_path_factory.mktemp("tokens")
     with pytest.MonkeyPatch.context() as patch:
-        write_tokens(folder, "whole", texts, ENCODERS[0])
+        write_tokens(folder, "whole", encode_texts(ENCODERS[0], texts), ENCODERS[0])
         patch.setattr(token_files, "MAX_BATCH_CHARACTERS", limit)
-        write_tokens(folder, "batches", texts, ENCODERS[0])
+        write_tokens(folder, "batches", encode_texts(ENCODERS[0], texts), ENCODERS[0])
 
     for name in ("", "_documents"):
         assert (folder / f"whole{name}.npy").read_bytes() == (folder / f"batches{name}.npy").read_bytes()
@@ -92,6 +92,7 @@ def test_texts_are_read_a_batch_at_a_time(tmp_path, monkeypatch):
             events.append("read")
             yield "x" * (4 if number < 3 else 100)
 
-    write_tokens(tmp_path, "train", texts(), Recorder(byte_tokenizer(), bos=BOS, eos=EOS))
+    encoder = Recorder(byte_tokenizer(), bos=BOS, eos=EOS)
+    write_tokens(tmp_path, "train", encode_texts(encoder, texts()), encoder)
 
     assert events == ["read", "read", "read", 2, "read", 1, 1]

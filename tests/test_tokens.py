@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,7 +8,7 @@ from tiny_llama import BOS, CONTEXT_LENGTH, END_OF_TURN, EOS, write_tiny_llama
 from tiny_meta import rewrite_json
 
 from pdf2lora.errors import InputError
-from pdf2lora.token_files import TokenFile, write_tokens
+from pdf2lora.token_files import TokenFile, encode_texts, write_tokens
 from pdf2lora.tokens import IGNORED, Encoder, MixedSequences, Sequences, require_context, windows
 
 
@@ -54,6 +56,15 @@ def test_special_token_in_a_document_is_encoded_as_text(encoder):
 
     assert len(tokens) == len(text)
     assert tokens.max() < BOS
+
+
+def test_a_pickled_encoder_gives_the_same_tokens(encoder):
+    text = "the sea <|end_of_text|> rises"
+
+    copy = pickle.loads(pickle.dumps(encoder))
+
+    assert copy.encode([text])[0].tolist() == encoder.encode([text])[0].tolist()
+    assert (copy.bos, copy.eos) == (encoder.bos, encoder.eos)
 
 
 @settings(deadline=None)
@@ -230,7 +241,7 @@ def test_without_bos_only_eos_separates_documents(tmp_path):
     rewrite_json(base / "config.json", bos_token_id=None)
     encoder = Encoder.load(base)
     a, b = encoder.encode(["sea", "ice"])
-    write_tokens(tmp_path, "train", ["sea", "ice"], encoder)
+    write_tokens(tmp_path, "train", encode_texts(encoder, ["sea", "ice"]), encoder)
     tokens = TokenFile.open(tmp_path, "train")
 
     inputs, targets = tokens.sequences(8).batch(np.array([0]))

@@ -16,7 +16,7 @@ from pdf2lora.documents.records import Document, write_documents
 from pdf2lora.documents.text import text_sha256
 from pdf2lora.params import Compute, Lora, Quantization, Section, Train
 from pdf2lora.runtime.manifest import write_manifest
-from pdf2lora.token_files import write_tokens
+from pdf2lora.token_files import encode_texts, write_tokens
 from pdf2lora.tokens import Encoder, Sequences
 
 BOS, EOS, END_OF_TURN, PAD = range(256, 260)
@@ -125,7 +125,8 @@ def write_split(project: Path, split: str, texts: list[str], base: Path) -> None
     """Writes the texts as one split of a project, and their tokens."""
     write_texts(project / f"data/split/{split}.jsonl", texts)
     (project / "data/tokens").mkdir(exist_ok=True)
-    write_tokens(project / "data/tokens", split, texts, Encoder.load(base))
+    encoder = Encoder.load(base)
+    write_tokens(project / "data/tokens", split, encode_texts(encoder, texts), encoder)
 
 
 def make_document(name: str, text: str) -> Document:

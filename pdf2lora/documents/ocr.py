@@ -13,6 +13,7 @@ from typing import Any
 from pdf2lora.documents.columns import Box, column_order, same_row
 from pdf2lora.documents.engines import OpenFile, Page
 
+PACKAGES = ("rapidocr", "onnxruntime")
 DPI = 200
 MAX_SIDE_PIXELS = 4000  # of a rendered page; A3 at 200 dpi has 3,307
 
@@ -20,7 +21,7 @@ MAX_SIDE_PIXELS = 4000  # of a rendered page; A3 at 200 dpi has 3,307
 def installed_version() -> str | None:
     """Returns the versions of the OCR packages, or None if one is missing."""
     try:
-        return f"rapidocr {version('rapidocr')}, onnxruntime {version('onnxruntime')}"
+        return ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     except PackageNotFoundError:
         return None
 

@@ -1,6 +1,6 @@
 """The sketches of texts. Those of an earlier run are read from a cache."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +10,19 @@ from pdf2lora.documents.near_duplicates import NUM_PERMUTATIONS, sketch
 from pdf2lora.documents.text import text_sha256
 from pdf2lora.documents.word_hashes import word_hashes
 from pdf2lora.runtime.files import atomic_write
-from pdf2lora.runtime.parallel import Workers, batches
+from pdf2lora.runtime.parallel import batches
 
 # One row for each text: text_sha256, num_words, sketch (see near_duplicates).
 ROW = np.dtype([("text_sha256", "S64"), ("num_words", np.int64), ("sketch", np.uint32, NUM_PERMUTATIONS)])
 Rows = NDArray[np.void]
+SketchBatches = Callable[[Callable[[list[str]], Rows], Iterable[list[str]]], Iterator[Rows]]
 
 
-def sketch_texts(texts: Iterable[str], cache: Path, workers: Workers) -> tuple[Rows, int]:
+def sketch_texts(texts: Iterable[str], cache: Path, run: SketchBatches) -> tuple[Rows, int]:
     """Returns a row for each text, in the order of the texts, and the number of texts that the cache did not have.
 
     cache: a file that keeps the rows of these texts for the next run.
+    run: Workers.map, or a function that does the same on other machines.
     """
     known = np.load(cache) if cache.exists() else np.empty(0, dtype=ROW)
     number_of = {sha256: number for number, sha256 in enumerate(known["text_sha256"].tolist())}
@@ -34,7 +36,7 @@ def sketch_texts(texts: Iterable[str], cache: Path, workers: Workers) -> tuple[R
             if is_new:
                 yield text
 
-    new = list(workers.map(_sketch_batch, batches(new_texts())))
+    new = list(run(_sketch_batch, batches(new_texts())))
     rows = np.concatenate([known, *new])[numbers]
     with atomic_write(cache) as partial, partial.open("wb") as out:
         np.save(out, rows)
