@@ -1,4 +1,4 @@
-"""Speed, memory and quality of the training step beside other libraries."""
+"""Speed, memory and quality, compared with other libraries."""
 
 from pdf2lora.runtime.startup import prepare_process
 

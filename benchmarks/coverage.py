@@ -1,8 +1,8 @@
-"""How often a 95% interval contains the true value, by method and number of test documents. Minutes on one core.
+"""Measures how often a 95% interval contains the true value, by method and number of test documents.
 
     python -m benchmarks.coverage [<samples>]
 
-It draws corpora from three populations of documents with a known perplexity and improvement:
+Takes minutes on one core. Draws corpora from three populations of documents with a known perplexity and improvement:
 
 - normal: token counts log-normal with sd 0.6; nats per token 3.1 with sd 0.33; gain 0.38 with sd 0.08.
 - skewed: token counts log-normal with sd 1; nats per token gamma-distributed; the gain is a share of them.

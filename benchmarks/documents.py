@@ -1,11 +1,11 @@
-"""Time and memory of split, tokenize and report for synthetic corpora of different sizes.
+"""Measures time and memory of split, tokenize and report on synthetic corpora of different sizes.
 
     python -m benchmarks.documents <results.json> [<number of documents> ...]
 
-Writes data/documents.jsonl of a project in a temporary folder (--folder chooses its place; 20,000 documents need 5 GB)
-and runs the stages there, each in a new process; split and tokenize again with one document more. The documents are
-random phrases, 48,000 characters each; each twentieth one is an edited copy of the one before. `read` opens the tokens
-as find_batch, train and evaluate do, and reads each of them once in a random order.
+Writes data/documents.jsonl of a project in a temporary folder (--folder selects where; 20,000 documents need 5 GB) and
+runs the stages there, each in a new process, and split and tokenize a second time with one more document. The documents
+are random phrases, 48,000 characters each; every twentieth one is an edited copy of the one before. `read` opens the
+tokens as find_batch, train and evaluate do, and reads each token once in a random order.
 
 Needs the demo's outputs (make repro) for the base model and the report.
 """

@@ -1,8 +1,8 @@
-"""Seconds to score windows with the base and with an adapter, as evaluate does.
+"""Measures the seconds to score windows with the base model and with the adapted model, as evaluate does.
 
     python -m benchmarks.evaluation <windows> <batch> [<kernels> ...]
 
-Random tokens, every one of them scored, on models/base with new LoRA matrices.
+The windows have random tokens, and every token is scored. The model is models/base with new LoRA matrices.
 """
 
 import json

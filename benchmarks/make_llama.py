@@ -1,9 +1,9 @@
-"""A checkpoint of Llama-3.2-3B's or Llama-3.1-8B's shape in Meta's layout, with random weights.
+"""Writes a random source model with Llama-3.2-3B's or Llama-3.1-8B's shape in Meta's layout.
 
     python -m benchmarks.make_llama <3b|8b> <tokenizer.model> <folder>
 
-Speed and memory do not depend on the weights. tokenizer.model: Meta's own, of Llama 3 (it cannot be shipped here). The
-files have 6.4 GB or 16 GB of bfloat16.
+Speed and memory do not depend on the weights. tokenizer.model is Meta's file for Llama 3, which this project must not
+contain. The weights are 6.4 GB or 16 GB in bfloat16.
 """
 
 import json
@@ -31,7 +31,7 @@ STANDARD_DEVIATION = 0.02
 
 
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
-    """Meta's names of the tensors. The head of the 3B is the embedding."""
+    """The shapes of the weights, by Meta's names. The 3B has no separate head: it is the embedding."""
     params, intermediate = PARAMS[size], INTERMEDIATE[size]
     dim = params["dim"]
     keys = params["n_kv_heads"] * dim // params["n_heads"]

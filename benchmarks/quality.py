@@ -1,10 +1,10 @@
-"""Test perplexity after fine-tuning with each of compute.kernels, over several seeds: what an approximation costs.
+"""Measures the test perplexity after training with each value of compute.kernels, for several seeds.
 
     python -m benchmarks.quality <results.json> [<seed> ...]
 
 Trains on models/base and data/tokens as train does, with the settings of params.yaml except compute.kernels and
-train.seed; train.effective_batch, a number, is one batch. Every adapter is scored by the reference in bfloat16, on the
-same test windows.
+train.seed. train.effective_batch must be a number; a step is one micro-batch. The reference kernels score every adapter
+in bfloat16 on the same test windows.
 """
 
 import json

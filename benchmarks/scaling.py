@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaling <machine.json> [<machine.json> ...]
 
-Each file is a copy of metrics/machine.json after `python -m stages.train` with another compute.num_processes; one of
-them is of one process. The throughput is that of the median step, so it leaves out start-up and validation.
+Each file is a copy of metrics/machine.json after `python -m stages.train` with another compute.num_processes. One of
+them must be of one process. The throughput is that of the median step, so start-up and validation do not count.
 """
 
 import json

@@ -1,16 +1,17 @@
-"""Tokens/s and peak memory of one system's training step on the base model in models/base, at several batch sizes.
+"""Measures tokens/s and peak memory of one system's training step on models/base, at several batch sizes.
 
     python -m benchmarks.step <system> <gradient_checkpointing>:<batch> [...]
 
-system            what it is
-report            the source report's own configuration: PEFT's k-bit preparation, fp16 compute, sdpa, full logits
+system            description
+report            the source report's configuration: PEFT's k-bit preparation, fp16 compute, sdpa, full logits
 liger             transformers and PEFT with Liger's kernels, bfloat16, no k-bit preparation
 unsloth           Unsloth's FastLanguageModel; `full` is its checkpointing with offload
 reference, fused, fp8   this project's compute.kernels
 
-All train LoRA (params.yaml: r, alpha, dropout, targets) on NF4 weights with paged 8-bit AdamW on random tokens: this
-project by the step of its training loop, the others by transformers' Trainer. The first STEPS_TO_WARM_UP steps are not
-timed. Prints one line of JSON for each batch. A process builds a peer for one value of gradient checkpointing.
+All systems train LoRA (params.yaml: r, alpha, dropout, targets) on NF4 weights with paged 8-bit AdamW on random tokens.
+This project uses the step of its training loop, the others use transformers' Trainer. The first STEPS_TO_WARM_UP steps
+are not timed. Prints one line of JSON for each batch. report, liger and unsloth need one process for `none` and one for
+`full`.
 """
 
 import gc
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 SYSTEM, *CASES = sys.argv[1:] or [""]
 if SYSTEM == "unsloth":
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
-    import unsloth  # noqa: F401  # it wants to be imported first
+    import unsloth  # noqa: F401  # must be imported first
     from unsloth import FastLanguageModel
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Measures each gradient_checkpointing at each micro-batch of train.effective_batch, beside find_batch's choice.
+"""Measures each gradient_checkpointing at each micro-batch of train.effective_batch; compares find_batch's choice.
 
     python -m benchmarks.sweep <results.json>
 

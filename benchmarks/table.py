@@ -1,8 +1,8 @@
-"""Runs benchmarks.step for every system on this machine, one after the other, and writes what they printed.
+"""Runs benchmarks.step for every system on this machine, one after the other, and writes the printed results.
 
     python -m benchmarks.table <results.json> ["<system> <gradient_checkpointing>:<batch> ..." ...]
 
-The file holds the rows and the machine, its driver, the versions and the date; the table is printed in Markdown.
+The file has the rows, the machine, its driver, the versions and the date. Prints the table in Markdown.
 """
 
 import json
@@ -28,9 +28,9 @@ LIBRARIES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "acceler
 
 
 def main() -> None:
-    file, *asked = sys.argv[1:]
+    file, *runs = sys.argv[1:]
     rows: list[dict[str, Any]] = []
-    for run in asked or RUNS:
+    for run in runs or RUNS:
         command = [sys.executable, "-m", "benchmarks.step", *run.split()]
         finished = subprocess.run(command, capture_output=True, text=True)
         printed = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith('{"system"')]

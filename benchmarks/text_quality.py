@@ -1,10 +1,10 @@
-"""text_quality: the selected text of each PDF compared with PyPDF2's text
+"""Compares the selected text of each PDF with PyPDF2's text.
 
     python -m benchmarks.text_quality <folder of PDFs> <folder of prose .txt.gz> <causal language model> <results.json>
 
 Both texts have the settings of params.yaml; "before" has `extract.engines: [pypdf2]` and no OCR. Unknown words: the
-share of words of two or more Latin letters that the prose has less than three times. Bits per character: negative log2
-likelihood of the first tokens (one window), divided by their characters other than spaces. Lower is better in both.
+share of words of two or more Latin letters that occur less than three times in the prose. Bits per character: negative
+log2 likelihood of the first tokens (one window) per character other than spaces. Lower is better in both.
 """
 
 import argparse

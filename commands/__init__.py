@@ -1,4 +1,4 @@
-"""What a user runs by hand. No command is a stage, and none changes dvc.lock."""
+"""Programs that a user runs by hand. They are not stages and do not change dvc.lock."""
 
 from pdf2lora.runtime.startup import prepare_process
 

@@ -2,7 +2,7 @@
 
 One row for each experiment of `dvc exp show`. `improvement` is 1 - perplexity / perplexity of the commit, of the
 adapted models on the test documents that both scored, with its 95% interval (evaluation/comparison.py). Experiments
-that differ in train.seed only measure the seed noise: a smaller improvement is marked.
+that differ only in train.seed measure the seed noise. A smaller improvement has the verdict `within seed noise`.
 """
 
 import math
@@ -53,7 +53,7 @@ def main() -> None:
         )
     print(format_table(rows, shutil.get_terminal_size(NO_TERMINAL).columns))
     if noise is not None:
-        print(f"seed noise: {noise:.1%} is the largest difference between runs that differ in train.seed only")
+        print(f"seed noise: {noise:.1%} is the largest difference between runs that differ only in train.seed")
 
 
 def setting_names(params: Params) -> list[str]:
@@ -74,7 +74,7 @@ def read_table(row: Row) -> pd.DataFrame | None:
 
 
 def seed_noise(rows: Sequence[Row], settings: Sequence[str]) -> float | None:
-    """The largest relative difference of the perplexities of runs that differ in train.seed only; None without such."""
+    """The largest relative difference in perplexity of runs that differ only in train.seed; None without such runs."""
     runs = defaultdict(list)
     for row in rows:
         others = tuple(
@@ -118,7 +118,7 @@ def verdict(comparison: Comparison, noise: float | None) -> str:
 
 
 def format_perplexity(row: Row, table: pd.DataFrame | None) -> str:
-    """The perplexity of an evaluated experiment, the state of another one."""
+    """The perplexity of an experiment, or its state if it is not evaluated."""
     if table is not None:
         return f"{row['adapted.perplexity']:.2f}"
     return "not evaluated" if row["State"] in FINISHED else str(row["State"])

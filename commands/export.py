@@ -53,7 +53,7 @@ def main() -> None:
     require_current_adapter()
     adapter = ADAPTER
     with ExitStack() as stack:
-        if params.lora.reads_weights:  # models/adapter belongs to another base, or corrects its quantization
+        if params.lora.reads_weights:  # models/adapter belongs to a changed base, or corrects the quantization
             adapter = Path(stack.enter_context(TemporaryDirectory()))
             write_plain_adapter(ADAPTER, ADAPTER / INITIAL, adapter)
         export(params, adapter)
@@ -102,7 +102,11 @@ def write_release(adapter: Path, folder: Path, base_name: str) -> None:
 
 
 def require_current_adapter() -> None:
-    """Adapter and perplexity must belong to the current params.yaml, code and data: the model card describes them."""
+    """
+    Raises:
+        InputError: adapter and perplexity do not belong to the current params.yaml, code and data, which the model card
+            describes.
+    """
     if not (ADAPTER / "adapter_model.safetensors").exists():
         raise InputError(f"{ADAPTER} has no adapter. Run dvc repro, or get one with dvc pull.")
     status = subprocess.run([sys.executable, "-m", "dvc", "status", "--quiet", "evaluate"], capture_output=True)

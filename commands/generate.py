@@ -4,8 +4,8 @@
     python -m commands.generate < prompt.txt            one prompt from standard input
     python -m commands.generate --prompts prompts.txt   a batch of prompts, one per line
 
-The prompt comes from the environment variable PROMPT or from standard input; no shell or make expands it. The section
-`sample` of params.yaml sets the number of tokens, the temperature and the seed.
+The prompt comes from the environment variable PROMPT or from standard input, so neither make nor a shell expands it.
+The section `sample` of params.yaml sets the number of tokens, the temperature and the seed.
 """
 
 import argparse

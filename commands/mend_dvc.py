@@ -1,4 +1,4 @@
-"""Removes files of DVC that kill -9 left half-written: python -m commands.mend_dvc (`make repro` runs it first)
+"""Removes DVC's own files that kill -9 left half-written: python -m commands.mend_dvc (`make repro` runs it first)
 
 DVC writes some of its files in place. If it is killed during such a write (milliseconds), it cannot read the file later
 and stops with an error. This command removes the damaged file. DVC then makes it again:
@@ -9,8 +9,8 @@ and stops with an error. This command removes the damaged file. DVC then makes i
 - .dvc/tmp/exps: the state of an experiment.
 
 A killed `dvc exp run --temp` stays "Running" in DVC's tables, because DVC reads only a state file. If no process works
-in the experiment's copy, this command sets the state to failed. The copy stays: on a shared file system a process of
-another machine may use it.
+in the experiment's temporary copy, this command sets the state to failed. It does not delete the copy, because on a
+shared file system a process of another machine may use it.
 """
 
 import json
@@ -27,7 +27,7 @@ from pdf2lora.runtime.files import write_json
 from pdf2lora.runtime.processes import is_alive
 
 EXPERIMENTS = Path(".dvc/tmp/exps/standalone/run")
-SUCCESS, FAILED = 3, 4  # from DVC's TaskStatus; up to SUCCESS an experiment with a copy counts as running
+SUCCESS, FAILED = 3, 4  # of DVC's TaskStatus; with a state up to SUCCESS and a copy, an experiment counts as running
 
 
 def main(root: Path = Path(".")) -> None:
@@ -65,7 +65,7 @@ def killed_experiments(root: Path) -> list[tuple[Path, dict[str, Any]]]:
         for file, state in states.items()
         if state["status"] <= SUCCESS and Path(state["root_dir"]).is_dir()
     ]
-    if not running or running_dvc(root):  # a dvc that makes the copy still runs in the checkout
+    if not running or running_dvc(root):  # a dvc that runs in the checkout may be making the copy
         return []
     return [(file, state) for file, state in running if not has_process(Path(state["root_dir"]))]
 

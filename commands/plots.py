@@ -1,7 +1,7 @@
 """plots: the vega scripts of vl-convert -> .dvc/tmp/plots.html, DVC's template for pages of plots
 
-DVC's own template loads vega from the internet; offline its pages stay empty. After this command, `dvc plots show` and
-`dvc plots diff` in this clone write pages that contain the scripts (1 MB each).
+DVC's own template loads vega from the internet, so its pages are empty without internet. After this command, `dvc plots
+show` and `dvc plots diff` in this clone write pages that contain the scripts (1 MB each).
 """
 
 import subprocess

@@ -1,8 +1,8 @@
 """check: params.yaml -> data/checked
 
-Runs before the other stages whenever params.yaml has changed. It reports invalid settings, missing folders, damaged
-archives and an unusable source model within a second or two, before a later stage imports torch, and before DVC deletes
-old outputs. The output never changes, so this stage re-runs no other one.
+Runs before the other stages after each change of params.yaml. It reports invalid settings, missing folders, damaged
+archives and an unusable source model within two seconds, before a later stage imports torch, and before DVC deletes old
+outputs. Its output never changes, so it does not make other stages run again.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """convert: models/source/<model>/ -> models/base/, metrics/convert.json
 
-models/base is always in Hugging Face's layout, and has a manifest of its files.
+models/base is in Hugging Face's layout and has a manifest of its files.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
 """find_batch: models/base, data/tokens/train.npy -> metrics/batch.json
 
-The largest per-device batch that fits, for each value of gradient_checkpointing, and the fastest choice for
-train.effective_batch, with the decoder layers in GPU or in host memory (quantization.placement). The throughputs that
-decide are this machine's: they go to metrics/machine.json.
+Finds the largest per-device batch that fits for each value of gradient_checkpointing. Then chooses the fastest batch,
+gradient_checkpointing and place of the decoder layers (quantization.placement) for train.effective_batch. The measured
+throughputs are numbers of this machine, so they are in metrics/machine.json.
 """
 
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 class Outcome(NamedTuple):
-    """The search with the decoder layers in one place."""
+    """The result of a search with one placement of the decoder layers."""
 
     placement: Placement
     searched: list[Mode]
@@ -102,9 +102,9 @@ def fastest_placement(
     measure: Callable[[Placement, str, int], Measurement | None],
     tokens_per_s: Callable[[Placement, str, int], float],
 ) -> Outcome:
-    """Searches with resident layers, and with streamed ones if the resident model does not fit or must recompute.
+    """Searches with layers in GPU memory. If they do not fit or need recomputation, also with layers in host memory.
 
-    A step that recomputes nothing is not faster with streamed layers.
+    Without recomputation, layers in host memory are not faster.
 
     Raises:
         InputError: no probe fits.
@@ -140,10 +140,10 @@ def _speed(outcome: Outcome, tokens_per_s: Callable[[Placement, str, int], float
 
 
 def memory_budget_gib(settings: FindBatch, capabilities: Capabilities) -> float:
-    """What a training step may hold: its tensors on a CPU, all that the allocator reserves on a GPU.
+    """Memory that a training step may use: its tensors on a CPU, the memory that the allocator reserves on a GPU.
 
     Raises:
-        InputError: the headroom leaves nothing.
+        InputError: the headroom is not smaller than the memory.
     """
     if capabilities.device == "cpu":
         return settings.cpu_memory_gib

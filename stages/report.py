@@ -1,7 +1,7 @@
 """report: metrics, data/documents.jsonl, data/split, data/samples.json, dvc.lock -> reports/
 
 index.html, figures and model_card.md are outputs: the same results give the same bytes, and `dvc exp apply` restores
-them. machine.html has the numbers of this machine, which differ from run to run: it is not an output.
+them. machine.html has the numbers of this machine, which differ from run to run, so it is not an output.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """tokenize: data/split, data/replay, the tokenizer of models/base -> data/tokens/, metrics/tokenize.json
 
-The later stages read the tokens from memory-mapped files. compute.seq_length does not matter here: sequences and
-windows are views of these files.
+The later stages read the tokens from memory-mapped files. The files do not depend on compute.seq_length, because
+sequences and windows are views of them.
 """
 
 import time

@@ -19,7 +19,9 @@ def target(tmp_path: Path) -> Path:
 def test_an_unknown_version_is_refused(tmp_path: Path, target: Path) -> None:
     write_tiny_meta(tmp_path / "tiny", "3")
 
-    with pytest.raises(InputError, match=r'models.tiny.llama_version: "4" is not.* Use one of 1, 2, 3, 3.1, 3.2'):
+    with pytest.raises(
+        InputError, match=r'models.tiny.llama_version is "4", which is not.* Use one of 1, 2, 3, 3.1, 3.2'
+    ):
         convert_default(tmp_path / "tiny", target, "4")
 
 
@@ -27,7 +29,7 @@ def test_meta_s_layout_needs_a_version(tmp_path: Path, target: Path) -> None:
     write_tiny_meta(tmp_path / "tiny", "3")
     target.mkdir()
 
-    with pytest.raises(InputError, match=r"models.tiny.llama_version: missing, .* tiny: {llama_version: '3.2'}"):
+    with pytest.raises(InputError, match=r"models.tiny.llama_version is missing; .* tiny: {llama_version: '3.2'}"):
         convert(tmp_path / "tiny", target, llama_version=None, max_shard_gib=2)
 
 

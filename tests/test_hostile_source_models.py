@@ -110,9 +110,9 @@ def test_a_record_that_inflates_to_hundreds_of_megabytes_is_not_inflated(meta: P
         ('{"dim": 1' + "0" * 10_000 + "}", "params.json: this is not valid JSON"),
         (
             '{"dim": 1099511627776, "n_heads": 8, "use_scaled_rope": true}',
-            "dim is 1099511627776, must be a whole number",
+            "dim is 1099511627776; it must be a whole number",
         ),
-        ('{"dim": -8, "n_heads": 8, "use_scaled_rope": true}', "dim is -8, must be a whole number"),
+        ('{"dim": -8, "n_heads": 8, "use_scaled_rope": true}', "dim is -8; it must be a whole number"),
     ],
     ids=["deep list", "deep object", "digits", "huge", "negative"],
 )
@@ -141,7 +141,7 @@ def test_an_index_cannot_name_a_file_elsewhere(hugging_face: Path, name: str) ->
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hidden_size": 2**40}, "hidden_size is 1099511627776, must be a whole number from 1 to 1048576"),
+        ({"hidden_size": 2**40}, "hidden_size is 1099511627776; it must be a whole number from 1 to 1048576"),
         ({"hidden_size": 2**20}, "lm_head.weight must have shape (260, 1048576)"),
         ({"intermediate_size": 2**20}, "mlp.down_proj.weight must have shape (64, 1048576)"),
         ({"num_attention_heads": 2**19}, "not a multiple of the number of attention heads (524288)"),
@@ -149,8 +149,8 @@ def test_an_index_cannot_name_a_file_elsewhere(hugging_face: Path, name: str) ->
             {"num_key_value_heads": 4},
             "self_attn.k_proj.weight must have shape (64, 64), but it has (32",
         ),
-        ({"hidden_size": "64"}, 'hidden_size is "64", must be a whole number'),
-        ({"rope_parameters": "x"}, 'rope_parameters is "x", must be an object'),
+        ({"hidden_size": "64"}, 'hidden_size is "64"; it must be a whole number'),
+        ({"rope_parameters": "x"}, 'rope_parameters is "x"; it must be an object'),
     ],
 )
 def test_sizes_that_contradict_the_weights_are_refused(hugging_face: Path, changes: dict[str, Any], words: str) -> None:

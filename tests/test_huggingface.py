@@ -100,7 +100,10 @@ def test_damaged_tokenizer(source: Path, target: Path) -> None:
     [
         ({"num_hidden_layers": 3}, ["lack the weights of layer 2, but num_hidden_layers in config.json is 3"]),
         ({"tie_word_embeddings": False}, ["lack the weight lm_head.weight"]),
-        ({"intermediate_size": 80}, ["by the sizes in it, model.layers.0.mlp.down_proj.weight must have shape"]),
+        (
+            {"intermediate_size": 80},
+            ["with the sizes in this file, model.layers.0.mlp.down_proj.weight must have shape"],
+        ),
         ({"attention_bias": True}, ["lack the weight model.layers.0.self_attn.k_proj.bias"]),
         ({"model_type": "nope"}, ["config.json: transformers", "cannot load this model", "use another model"]),
         ({"model_type": "nope", "auto_map": {}}, ["Its own code (auto_map in config.json) is not run"]),
@@ -224,7 +227,7 @@ class TestCompletedConfig:
     def test_an_absurd_eos_is_refused(self, source: Path, target: Path, eos: Any) -> None:
         rewrite_json(source / "config.json", eos_token_id=eos)
 
-        with pytest.raises(InputError, match=r"eos_token_id is .*, must be an id below vocab_size \(520\)"):
+        with pytest.raises(InputError, match=r"eos_token_id is .*; it must be an id below vocab_size \(520\)"):
             convert_default(source, target)
 
     def test_a_bos_that_the_tokenizer_never_writes_is_not_used(self, source: Path, target: Path) -> None:

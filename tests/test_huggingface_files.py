@@ -42,7 +42,7 @@ def test_sizes_are_read_from_the_headers(source: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": None}, "architectures is null, must name one decoder-only language model"),
+        ({"architectures": None}, "architectures is null; it must name one decoder-only language model"),
         ({"architectures": ["T5ForConditionalGeneration"]}, "Use a text-only causal language model"),
         ({"is_encoder_decoder": True}, "must name one decoder-only language model"),
         ({"model_type": None}, "model_type is missing"),
@@ -56,14 +56,14 @@ def test_sizes_are_read_from_the_headers(source: Path) -> None:
         ({"quantization_config": None}, "quantized (UNKNOWN)"),
         (
             {"rope_parameters": {"rope_type": "longlora"}},
-            'rope_parameters has the type "longlora", must be one of default, linear, dynamic, yarn, longrope, ',
+            'rope_parameters has the type "longlora"; it must be one of default, linear, dynamic, yarn, longrope, ',
         ),
         ({"rope_scaling": {"type": "su"}}, 'rope_scaling has the type "su"'),
         ({"rope_parameters": {"full_attention": {"rope_type": "nope"}}}, 'rope_parameters has the type "nope"'),
         ({"vocab_size": 600}, "vocab_size in config.json is 600, but model.embed_tokens.weight has 260 rows"),
-        ({"vocab_size": None}, "vocab_size is null, must be a whole number"),
+        ({"vocab_size": None}, "vocab_size is null; it must be a whole number"),
         ({"num_hidden_layers": 10**6}, "lack the weights of layer 2, but num_hidden_layers in config.json is 1000000"),
-        ({"num_hidden_layers": None}, "num_hidden_layers is null, must be a whole number"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is null; it must be a whole number"),
     ],
 )
 def test_a_model_that_cannot_be_trained_is_refused(source: Path, changes: dict[str, Any], words: str) -> None:
@@ -101,7 +101,7 @@ def test_an_unknown_dtype_is_refused(source: Path) -> None:
     weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.float8_e4m3fn)
     save_file(weights, source / "model.safetensors")
 
-    assert "model.norm.weight is of dtype F8_E4M3, must be one of BF16, F16, F32" in refusal(source)
+    assert "model.norm.weight is of dtype F8_E4M3; it must be one of BF16, F16, F32" in refusal(source)
 
 
 @pytest.mark.parametrize(("special", "is_refused"), [(True, False), (False, True)])

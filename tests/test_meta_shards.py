@@ -47,7 +47,7 @@ def cut(name: str) -> Callable[[Path], object]:
         (cut("consolidated.01.pth"), ["consolidated.01.pth: this is not a torch file, or it is truncated"]),
         (lambda f: (f / "consolidated.00.pth").write_bytes(b""), ["consolidated.00.pth: this is not a torch file"]),
         (lambda f: (f / "consolidated.00.pth").write_bytes(b"\x80\x02junk"), ["this is not a torch file"]),
-        (lambda f: torch.save([1, 2], f / "consolidated.00.pth"), ["must hold weights by name"]),
+        (lambda f: torch.save([1, 2], f / "consolidated.00.pth"), ["must have only weights by name"]),
     ],
 )
 def test_a_damaged_file_is_refused(source: Path, damage: Callable[[Path], object], words: list[str]) -> None:

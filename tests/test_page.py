@@ -214,7 +214,7 @@ def test_shows_the_kept_step(tmp_path, monkeypatch):
     (tmp_path / "metrics/train/metrics.json").write_text('{"step": 3, "kept_step": 2}')
     results = read_results(tmp_path / "models/source/demo", [])
 
-    assert "that of step 2" in render_page(results, read_params(REPOSITORY / "params.yaml"), {})
+    assert "the adapter of step 2" in render_page(results, read_params(REPOSITORY / "params.yaml"), {})
     assert ">kept</text>" in style.svg(result_figures(results)["loss"])
 
 

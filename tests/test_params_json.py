@@ -26,17 +26,17 @@ def read(file: Path, version: str, params: dict[str, Any]) -> ModelArgs:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"dim": None}, "params.json: dim is null, must be a whole number from 1"),
-        ({"dim": 10**12}, "dim is 1000000000000, must be a whole number from 1 to 1048576"),
-        ({"n_heads": 0}, "n_heads is 0, must be"),
-        ({"n_heads": "4"}, 'n_heads is "4", must be'),
-        ({"n_heads": True}, "n_heads is true, must be"),
-        ({"n_heads": 5}, "dim is 64, must be a multiple of 2 * n_heads (10)"),
-        ({"n_kv_heads": 3}, "n_heads is 4, must be a multiple of n_kv_heads (3)"),
-        ({"norm_eps": -1.0}, "norm_eps is -1.0, must be a number above 0"),
-        ({"norm_eps": None}, "norm_eps is null, must be a number above 0"),
-        ({"rope_theta": "x"}, 'rope_theta is "x", must be a number above 0'),
-        ({"multiple_of": 0}, "multiple_of is 0, must be a whole number"),
+        ({"dim": None}, "params.json: dim is null; it must be a whole number from 1"),
+        ({"dim": 10**12}, "dim is 1000000000000; it must be a whole number from 1 to 1048576"),
+        ({"n_heads": 0}, "n_heads is 0; it must be"),
+        ({"n_heads": "4"}, 'n_heads is "4"; it must be'),
+        ({"n_heads": True}, "n_heads is true; it must be"),
+        ({"n_heads": 5}, "dim is 64; it must be a multiple of 2 * n_heads (10)"),
+        ({"n_kv_heads": 3}, "n_heads is 4; it must be a multiple of n_kv_heads (3)"),
+        ({"norm_eps": -1.0}, "norm_eps is -1.0; it must be a number above 0"),
+        ({"norm_eps": None}, "norm_eps is null; it must be a number above 0"),
+        ({"rope_theta": "x"}, 'rope_theta is "x"; it must be a number above 0'),
+        ({"multiple_of": 0}, "multiple_of is 0; it must be a whole number"),
     ],
 )
 def test_a_wrong_number_is_refused(file: Path, changes: dict[str, Any], words: str) -> None:
@@ -49,7 +49,7 @@ def test_a_wrong_number_is_refused(file: Path, changes: dict[str, Any], words: s
     [
         (None, "params.json: the file is missing"),
         ("{", "params.json: this is not valid JSON"),
-        ("[]", "params.json: the file must hold a JSON object"),
+        ("[]", "params.json: the file must be a JSON object"),
     ],
 )
 def test_a_damaged_file_is_refused(file: Path, content: str | None, words: str) -> None:

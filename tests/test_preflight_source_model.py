@@ -43,7 +43,7 @@ def test_meta_s_layout_needs_the_version(source, params_with):
 
     findings, files = source_model(params_with())
     assert (findings[0].level, files) == ("problem", None)
-    assert "models.tiny.llama_version: missing, but models/source/tiny is in Meta's layout" in findings[0].text
+    assert "models.tiny.llama_version is missing; models/source/tiny is in Meta's layout" in findings[0].text
 
     findings, files = source_model(params_with(**{"models.tiny": {"llama_version": "3.1"}}))
     assert findings[0].text == "models/source/tiny: Meta's layout, 0.00 GiB of weights"

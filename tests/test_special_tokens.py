@@ -55,7 +55,7 @@ def test_eos_is_found_in_this_order(
 
 @pytest.mark.parametrize("eos", [260, -1, True, "2", [], [1, "2"]])
 def test_an_absurd_eos_is_refused(tmp_path: Path, eos: object) -> None:
-    with pytest.raises(InputError, match=r"eos_token_id is .*, must be an id below vocab_size \(260\)"):
+    with pytest.raises(InputError, match=r"eos_token_id is .*; it must be an id below vocab_size \(260\)"):
         find_eos(tmp_path, {"vocab_size": 260, "eos_token_id": eos}, byte_tokenizer(), {})
 
 

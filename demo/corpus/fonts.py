@@ -1,4 +1,4 @@
-"""The fonts of the corpus. Some make text extraction hard on purpose: ligatures, or no Unicode map.
+"""The fonts of the corpus. Some make text extraction difficult on purpose: they have ligatures or no Unicode map.
 
 All have the SIL Open Font License, which allows embedding and redistribution. They come from the Debian packages
 fonts-sil-gentiumplus, fonts-sil-charis, fonts-crosextra-carlito and fonts-liberation2.
@@ -20,7 +20,7 @@ TEX_CODES = {char: char for char in ASCII} | {0xFB00: 0x0B, 0xFB01: 0x0C, 0xFB02
 
 
 class LigatureFont(TTFont):
-    """A TrueType font with ligatures. They replace letters after hyphenation, when the font measures and draws."""
+    """A TrueType font with ligatures. They replace letters after hyphenation, when text is measured and drawn."""
 
     def __init__(self, name: str, path: Path, ligatures: dict[str, str]) -> None:
         super().__init__(name, str(path), shapable=False)

@@ -1,4 +1,4 @@
-"""Makes the seven documents that a pipeline must refuse or recognize."""
+"""Makes seven documents that the pipeline must leave out or recognize as duplicates."""
 
 import io
 import shutil
@@ -37,7 +37,7 @@ def make_encrypted(article: Article, target: Path) -> None:
 
 
 def make_broken(source: Path, target: Path) -> None:
-    """Makes an incomplete download: the start of a file, without page tree, text and cross-reference table."""
+    """Makes an incomplete download: the start of a file, without its page tree, text and cross-reference table."""
     data = source.read_bytes()
     target.write_bytes(data[: data.index(b"/Type /Pages")])
 

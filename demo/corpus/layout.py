@@ -1,4 +1,4 @@
-"""Article -> PDF in one of four styles. The same article and style result in the same bytes."""
+"""Article -> PDF in one of four styles. The same article and style give the same bytes."""
 
 import html
 import io
@@ -40,8 +40,8 @@ class Style:
     footer: str  # can contain {page}, {pages} and {running}
     footer_at: float = 0.5  # 0 left, 0.5 centre, 1 right
     accent: str = "#000000"  # colour of the title, headings and rules
-    justified: bool = True  # with hyphenation; otherwise ragged, without
-    indented: bool = True  # paragraphs start with an indent, not with space above
+    justified: bool = True  # justified text with hyphenation; otherwise left-aligned text without it
+    indented: bool = True  # paragraphs start with an indent; otherwise with space above
     numbered: bool = True  # headings are "1  Introduction", unless the text has numbers
     ruled_header: bool = False
 
@@ -189,7 +189,7 @@ def table(block: Table, style: Style, width: float) -> Flowable:
 
 
 def column_widths(block: Table, widest: ParagraphStyle, width: float) -> list[float]:
-    """Gives each column the width of its longest word, and distributes the rest by the length of the longest cell."""
+    """Each column gets the width of its longest word. The rest is distributed by the lengths of the longest cells."""
 
     def measure(words: str) -> float:
         return float(stringWidth(words, widest.fontName, widest.fontSize)) + 2 * CELL_PADDING + 1

@@ -1,1 +1,1 @@
-"""How the demo's base model and its tokenizer were made. Nothing in the pipeline runs this."""
+"""Programs that made the demo's base model and its tokenizer. The pipeline does not run them."""

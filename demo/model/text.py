@@ -1,4 +1,4 @@
-"""The training text of the demo model: public-domain books, unwrapped, cut into pieces, split by book."""
+"""The training text of the demo model: public-domain books without line breaks, cut into pieces and split by book."""
 
 import gzip
 import re
@@ -18,7 +18,7 @@ def read_books(folder: Path) -> list[str]:
 
 
 def unwrap(book: str) -> list[str]:
-    """Paragraphs of a hard-wrapped book, each on one line; indented blocks (verse, tables) keep their line breaks."""
+    """The paragraphs of a book, each on one line. Indented blocks (verse, tables) keep their line breaks."""
     paragraphs = []
     for block in re.split(r"\n\s*\n", book.replace("\r\n", "\n")):
         lines = block.strip("\n").split("\n")
@@ -30,7 +30,7 @@ def unwrap(book: str) -> list[str]:
 
 
 def pieces(book: str) -> list[str]:
-    """Cuts a book at paragraph ends into documents of about PIECE_CHARACTERS. So training sees many beginnings.
+    """Cuts a book at paragraph ends into documents of about PIECE_CHARACTERS, so that training has many beginnings.
 
     A blank line separates paragraphs, as in the text that extract writes.
     """

@@ -139,7 +139,7 @@ def tokenizer(model: Path) -> tiktoken.Encoding:
 
 
 def pack(pieces: list[str], encoding: tiktoken.Encoding, length: int, seed: int | None = None) -> Tensor:
-    """begin_of_text, piece, end_of_text, begin_of_text, ... in rows of length + 1 (inputs and next tokens)."""
+    """begin_of_text, piece, end_of_text, begin_of_text, ... in sequences of length + 1 (inputs and next tokens)."""
     begin, end = encoding.n_vocab - 2, encoding.n_vocab - 1
     order = np.arange(len(pieces)) if seed is None else np.random.default_rng(seed).permutation(len(pieces))
     encoded = encoding.encode_ordinary_batch([pieces[i] for i in order])

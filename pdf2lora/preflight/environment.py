@@ -31,7 +31,7 @@ def python_version() -> Finding:
     current = ".".join(str(part) for part in sys.version_info[:3])
     if (3, 11) <= sys.version_info[:2] <= (3, 13):
         return Finding("ok", "Python", current)
-    return Finding("problem", "Python", f"{current}, must be 3.11, 3.12 or 3.13. Run: make repro PYTHON=python3.11")
+    return Finding("problem", "Python", f"{current}; it must be 3.11, 3.12 or 3.13. Run: make repro PYTHON=python3.11")
 
 
 def packages(requirements: Path) -> Finding:

@@ -22,7 +22,7 @@ def result_figures(results: Results) -> figures.Figures:
     """Draws the figures of the page, by name. A figure without data is left out."""
     curves, batch = results.curves, results.batch
     drawings: figures.Figures = {}
-    for name, title, y_label in (("loss", "Loss", "nats a token"), ("perplexity", "Perplexity", "perplexity")):
+    for name, title, y_label in (("loss", "Loss", "nats per token"), ("perplexity", "Perplexity", "perplexity")):
         splits = {split: curves[f"{split}/{name}"] for split in ("train", "validation") if f"{split}/{name}" in curves}
         if splits:
             drawings[name] = figures.over_steps(title, y_label, splits, results.kept_step)

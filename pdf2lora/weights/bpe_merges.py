@@ -6,11 +6,11 @@ from typing import AnyStr
 
 
 def last_merge(token: AnyStr, ranks: Mapping[AnyStr, float]) -> tuple[AnyStr, AnyStr] | None:
-    """The two parts that BPE joins last on its way from characters (or bytes) to `token`; None if it never gets there.
+    """The two parts that BPE joins last when it makes `token` from characters (or bytes); None if it cannot make it.
 
-    BPE repeatedly joins the leftmost neighbours whose union has the lowest rank. Inside a longer text the same unions
-    happen in the same order, as long as no union crosses an edge of `token`. So only this pair can make the token, and
-    a table of these pairs is equivalent to the ranks.
+    BPE repeatedly joins the leftmost neighbours whose union has the lowest rank. In a longer text it joins the same
+    parts in the same order, as long as no union crosses an edge of `token`. So only this pair can make the token, and a
+    table of these pairs is equivalent to the ranks.
     """
     parts = [token[n : n + 1] for n in range(len(token))]
     union_ranks = [ranks.get(token[n : n + 2], math.inf) for n in range(len(token) - 1)]  # of parts n and n + 1

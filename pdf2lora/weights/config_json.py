@@ -10,7 +10,7 @@ from pdf2lora.weights.json_files import whole_number
 
 @dataclass(frozen=True)
 class ConfigSizes:
-    """Sizes of a block with Llama's names: numbers of features and heads."""
+    """Numbers of features and heads of a decoder block, under Llama's names."""
 
     hidden_size: int
     num_heads: int
@@ -20,7 +20,7 @@ class ConfigSizes:
 
     @property
     def llama_layers(self) -> dict[str, tuple[int, int]]:
-        """(input features, output features) of the linear layers of a block with Llama's names."""
+        """{layer: (input features, output features)} of the linear layers of a block, under Llama's names."""
         hidden, intermediate = self.hidden_size, self.intermediate_size
         query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
@@ -57,7 +57,7 @@ def read_sizes(config: Mapping[str, Any], path: Path) -> ConfigSizes:
 def summarize(config: Mapping[str, Any]) -> dict[str, object]:
     """The model's sizes for metrics/convert.json.
 
-    config: with the rotary embedding as transformers 5 (rope_parameters) or 4 (rope_scaling, rope_theta) writes it.
+    config: with the keys of the rotary embedding of transformers 5 (rope_parameters) or 4 (rope_scaling, rope_theta).
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return {

@@ -1,7 +1,7 @@
 """A source model in Meta's or Hugging Face's layout -> the base model in Hugging Face's layout.
 
-Every file is read and checked before the first one is written. Of the weights only the shapes are read; they stay in
-memory-mapped files and are written a slab of rows at a time. So memory does not grow with the model.
+All files are checked before the first one is written. The check reads only the shapes of the weights. The weights stay
+in memory-mapped files and are written some rows at a time, so memory does not grow with the model.
 """
 
 from pathlib import Path
@@ -21,13 +21,13 @@ def convert(
     max_shard_gib: float,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, object]:
-    """Writes the source model in the folder `source` in Hugging Face's layout into `target`, an empty folder.
+    """Writes the source model in the folder `source` to the empty folder `target`, in Hugging Face's layout.
 
     Files in Meta's layout are converted: weights keep their dtype, model-parallel shards are joined, rotary pairs are
     reordered, tied embeddings are written once. Files in Hugging Face's layout are checked and copied.
 
     llama_version: one of LLAMA_VERSIONS. Meta's layout needs it, Hugging Face's does not.
-    max_shard_gib: upper limit of a safetensors file, in GiB. A larger weight gets a file to itself.
+    max_shard_gib: upper limit of a safetensors file, in GiB. A larger weight gets its own file.
     progress: called with (bytes written, bytes in all) as files are written.
 
     Returns the summary for metrics/convert.json: layout ("meta" or "huggingface"), num_parameters, num_shards (weight
@@ -35,7 +35,7 @@ def convert(
     vocab_size, tied, dtype, rope_theta, rope_factor, context_length.
 
     Raises:
-        InputError: before anything is written, if a file is missing or damaged, contains code or contradicts another.
+        InputError: a file is missing or damaged, contains code or contradicts another one. Nothing was written.
     """
     if find_layout(source) == "huggingface":
         return copy_huggingface(source, target, llama_version, progress)

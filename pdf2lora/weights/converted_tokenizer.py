@@ -20,7 +20,7 @@ class ConvertedTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens with the special ones: the rows that the embedding must have."""
+        """Number of tokens including special ones. The embedding must have so many rows."""
         return self.tokenizer.get_vocab_size()
 
     def token_ids(self) -> dict[str, int]:
@@ -36,7 +36,7 @@ class ConvertedTokenizer:
 
     def config(self) -> dict[str, object]:
         """tokenizer_config.json without model_max_length."""
-        # transformers 5 rebuilds a LlamaTokenizer from its vocabulary. It loads this class from tokenizer.json.
+        # transformers 5 would rebuild a LlamaTokenizer from its vocabulary. It reads this class from tokenizer.json.
         config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         for name in ("bos_token", "eos_token", "pad_token"):
             if (token := getattr(self, name)) is not None:

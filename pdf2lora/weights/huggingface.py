@@ -1,6 +1,6 @@
-"""A source model in Hugging Face's layout -> the base model: checked, copied, completed.
+"""Copies a source model in Hugging Face's layout to the base model, after checks.
 
-The files are copied as they are. Two exceptions: a missing tokenizer.json is made out of tokenizer.model, and keys of
+The files do not change, with two exceptions: a missing tokenizer.json is made from tokenizer.model, and the keys of
 config.json that the pipeline reads are added or corrected (bos_token_id, eos_token_id, max_position_embeddings).
 """
 

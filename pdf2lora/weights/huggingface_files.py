@@ -1,6 +1,6 @@
-"""The files of a source model in Hugging Face's layout, checked without torch and transformers.
+"""Checks the files of a source model in Hugging Face's layout without torch and transformers.
 
-check and doctor make these checks before any work. transformers_check.py makes the rest in convert.
+check and doctor run these checks before any work. convert also runs those of transformers_check.py.
 """
 
 import json
@@ -46,7 +46,7 @@ class HuggingFaceFiles:
 
     @property
     def dtype(self) -> str:
-        """torch's name of the dtype that most bytes have; of a 4-bit model, the one in its config."""
+        """torch's name of the dtype of most bytes; for a 4-bit model, the dtype in its config."""
         if self.is_4bit:
             return str(self.config.get("dtype") or self.config.get("torch_dtype") or "float16")
         num_bytes = dict.fromkeys(DTYPES, 0)
@@ -60,7 +60,7 @@ class HuggingFaceFiles:
 
     @property
     def num_parameters(self) -> int:
-        """A byte of a 4-bit weight holds two parameters."""
+        """Number of parameters. A byte of a 4-bit weight has two."""
         return sum(
             weight.num_bytes * 2 if weight.dtype == "U8" else math.prod(weight.shape)
             for name, weight in self.weights.items()
@@ -109,8 +109,8 @@ def _require_causal_lm(path: Path, config: Mapping[str, Any]) -> None:
     name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
     if not isinstance(name, str) or not name.endswith(ARCHITECTURE_ENDINGS) or config.get("is_encoder_decoder"):
         raise InputError(
-            f"{path}: architectures is {json.dumps(architectures)}, must name one decoder-only language model such as "
-            '["LlamaForCausalLM"]. Use a text-only causal language model.'
+            f"{path}: architectures is {json.dumps(architectures)}; it must name one decoder-only language model, for "
+            'example ["LlamaForCausalLM"]. Use a text-only causal language model.'
         )
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"{path}: model_type is missing. Download the file again.")
@@ -138,14 +138,14 @@ def _require_known_rope(path: Path, config: Mapping[str, Any]) -> None:
         if value is None:
             continue
         if not isinstance(value, dict):
-            raise InputError(f"{path}: {key} is {json.dumps(value)}, must be an object. Download the file again.")
+            raise InputError(f"{path}: {key} is {json.dumps(value)}; it must be an object. Download the file again.")
         # Some models have one object for each type of layer.
         by_layer_type = [inner for inner in value.values() if isinstance(inner, dict)]
         for rope in by_layer_type or [value]:
             rope_type = rope.get("rope_type", rope.get("type", "default"))
             if rope_type not in ROPE_TYPES:
                 raise InputError(
-                    f"{path}: {key} has the type {json.dumps(rope_type)}, must be one of {', '.join(ROPE_TYPES)}. "
+                    f"{path}: {key} has the type {json.dumps(rope_type)}; it must be one of {', '.join(ROPE_TYPES)}. "
                     "Use another model, or correct the type."
                 )
 
@@ -155,7 +155,7 @@ def _require_known_dtypes(source: Path, weights: Mapping[str, StoredWeight], *, 
     for name, weight in weights.items():
         if weight.dtype not in known:
             raise InputError(
-                f"{source}: {name} is of dtype {weight.dtype}, must be one of {', '.join(known)}. "
+                f"{source}: {name} is of dtype {weight.dtype}; it must be one of {', '.join(known)}. "
                 "Use an unquantized source model."
             )
 
@@ -170,7 +170,7 @@ def _require_no_experts(source: Path, weights: Iterable[str]) -> None:
 
 
 def _require_all_layers(source: Path, config: Mapping[str, Any], weights: Iterable[str]) -> None:
-    """Raises InputError if a layer of config.json has no weights: transformers would build it first."""
+    """Raises InputError if a layer has no weights, before transformers builds a model with too many layers."""
     path = source / "config.json"
     key = next((key for key in NUM_LAYERS_KEYS if key in config), NUM_LAYERS_KEYS[0])
     num_layers = whole_number(config, key, path)
@@ -208,9 +208,9 @@ def _require_rows_for_all_tokens(source: Path, config: Mapping[str, Any], weight
 
 
 def largest_token_id(tokenizer: Tokenizer) -> int:
-    """The largest id that a text can get. Special tokens do not count: the pipeline reads them as text.
+    """The largest token id that a text can have. Special tokens do not count, because the pipeline reads them as text.
 
-    (Gemma 3 1B has a special token for images without a row in the embedding.)
+    For example, Gemma 3 1B has a special token for images without a row in the embedding.
     """
     ids = tokenizer.get_vocab(with_added_tokens=False)
     added = [number for number, token in tokenizer.get_added_tokens_decoder().items() if not token.special]

@@ -1,4 +1,4 @@
-"""The tokenizer of a source model in Hugging Face's layout: tokenizer.json, or made out of tokenizer.model."""
+"""The tokenizer of a source model in Hugging Face's layout: tokenizer.json, or a conversion of tokenizer.model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pdf2lora.weights.params_json import require_version, version_key
 from pdf2lora.weights.sentencepiece_files import convert_sentencepiece
 from pdf2lora.weights.tiktoken_files import convert_tiktoken, is_tiktoken
 
-# transformers 5 rebuilds a LlamaTokenizer from its vocabulary. It loads this class from tokenizer.json.
+# transformers 5 would rebuild a LlamaTokenizer from its vocabulary. It reads this class from tokenizer.json.
 OVERRIDES = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
@@ -23,12 +23,12 @@ OVERRIDES = {"tokenizer_class": "PreTrainedTokenizerFast"}
 class HuggingFaceTokenizer:
     tokenizer: Tokenizer
     config: Mapping[str, Any]
-    """tokenizer_config.json"""
+    """The content of tokenizer_config.json."""
     is_converted: bool
-    """Whether the two must be written, because the folder has no tokenizer.json."""
+    """Whether tokenizer and config must be written, because the folder has no tokenizer.json."""
 
     def write(self, target: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json into the folder `target`, if they were converted."""
+        """Writes tokenizer.json and tokenizer_config.json to the folder `target` if they were converted."""
         if self.is_converted:
             self.tokenizer.save(str(target / "tokenizer.json"))
             write_json(target / "tokenizer_config.json", self.config)

@@ -1,4 +1,4 @@
-"""All checks of a source model that need neither torch nor transformers: check and doctor make them before any work."""
+"""All checks of a source model that need neither torch nor transformers. check and doctor run them before any work."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from pdf2lora.weights.tokenizer import require_tokenizer_kind
 
 
 def inspect_source_model(source: Path, llama_version: str | None) -> HuggingFaceFiles | ModelArgs:
-    """Checks the files in the folder `source` and returns its settings and sizes.
+    """Checks the files in the folder `source`. Returns the model's settings and sizes.
 
     Raises:
-        InputError: the model cannot be used. The message names the file or key and what to do.
+        InputError: the model cannot be used. The message has the file or key, and the remedy.
     """
     if find_layout(source) == "huggingface":
         files = read_huggingface(source)

@@ -12,7 +12,7 @@ MAX_DIMENSION = 2**20  # eight times the largest number in any Llama's params.js
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError if the file is missing or holds anything else."""
+    """The JSON object in a file. Raises InputError if the file is missing or is not a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -20,7 +20,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: this is not valid JSON ({error}). Download the file again.") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: the file must hold a JSON object. Download the file again.")
+        raise InputError(f"{path}: the file must be a JSON object. Download the file again.")
     return value
 
 
@@ -30,7 +30,7 @@ def whole_number(values: Mapping[str, Any], key: str, path: Path) -> int:
     if type(value) is int and 1 <= value <= MAX_DIMENSION:
         return value
     raise InputError(
-        f"{path}: {key} is {json.dumps(value)}, must be a whole number from 1 to {MAX_DIMENSION}. "
+        f"{path}: {key} is {json.dumps(value)}; it must be a whole number from 1 to {MAX_DIMENSION}. "
         "Download the file again."
     )
 
@@ -40,4 +40,4 @@ def positive_number(values: Mapping[str, Any], key: str, path: Path) -> float:
     value = values.get(key)
     if isinstance(value, (int, float)) and 0 < value < math.inf:
         return float(value)
-    raise InputError(f"{path}: {key} is {json.dumps(value)}, must be a number above 0. Download the file again.")
+    raise InputError(f"{path}: {key} is {json.dumps(value)}; it must be a number above 0. Download the file again.")

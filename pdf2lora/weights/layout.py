@@ -1,4 +1,4 @@
-"""The layout of a source model, and the reason why a folder has none."""
+"""The layout of a source model: Meta's or Hugging Face's."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,7 +8,7 @@ from pdf2lora.weights.weight_files import adapter_message, missing_weights_messa
 
 
 def find_layout(source: Path) -> Literal["meta", "huggingface"]:
-    """Raises InputError if the folder `source` has neither layout. The message says what it is and what to do."""
+    """Raises InputError if the folder `source` has neither layout. The message has the reason and the remedy."""
     if (source / "config.json").is_file():
         return "huggingface"
     if (source / "params.json").is_file() or any(source.glob("consolidated.*.pth")):

@@ -1,8 +1,8 @@
 """Merges an adapter into its unquantized base model: base + scaling * B A, or DoRA's renormalized sum.
 
-A merge into a 4-bit base would round the sum to 4 bits again and lose much of the training, so it is not offered. The
-files of the base are copied, and the adapted weights are overwritten in the copies, one at a time. Shapes and dtypes
-stay, and so do all offsets in the files. Memory holds one weight.
+A merge into a 4-bit base is not possible, because it would round the sum to 4 bits again and lose much of the training.
+The files of the base are copied. Then each adapted weight is overwritten in the copies, one at a time, with the same
+shape, dtype and offset. So memory holds only one weight.
 """
 
 import json
@@ -26,7 +26,7 @@ Progress = Callable[[int], object]  # weights merged since the last call
 
 PEFT_PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA
-TRANSPOSED_MODEL_TYPES = ("gpt2", "openai-gpt")  # their files hold (in_features, out_features)
+TRANSPOSED_MODEL_TYPES = ("gpt2", "openai-gpt")  # the weights in their files are (in_features, out_features)
 
 
 def merge(base: Path, adapter: Path, target: Path, progress: Progress = lambda num_weights: None) -> int:
@@ -99,13 +99,13 @@ def merged_weight(weight: Tensor, layer: dict[str, Tensor], settings: LoraConfig
 
 
 def write_config(file: Path) -> None:
-    """Adds transformers 4's names of the rotary embedding and the dtype to a config.json.
+    """Adds the keys of transformers 4 for rotary embedding and dtype to a config.json.
 
-    vLLM and llama.cpp of that time read them. Without them they silently use the default base and no scaling.
+    Older versions of vLLM and llama.cpp need these keys. Without them they silently use the default base, unscaled.
     """
     config = json.loads(file.read_text(encoding="utf-8"))
     rope = dict(config.get("rope_parameters") or {})
-    if "rope_theta" in rope:  # else the model has one rotary embedding for each type of layer, or none
+    if "rope_theta" in rope:  # otherwise the model has several rotary embeddings, by type of layer, or none
         config["rope_theta"] = rope.pop("rope_theta")
         config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     if "dtype" in config:

@@ -123,8 +123,8 @@ def plan_weights(source: Path, args: ModelArgs, shards: list[Shard]) -> dict[str
                 )
             if part.dtype not in SAFETENSORS_DTYPES or part.dtype != embedding.dtype:
                 raise InputError(
-                    f"{path}: {name} is {part.dtype} and {META_EMBEDDING} is {embedding.dtype}, must be all bfloat16, "
-                    "all float16 or all float32. Use an unquantized source model."
+                    f"{path}: {name} is {part.dtype} and {META_EMBEDDING} is {embedding.dtype}; all weights must be "
+                    "bfloat16, all float16 or all float32. Use an unquantized source model."
                 )
             if not part.is_contiguous():  # a stride of 0 would let a small file fill the disk
                 raise InputError(f"{path}: {name} is a strided view. Use Meta's original file.")
@@ -144,7 +144,7 @@ def plan_weights(source: Path, args: ModelArgs, shards: list[Shard]) -> dict[str
 
 
 def _expected_weights(args: ModelArgs, shards: list[Shard], path: Path) -> tuple[list[WeightRow], dict[str, int]]:
-    """The rows of all weights of the model, and the size of each axis that they name."""
+    """The WeightRow of each weight of the model, and the size of each axis."""
     layers = {int(match[1]) for name in shards[0] if (match := re.match(r"layers\.(\d{1,6})\.", name))}
     absent = next((number for number in range(args.n_layers) if number not in layers), None)
     if absent is not None:

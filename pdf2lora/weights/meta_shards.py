@@ -13,9 +13,9 @@ Shard = dict[str, Tensor]  # Meta's name -> weight
 
 
 def read_shards(source: Path) -> list[Shard]:
-    """Opens consolidated.00.pth, consolidated.01.pth, ...; the weights are memory-mapped, not read.
+    """Opens consolidated.00.pth, consolidated.01.pth, ... The weights are memory-mapped.
 
-    Files in the format of torch before 1.6 cannot be mapped and are read into memory.
+    Files in the format of torch before 1.6 cannot be mapped. They are read into memory.
 
     Raises:
         InputError: a number is missing, or a file is damaged or contains code.
@@ -48,6 +48,6 @@ def _load_shard(path: Path) -> Shard:
             f"{path}: this is not a torch file, or it is truncated ({type(error).__name__}). Download the file again."
         ) from None
     if not isinstance(loaded, dict) or not all(isinstance(weight, Tensor) for weight in loaded.values()):
-        raise InputError(f"{path}: the file must hold weights by name and nothing else. Use Meta's original file.")
+        raise InputError(f"{path}: the file must have only weights by name. Use Meta's original file.")
     # Llama 1 and 2 store the rotary frequencies, which follow from rope_theta.
     return {str(name): weight for name, weight in loaded.items() if not str(name).endswith("rope.freqs")}

@@ -1,4 +1,4 @@
-"""Meta's params.json, and the facts about each Llama version that it does not hold.
+"""Meta's params.json, and the facts about each Llama version that it does not have.
 
 Source: meta-llama/llama-models, models/llama3/args.py and model.py.
 """
@@ -16,11 +16,11 @@ class Version:
     """Facts about one Llama version that are not in params.json."""
 
     context_length: int
-    """tokens"""
+    """In tokens."""
     rope_factor: float | None
     """Factor of the scaled rotary embedding. None: the embedding is not scaled."""
     rope_theta: float
-    """Default of Meta's code if params.json has no rope_theta."""
+    """The default of Meta's code, if params.json has no rope_theta."""
 
 
 VERSIONS = {
@@ -44,7 +44,7 @@ class ModelArgs:
     n_heads: int
     n_kv_heads: int
     vocab_size: int | None
-    """None if the file leaves it to the tokenizer (-1)."""
+    """None if the file has -1: the tokenizer has the number."""
     norm_eps: float
     rope_theta: float
     ffn_dim_multiplier: float
@@ -62,7 +62,7 @@ class ModelArgs:
 
 
 def version_key(source: Path) -> str:
-    """The key in params.yaml that holds the Llama version of a source model."""
+    """The key of the Llama version of a source model in params.yaml."""
     return f"models.{source.name}.llama_version"
 
 
@@ -73,17 +73,17 @@ def require_version(source: Path, llama_version: str | None) -> str:
     key, choices = version_key(source), ", ".join(LLAMA_VERSIONS)
     if llama_version is None:
         raise InputError(
-            f"{key}: missing, but {source} is in Meta's layout, which does not contain the Llama version. "
+            f"{key} is missing; {source} is in Meta's layout, whose files do not contain the Llama version. "
             f"Add it to params.yaml ({choices}): {source.name}: {{llama_version: '3.2'}}"
         )
-    raise InputError(f'{key}: "{llama_version}" is not a Llama version. Use one of {choices}.')
+    raise InputError(f'{key} is "{llama_version}", which is not a Llama version. Use one of {choices}.')
 
 
 def read_model_args(path: Path, llama_version: str) -> ModelArgs:
     """Reads params.json.
 
     Raises:
-        InputError: a number is missing or absurd, or it contradicts another number or the version.
+        InputError: a number is missing or out of range, or contradicts another number or the version.
     """
     params = read_json(path)
     version, key = VERSIONS[llama_version], version_key(path.parent)
@@ -99,12 +99,13 @@ def read_model_args(path: Path, llama_version: str) -> ModelArgs:
     n_kv_heads = n_heads if params.get("n_kv_heads") is None else whole_number(params, "n_kv_heads", path)
     if dim % (2 * n_heads):
         raise InputError(
-            f"{path}: dim is {dim}, must be a multiple of 2 * n_heads ({2 * n_heads}), because each head consists of "
-            "pairs. Download the file again."
+            f"{path}: dim is {dim}; it must be a multiple of 2 * n_heads ({2 * n_heads}), because each head consists "
+            "of pairs. Download the file again."
         )
     if n_heads % n_kv_heads:
         raise InputError(
-            f"{path}: n_heads is {n_heads}, must be a multiple of n_kv_heads ({n_kv_heads}). Download the file again."
+            f"{path}: n_heads is {n_heads}; it must be a multiple of n_kv_heads ({n_kv_heads}). "
+            "Download the file again."
         )
     has_multiplier, has_multiple = (params.get(key) is not None for key in ("ffn_dim_multiplier", "multiple_of"))
     return ModelArgs(

@@ -1,4 +1,4 @@
-"""Safetensors files: a writer that needs no whole weight in memory, and weights mapped for changes in place."""
+"""Writes safetensors files without a whole weight in memory, and maps weights to change them in place."""
 
 import json
 import struct
@@ -36,10 +36,10 @@ def plan_files(weights: Mapping[str, ShardedWeight], max_shard_gib: float) -> di
 
 
 def write_weights(target: Path, files: Mapping[str, Mapping[str, ShardedWeight]], progress: Progress) -> None:
-    """Writes safetensors files into the folder `target`, and their index if there are several.
+    """Writes safetensors files to the folder `target`, and their index if there are several.
 
-    The offsets follow from the shapes. So the header is written first and then the weights, one slab at a time.
-    safetensors.serialize_file needs all weights of a file in memory.
+    The header is written first, because the offsets follow from the shapes. Then the weights are written in slabs.
+    safetensors.serialize_file is not used, because it needs all weights of a file in memory.
     """
     total = sum(weight.num_bytes for weights in files.values() for weight in weights.values())
     done = 0
@@ -66,7 +66,7 @@ def write_weights(target: Path, files: Mapping[str, Mapping[str, ShardedWeight]]
 
 
 def mapped_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """The names and weights of a safetensors file, in 16 or 32 bits. A change of a weight changes the file."""
+    """Yields the names and weights of a safetensors file, in 16 or 32 bits. A change of a weight changes the file."""
     for name, entry in read_header(file).items():
         if entry.dtype not in TORCH_DTYPES:
             continue

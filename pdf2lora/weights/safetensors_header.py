@@ -23,7 +23,7 @@ class StoredWeight:
     """safetensors' name: BF16, F16, F32, ..."""
     shape: tuple[int, ...]
     offset: int
-    """bytes from the start of the file"""
+    """In bytes, from the start of the file."""
     num_bytes: int
 
 

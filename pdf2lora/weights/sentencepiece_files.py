@@ -1,7 +1,7 @@
 """A sentencepiece tokenizer.model -> a tokenizer of the `tokenizers` library with the same ids.
 
-The file's own settings are used: BPE or unigram pieces, the normalization rule, the space before the first word, the
-removal of extra spaces, user-defined symbols, byte fallback. The result is compared with sentencepiece.
+The conversion uses the settings in the file: BPE or unigram pieces, the normalization rule, the space before the first
+word, the removal of extra spaces, user-defined symbols, byte fallback. It then compares its ids with sentencepiece's.
 Source: google/sentencepiece, src/normalizer.cc, src/bpe_model.cc, src/unigram_model.cc.
 """
 
@@ -33,8 +33,8 @@ PROBE_TEXTS = (
     "1 12 123.45 −7 1,000,000",
 )
 
-# Half-width kana with a voicing mark. `tokenizers` would apply the rule to each of the two, sentencepiece to the pair.
-# Other pairs of this kind still differ, all of them rare: ½ before a combining accent, decomposed Korean letters.
+# Half-width kana with a voicing mark. `tokenizers` would normalize the two characters separately; sentencepiece
+# normalizes the pair. Other, rare pairs still differ: ½ before a combining accent, decomposed Korean letters.
 HALF_WIDTH_KANA = {
     kana + mark: composed
     for kana in map(chr, range(0xFF66, 0xFF9E))
@@ -49,7 +49,7 @@ def convert_sentencepiece(content: bytes, path: Path) -> ConvertedTokenizer:
     path: of the file, for error messages.
 
     Raises:
-        InputError: the file is damaged, or it has a setting that `tokenizers` cannot express.
+        InputError: the file is damaged, or it has a setting that `tokenizers` does not support.
     """
     try:
         import sentencepiece  # only these files need it
@@ -91,7 +91,7 @@ def convert_sentencepiece(content: bytes, path: Path) -> ConvertedTokenizer:
 
 
 def _not_expressible(model: SentencePieceModel) -> str | None:
-    """A setting that `tokenizers` cannot express, or None."""
+    """A setting that `tokenizers` does not support, or None."""
     if model.algorithm not in (Algorithm.BPE, Algorithm.UNIGRAM):
         return f"its algorithm is {model.algorithm.name}"
     if model.treat_whitespace_as_suffix:
@@ -101,7 +101,7 @@ def _not_expressible(model: SentencePieceModel) -> str | None:
     if model.algorithm == Algorithm.BPE and _user_defined(model):
         ranks = _bpe_ranks(model)
         dead = next((piece for piece in ranks if len(piece) > 1 and last_merge(piece, ranks) is None), None)
-        if dead is not None:  # as a whole word it would become a token, because ignore_merges is set
+        if dead is not None:  # with ignore_merges, it would become a token if it is a whole word
             return f"it has user-defined symbols and the piece {dead!r}, which no merge makes"
     return None
 
@@ -114,7 +114,7 @@ def _refusal(path: Path, reason: str) -> InputError:
 
 
 def _user_defined(model: SentencePieceModel) -> list[str]:
-    """The longest first: at each position sentencepiece takes the longest."""
+    """User-defined symbols, the longest first: at each position sentencepiece uses the longest one."""
     symbols = [piece.text for piece in model.pieces if piece.type == PieceType.USER_DEFINED]
     return sorted(symbols, key=len, reverse=True)
 
@@ -132,7 +132,7 @@ def _bpe(model: SentencePieceModel) -> models.BPE:
         unk_token=_unknown(model),
         fuse_unk=True,
         byte_fallback=model.byte_fallback,
-        ignore_merges=bool(_user_defined(model)),  # _splits isolates each symbol, which then is a whole word
+        ignore_merges=bool(_user_defined(model)),  # _splits makes each symbol a whole word
     )
 
 
@@ -147,13 +147,13 @@ def _unknown(model: SentencePieceModel) -> str:
 
 
 def _normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
-    """sentencepiece's order: the rule, extra spaces, the space before the first word, visible spaces."""
+    """Steps in sentencepiece's order: the rule, extra spaces, the space before the first word, visible spaces."""
     steps: list[Any] = []
     if model.charsmap:
         if "nfkc" in model.normalizer:
             steps += [normalizers.Replace(kana, composed) for kana, composed in HALF_WIDTH_KANA.items()]
         if "nmt" in model.normalizer:
-            steps.append(normalizers.Replace("\r\n", "  "))  # the rule makes a space of each of the two
+            steps.append(normalizers.Replace("\r\n", "  "))  # the rule replaces each of the two by a space
         steps.append(normalizers.Precompiled(model.charsmap))
     if model.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -189,7 +189,7 @@ def _decoder(model: SentencePieceModel) -> decoders.Decoder:
 
 
 def _require_equal_ids(tokenizer: Tokenizer, processor: Any, model: SentencePieceModel, path: Path) -> None:
-    """Raises InputError if the tokenizer gives other ids than sentencepiece to the probe texts or to a piece."""
+    """Raises InputError if the ids of the probe texts or of a piece differ from sentencepiece's."""
     pieces = [piece.text.replace(SPACE, " ") for piece in model.pieces]
     for text in _probes(pieces):
         if tokenizer.encode(text, add_special_tokens=False).ids != processor.EncodeAsIds(text):

@@ -1,7 +1,7 @@
 """The parts of a sentencepiece model file that sentencepiece's Python package does not expose.
 
-The file is a protocol buffer (google/sentencepiece, src/sentencepiece_model.proto; protobuf.dev, "Encoding"). Reading
-these few fields here saves a dependency on protobuf.
+The file is a protocol buffer (google/sentencepiece, src/sentencepiece_model.proto; protobuf.dev, "Encoding"). Only a
+few fields are needed, so this module reads them without protobuf.
 """
 
 import struct
@@ -83,7 +83,7 @@ def _piece(content: bytes) -> Piece:
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a message: (number, value). Numbers are int, everything else is bytes."""
+    """Yields the fields of a message: (number, value). A varint is an int, any other value is bytes."""
     at = 0
     while at < len(content):
         key, at = _varint(content, at)
@@ -105,7 +105,7 @@ def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(content: bytes, at: int) -> tuple[int, int]:
-    """The number at a position, 7 bits in each byte, and the position after it."""
+    """The varint at a position (7 bits in each byte), and the position after it."""
     value = shift = 0
     while True:
         if at >= len(content) or shift > 63:

@@ -1,4 +1,4 @@
-"""Weights in Meta's model-parallel shards, joined and reordered when their rows are read."""
+"""Weights in Meta's model-parallel shards. Their rows are joined and reordered when they are read."""
 
 import math
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SLAB_BYTES = 64 * 2**20  # held in memory at once
+SLAB_BYTES = 64 * 2**20  # of a weight that are in memory at once
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ShardedWeight:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def slabs(self) -> Iterator[Tensor]:
-        """The weight from its first row to its last, contiguous, about SLAB_BYTES (at least one head) at a time."""
+        """Yields the weight in contiguous slabs of rows, of about SLAB_BYTES, with at least one head each."""
         unit = self.head_dim or 1
         step = unit * max(1, SLAB_BYTES * self.shape[0] // (self.num_bytes * unit))
         for start in range(0, self.shape[0], step):
@@ -43,7 +43,7 @@ class ShardedWeight:
             yield (permute_rotary(rows, self.head_dim) if self.head_dim else rows).contiguous()
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start to stop of the joined weight: a view of the mapped file if one part holds them, else a copy."""
+        """Rows start to stop of the joined weight: a view of the mapped file if they are in one part, else a copy."""
         if self.split_dim == 1:
             pieces = [part[start:stop] for part in self.parts]
         else:
@@ -53,7 +53,7 @@ class ShardedWeight:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=self.split_dim)
 
     def equals(self, other: "ShardedWeight") -> bool:
-        """Whether both hold the same numbers. Both must have the same shape and the same parts."""
+        """Whether both have the same numbers. Both must have the same shape and the same split into parts."""
         return all(torch.equal(one, two) for one, two in zip(self.slabs(), other.slabs(), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""BOS and EOS of a model in Hugging Face's layout, found where its authors put them."""
+"""Finds BOS and EOS of a model in Hugging Face's layout."""
 
 import json
 from collections.abc import Mapping
@@ -45,19 +45,19 @@ def find_eos(
         eos = _token_id(tokenizer, tokenizer_config.get("eos_token"))
     if eos is None:
         raise InputError(
-            f"{source / 'config.json'}: eos_token_id is missing, and so it is in generation_config.json and "
+            f"{source / 'config.json'}: eos_token_id is missing, also in generation_config.json and "
             "tokenizer_config.json. Add the id of the token that ends a text."
         )
     ids = eos if isinstance(eos, list) else [eos]
     if not ids or not all(type(number) is int and 0 <= number < config["vocab_size"] for number in ids):
         raise InputError(
-            f"{path}: eos_token_id is {json.dumps(eos)}, must be an id below vocab_size ({config['vocab_size']}) or a "
-            "list of such ids. Correct the file."
+            f"{path}: eos_token_id is {json.dumps(eos)}; it must be an id below vocab_size ({config['vocab_size']}) "
+            "or a list of such ids. Correct the file."
         )
     return eos
 
 
 def _token_id(tokenizer: Tokenizer, token: object) -> int | None:
-    """token: as tokenizer_config.json has it, a string or an object with `content`."""
+    """The id of a token in tokenizer_config.json, which is a string or an object with `content`."""
     content = token.get("content") if isinstance(token, dict) else token
     return tokenizer.token_to_id(content) if isinstance(content, str) else None

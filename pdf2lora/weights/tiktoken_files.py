@@ -99,7 +99,7 @@ def _parse_ranks(content: bytes, path: Path) -> Mapping[bytes, int]:
             token = base64.b64decode(match[1], validate=True)
         except (binascii.Error, ValueError):
             raise InputError(
-                f"{path}: line {number} is {line[:40]!r}, must be `base64 rank`. Download the file again."
+                f"{path}: line {number} is {line[:40]!r}; it must be `base64 rank`. Download the file again."
             ) from None
         if token in ranks:
             raise InputError(f"{path}: line {number} repeats a token. Download the file again.")

@@ -1,4 +1,4 @@
-"""Meta's tokenizer.model: the file's kind and whether it fits the Llama version."""
+"""Meta's tokenizer.model: sentencepiece or tiktoken, by the Llama version."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def read_tokenizer(path: Path, llama_version: str) -> ConvertedTokenizer:
     if llama_version in SENTENCEPIECE_VERSIONS:
         tokenizer = convert_sentencepiece(content, path)
         if None in (tokenizer.bos_token, tokenizer.eos_token):
-            raise InputError(f"{path}: the model lacks BOS or EOS, which Llama 1 and 2 have. Download the file again.")
+            raise InputError(f"{path}: BOS or EOS is missing; Llama 1 and 2 have both. Download the file again.")
         return tokenizer
     return convert_tiktoken(content, path, llama_version)
 

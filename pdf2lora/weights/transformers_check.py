@@ -1,7 +1,7 @@
-"""A source model in Hugging Face's layout, loaded by transformers without its weights.
+"""Loads a source model in Hugging Face's layout with transformers, without its weights.
 
 transformers decides which weights a model needs and which it ignores. The model is built on the meta device, which
-allocates no memory, and its names and shapes are compared with the headers of the files.
+allocates no memory. Its names and shapes are compared with the headers of the files.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def load_without_weights(source: Path, files: HuggingFaceFiles) -> Any:
     """The model on the meta device (a transformers.PreTrainedModel).
 
     Raises:
-        InputError: transformers cannot load the model, or config.json and the weights do not fit together.
+        InputError: transformers cannot load the model, or config.json and the weights contradict each other.
     """
     with _quiet_transformers():
         return _load_4bit(source, files) if files.is_4bit else _load(source)
@@ -46,12 +46,12 @@ def _load(source: Path) -> Any:
         raise InputError(_missing(source, name))
     for name in sorted(report["unexpected_keys"]):
         raise InputError(_unexpected(source, name, type(model).__name__))
-    model.tie_weights()  # a stored copy of a tied head is not another head
+    model.tie_weights()  # so a stored copy of a tied head does not count twice
     return model
 
 
 def _load_4bit(source: Path, files: HuggingFaceFiles) -> Any:
-    """The model as if it were not quantized: bitsandbytes cannot load 4-bit weights on the meta device."""
+    """Builds the model without quantization, because bitsandbytes cannot load 4-bit weights on the meta device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -87,8 +87,8 @@ def _missing(source: Path, name: str) -> str:
 
 def _wrong_shape(source: Path, name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> str:
     return (
-        f"{source / 'config.json'}: by the sizes in it, {name} must have shape {expected}, but it has {stored}. "
-        "Use the files of one source model."
+        f"{source / 'config.json'}: with the sizes in this file, {name} must have shape {expected}, but it has "
+        f"{stored}. Use the files of one source model."
     )
 
 
@@ -117,7 +117,7 @@ def _cannot_load(source: Path, error: Exception) -> str:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without progress bars and load reports: the errors above name what matters."""
+    """Turns off progress bars and load reports of transformers."""
     from transformers.utils import logging
 
     verbosity, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

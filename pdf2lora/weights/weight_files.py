@@ -8,7 +8,7 @@ from pdf2lora.weights.safetensors_header import StoredWeight, read_header
 
 
 def read_weights(source: Path) -> tuple[list[Path], dict[str, StoredWeight]]:
-    """The files, and the entries of all their headers by name. Rotary frequencies follow from the config: left out.
+    """The files, and the entries of their headers by name. Leaves out rotary frequencies, which follow from the config.
 
     Raises:
         InputError: a file is missing or damaged, lies outside the folder, or is of another format.
