@@ -114,8 +114,8 @@ def measure(
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY - 256, size=(batch, seq_length + 1))
-    sequences = Sequences(tokens[:, :-1], tokens[:, 1:].copy())
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY - 256, size=batch * seq_length + 1, dtype=np.int32)
+    sequences = Sequences(tokens, seq_length)
     result: dict[str, Any] = {"batch": batch, "seq_length": seq_length}
     try:
         learner = Learner(
