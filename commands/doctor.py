@@ -82,8 +82,8 @@ def check_capacity(params: Params, previous: PreviousRun, shape: ModelShape, gpu
         environment.memory(LIBRARIES_GIB + host_gib),
         environment.disk(Path(), required_disk_gib(previous, shape) + packed_gib),
     ]
-    if streams:
-        findings.append(placement(params, shape, gpus))
+    if gpus and (finding := placement(params, shape, gpus)):
+        findings.append(finding)
     return findings
 
 

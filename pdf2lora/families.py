@@ -132,3 +132,5 @@ FAMILIES = {
         ),
     )
 }
+
+FUSED_MODEL_TYPES = frozenset(family.model_type for family in FAMILIES.values() if family.is_fused)

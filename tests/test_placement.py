@@ -1,5 +1,7 @@
 """preflight/placement.py on a shape of 8 billion parameters."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import REPOSITORY
 from tiny_llama import QUANTIZATION, changed
@@ -12,6 +14,7 @@ from pdf2lora.preflight.placement import placement, streams_layers
 LAYERS = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096), "gate": (4096, 14336)}
 LAYERS |= {"up": (4096, 14336), "down": (14336, 4096)}
 SHAPE = ModelShape(32, LAYERS, 8_030_000_000, 16_060_000_000)
+OTHER_FAMILY = replace(SHAPE, can_be_packed=False)
 
 
 @pytest.fixture
@@ -36,6 +39,8 @@ def test_layers_wait_in_host_memory_if_the_model_is_too_large(params_with):
     assert streams_layers(params_with(placement="host"), SHAPE, gpus(80))
     assert not streams_layers(params_with(placement="gpu"), SHAPE, gpus(6))
     assert not streams_layers(params_with(bits=8), SHAPE, gpus(6))
+    assert not streams_layers(params_with(), OTHER_FAMILY, gpus(6))
+    assert placement(params_with(), SHAPE, gpus(24)) is None
 
 
 def test_the_needs_of_streamed_layers(params_with):
@@ -47,3 +52,22 @@ def test_the_needs_of_streamed_layers(params_with):
     too_small = placement(params_with(), SHAPE, gpus(3))
     assert too_small.level == "problem"
     assert "The budget is 2.0 GiB. Use a smaller base model." in too_small.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape", "gib", "words"),
+    [
+        ({}, OTHER_FAMILY, 6, ["needs 5.3 GiB", "budget is 5.0 GiB", "its layers cannot wait", "smaller base model"]),
+        ({"placement": "host"}, OTHER_FAMILY, 80, ["'host'", "its layers cannot wait", "Use 'auto'"]),
+        ({"placement": "host", "bits": 8}, SHAPE, 80, ["'host'", "quantization.bits 4", "Use 'auto'"]),
+        ({"placement": "gpu"}, SHAPE, 6, ["needs 5.3 GiB", "Use quantization.placement auto"]),
+        ({"bits": 16}, SHAPE, 12, ["needs 15.0 GiB", "fewer bits"]),
+    ],
+)
+def test_a_model_that_cannot_run_is_a_problem(params_with, settings, shape, gib, words):
+    finding = placement(params_with(**settings), shape, gpus(gib))
+
+    assert finding is not None
+    assert finding.level == "problem"
+    for word in words:
+        assert word in finding.text

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdf2lora.families import is_target
+from pdf2lora.families import FUSED_MODEL_TYPES, is_target
 from pdf2lora.params import ALL_LINEAR, Lora, Quantization
 from pdf2lora.weights.config_json import ConfigSizes
 from pdf2lora.weights.huggingface_files import HuggingFaceFiles
@@ -20,6 +20,8 @@ class ModelShape:
     num_parameters: int
     num_bytes: int
     """of the files of weights"""
+    can_be_packed: bool = True
+    """Its layers can be packed in 4 bits and wait in host memory."""
 
     def lora_parameters(self, lora: Lora) -> int:
         """A and B of each target: r x (in + out). DoRA adds `out` magnitudes."""
@@ -65,4 +67,5 @@ def model_shape(files: HuggingFaceFiles | ModelArgs, source: Path) -> ModelShape
         layers=files.linear_layers,
         num_parameters=files.num_parameters,
         num_bytes=sum(file.stat().st_size for file in files.weight_files),
+        can_be_packed=files.config["model_type"] in FUSED_MODEL_TYPES and not files.is_4bit,
     )

@@ -21,21 +21,34 @@ def gpu_budget_gib(params: Params, gpus: Sequence[Gpu]) -> float:
 def streams_layers(params: Params, shape: ModelShape, gpus: Sequence[Gpu]) -> bool:
     """Whether find_batch will not even try the whole model in GPU memory."""
     quantization = params.quantization
-    if quantization.placement == "host":
-        return True
+    if quantization.bits != 4 or not shape.can_be_packed:
+        return False
     is_too_large = shape.base_gib(quantization) > gpu_budget_gib(params, gpus)
-    return quantization.placement == "auto" and quantization.bits == 4 and is_too_large
+    return quantization.placement == "host" or (quantization.placement == "auto" and is_too_large)
 
 
-def placement(params: Params, shape: ModelShape, gpus: Sequence[Gpu]) -> Finding:
-    """GPU memory of the part that stays there, host memory of the layers, and the time of their copies.
+def placement(params: Params, shape: ModelShape, gpus: Sequence[Gpu]) -> Finding | None:
+    """The memory and time of streamed layers, or why the model cannot run. None: the whole model fits into the GPU.
 
     Two buffers, each with one layer, are on the GPU. A micro-batch copies each layer twice.
     """
     quantization = params.quantization
-    layers_gib = shape.layers_gib(quantization)
-    fixed_gib = shape.base_gib(quantization) - layers_gib + 2 * layers_gib / shape.num_layers
     budget_gib = gpu_budget_gib(params, gpus)
+    base_gib = shape.base_gib(quantization)
+    if not streams_layers(params, shape, gpus):
+        streaming = "" if shape.can_be_packed else "; its layers cannot wait in host memory"
+        if quantization.placement == "host":
+            streaming = streaming or "; they need quantization.bits 4"
+            return Finding("problem", "placement", f"quantization.placement is 'host'{streaming}. Use 'auto'.")
+        if base_gib <= budget_gib:
+            return None
+        text = f"the base model needs {base_gib:.1f} GiB on the GPU, and the budget is {budget_gib:.1f} GiB{streaming}"
+        remedy = "Use a smaller base model or fewer bits"
+        if quantization.bits == 4:
+            remedy = "Use quantization.placement auto" if shape.can_be_packed else "Use a smaller base model"
+        return Finding("problem", "placement", f"{text}. {remedy}.")
+    layers_gib = shape.layers_gib(quantization)
+    fixed_gib = base_gib - layers_gib + 2 * layers_gib / shape.num_layers
     copies_s = 2 * layers_gib / LINK_GIB_PER_S
     text = (
         f"layers in host memory: {layers_gib:.1f} GiB pinned there, {fixed_gib:.1f} GiB and the activations on the "
