@@ -5,11 +5,16 @@ It also writes metrics/eval_documents.csv, and samples of their text to data/sam
 GPU (compute.num_processes).
 """
 
+from pathlib import Path
+
 from pdf2lora.errors import report_input_errors
 from pdf2lora.params import read_params
 from pdf2lora.runtime.inputs import require_inputs_of
-from pdf2lora.runtime.launcher import run_in_processes
+from pdf2lora.runtime.launcher import is_main_process, run_in_processes
+from pdf2lora.runtime.manifest import start_check
 from pdf2lora.runtime.processes import single_instance
+
+BASE = Path("models/base")
 
 
 @report_input_errors
@@ -19,9 +24,11 @@ def main() -> None:
     require_inputs_of("evaluate")
 
     def work() -> None:
+        require_base = start_check(BASE, made_by="convert") if is_main_process() else None
+
         from pdf2lora.evaluation.job import run  # imports torch, which the launcher of several processes must not
 
-        run(params)
+        run(params, require_base)
 
     run_in_processes("stages.evaluate", work, params.compute.num_processes)
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from pdf2lora.errors import InputError
-from pdf2lora.runtime.manifest import MANIFEST, find_damage, read_manifest, require_intact, write_manifest
+from pdf2lora.runtime.manifest import MANIFEST, find_damage, read_manifest, require_intact, start_check, write_manifest
 
 
 @pytest.fixture
@@ -45,3 +45,11 @@ def test_missing_file_is_found(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match=r"cannot be used: it cannot be read .* dvc repro --force convert"):
         require_intact(folder, made_by="convert")
+
+
+def test_check_in_a_thread_raises_where_its_result_is_needed(folder: Path) -> None:
+    start_check(folder, made_by="convert")()
+    (folder / "config.json").unlink()
+    wait = start_check(folder, made_by="convert")
+    with pytest.raises(InputError, match=r"dvc repro --force convert"):
+        wait()

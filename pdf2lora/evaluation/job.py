@@ -1,5 +1,6 @@
 """The stage evaluate in one of its processes: scores test documents and general text, writes metrics and samples."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
@@ -22,7 +23,6 @@ from pdf2lora.model.loading import load_adapter, load_base, read_config
 from pdf2lora.params import Params
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_write, write_json
-from pdf2lora.runtime.manifest import require_intact
 from pdf2lora.runtime.monitor import machine_metrics
 from pdf2lora.runtime.scratch import project_root
 from pdf2lora.token_files import TokenFile
@@ -37,8 +37,10 @@ DOCUMENTS = Path("metrics/eval_documents.csv")
 SAMPLES = Path("data/samples.json")
 
 
-def run(params: Params) -> None:
+def run(params: Params, require_base: Callable[[], None] | None) -> None:
     """Scores with all processes of the job; the main one writes the results.
+
+    require_base: waits for the check of the base model's files (manifest.start_check); None in the other processes.
 
     Raises:
         InputError: the base model, the baseline or a setting cannot be used.
@@ -46,8 +48,8 @@ def run(params: Params) -> None:
     processes = Processes()
     processes.leave_output_to_main()
     settings, samples = params.evaluate, params.sample
-    if processes.is_main:
-        require_intact(BASE, made_by="convert")
+    if require_base:
+        require_base()
     baseline = None
     if settings.compare_to != "none":
         commit = resolve_commit(settings.compare_to, project_root())

@@ -49,6 +49,11 @@ def is_worker() -> bool:
     return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
+def is_main_process() -> bool:
+    """Whether this process writes the outputs of its job. Without the variables of a launcher, each process is one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run_in_processes(module: str, work: Callable[[], None], num_processes: int | Literal["auto"]) -> None:
     """Calls `work` in each process of the job: here if there is one, else in processes that run `module`.
 

@@ -5,7 +5,7 @@ a flipped bit.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,14 @@ def require_intact(folder: Path, *, made_by: str) -> None:
     """
     if damage := find_damage(folder):
         raise InputError(f"{folder} cannot be used: {damage}. Make it again with: dvc repro --force {made_by}")
+
+
+def start_check(folder: Path, *, made_by: str) -> Callable[[], None]:
+    """Starts require_intact in a thread. The returned function waits for its end and raises its error.
+
+    The stages hash while they import torch, which takes longer.
+    """
+    return ThreadPoolExecutor(1).submit(require_intact, folder, made_by=made_by).result
 
 
 def _hash_files(folder: Path, names: Collection[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +29,7 @@ from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_directory
 from pdf2lora.runtime.launcher import Stopped
 from pdf2lora.runtime.locks import exclusive_lock
-from pdf2lora.runtime.manifest import MANIFEST, require_intact
+from pdf2lora.runtime.manifest import MANIFEST
 from pdf2lora.runtime.monitor import device_name, machine_metrics
 from pdf2lora.runtime.processes import LOCK_TIMEOUT_S
 from pdf2lora.runtime.scratch import fingerprint, project_root, scratch_folder, stage_code
@@ -52,8 +52,10 @@ METRICS = Path("metrics/train")
 log = logging.getLogger("train")
 
 
-def run(params: Params) -> None:
+def run(params: Params, require_base: Callable[[], None] | None) -> None:
     """Trains with all processes of the job; the main one writes models/adapter and metrics/train.
+
+    require_base: waits for the check of the base model's files (manifest.start_check); None in the other processes.
 
     Raises:
         InputError: the machine or the settings do not allow it, or memory ran out.
@@ -64,8 +66,9 @@ def run(params: Params) -> None:
     names = tracker_names(params)
     require_trackers(names)
     batch = json.loads(BATCH.read_text(encoding="utf-8"))
+    if require_base:
+        require_base()
     if processes.is_main:
-        require_intact(BASE, made_by="convert")
         log_file = log_to_file(project_root() / "logs")
     corpus, replay, validation_windows = read_data(params)
     sequences = MixedSequences(corpus, replay) if len(replay) else corpus

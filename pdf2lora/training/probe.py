@@ -58,7 +58,9 @@ class Prober:
         return Capabilities(
             device=device_name(),
             kernels=kernels,
-            gradient_checkpointing=tuple(gradient_checkpointing_choices(self.params.train, kernels)),
+            gradient_checkpointing=tuple(
+                choice.value for choice in gradient_checkpointing_choices(self.params.train, kernels)
+            ),
             free_gib=min(self.processes.gather(free)),
             placements=possible_placements(BASE, config, quantization, self.params.lora, dtype),
             resident_gib=resident_gib(BASE, quantization, dtype),
