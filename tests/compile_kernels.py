@@ -78,7 +78,7 @@ def elementwise(*, fp8: bool) -> None:
     rmsnorm_backward_(x, total, rstd, weight, x, fp8=fp8)
     gate_up = torch.zeros(TOKENS, 2 * INTERMEDIATE, dtype=torch.bfloat16)
     swiglu(gate_up, fp8=fp8)
-    swiglu_backward_(torch.zeros(TOKENS, INTERMEDIATE, dtype=torch.bfloat16), gate_up, fp8=fp8)
+    swiglu_backward_(torch.zeros(TOKENS, INTERMEDIATE, dtype=torch.bfloat16), gate_up, fp8=fp8, result=True)
     if not fp8:
         logits = torch.zeros(TOKENS, VOCABULARY, dtype=torch.bfloat16)
         cross_entropy_(logits, torch.zeros(TOKENS, dtype=torch.int64), gradient=True)
@@ -95,7 +95,8 @@ def adapter(rank: int) -> None:
         x, a = (torch.zeros(rows, FEATURES, dtype=torch.bfloat16) for rows in (TOKENS, projections * rank))
         counter = lora.DropoutCounter(torch.zeros(2, dtype=torch.int64), 0, TOKENS, DropoutRate(0.1))
         low_rank, mask = lora.down(x, a, rank, counter)
-        lora.backward_(x, x.clone(), a, low_rank, rank, mask, 1.1)
+        lora.gradient_of_a(x, low_rank, rank, mask, 1.1)
+        lora.add_gradient_of_x_(x, a, low_rank, rank, mask, 1.1)
     heads = Heads(num_queries=24, num_keys=8, head_dim=128, seq_length=TOKENS)
     rows = torch.zeros(TOKENS, heads.width, dtype=torch.bfloat16)
     angles = Angles(torch.zeros(TOKENS, 64), torch.zeros(TOKENS, 64))

@@ -49,6 +49,11 @@ def test_swiglu_and_its_gradient(width):
     assert swiglu_backward_(grad, in_place).values is in_place
     torch.testing.assert_close(in_place, gate_up.grad, rtol=1e-4, atol=1e-5)
 
+    with_result = gate_up.detach().clone()
+    swiglu_backward_(grad, with_result, result=True)
+    assert torch.equal(with_result, in_place)
+    assert torch.equal(grad, present(swiglu(gate_up.detach()).values))  # the same bits as in the forward pass
+
 
 def test_rows_of_the_kernels_are_quantized_like_finished_rows():
     features = 100

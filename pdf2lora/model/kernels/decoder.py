@@ -133,7 +133,9 @@ class DecoderLayer:
         if context.recomputes_mlp:
             activations.drop("x_mlp", "gate_up", "gate_up_low_rank")
         if context.recomputes_attention:
-            activations.drop("total_mlp", "rstd_mlp", "down_low_rank")
+            activations.drop("total_mlp", "rstd_mlp")
+            if activations.down_low_rank is not None and activations.down_low_rank.mask is not None:
+                activations.drop("down_low_rank")  # the mask takes memory
         if context.gradient_checkpointing is GradientCheckpointing.OFFLOAD:
             context.offload.put(self.number, activations.total)
             activations.drop("total")
@@ -201,15 +203,24 @@ class _Layer(torch.autograd.Function):
         layer.recompute(context, activations)
         fp8 = context.fp8
 
-        activated = layer.activate(context, activations).values if layer.down.has_lora else None
-        if context.recomputes_attention:
+        activated = None  # the input of down
+        if not hasattr(activations, "down_low_rank"):
+            activated = layer.activate(context, activations).values
             activations.down_low_rank = layer.down.low_rank(activated, context)
-        rows = quantize(grad) if fp8 else Rows(grad)
-        d_activated, d_down = layer.down.backward(rows, activated, activations.down_low_rank)
-        del rows, activated
-        values = layer.gate_up.needs_values(fp8)
-        d_gate_up = swiglu_backward_(d_activated, activations.gate_up, values=values, fp8=fp8)
-        del d_activated
+        rows, down_low_rank = quantize(grad) if fp8 else Rows(grad), activations.down_low_rank
+        grad_low_rank = layer.down.grad_low_rank(rows, down_low_rank)
+        d_activated = layer.down.input_gradient(rows, down_low_rank, grad_low_rank)
+        d_gate_up = swiglu_backward_(
+            d_activated,
+            activations.gate_up,
+            values=layer.gate_up.needs_values(fp8),
+            fp8=fp8,
+            result=layer.down.has_lora and activated is None,
+        )
+        if activated is None:
+            activated = d_activated  # overwritten by the result
+        d_down = layer.down.matrix_gradients(rows, activated, down_low_rank, grad_low_rank)
+        del rows, d_activated, activated
         activations.drop("gate_up")
         d_x_mlp, d_gate_up_lora = layer.gate_up.backward(d_gate_up, activations.x_mlp, activations.gate_up_low_rank)
         del d_gate_up

@@ -125,7 +125,10 @@ def swiglu(gate_up: Tensor, *, values: bool = True, fp8: bool = False) -> Rows:
 
 
 @triton.jit
-def _swiglu_backward(grad, gate_up, fp8, scale, width, VALUES: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_backward(
+    grad, gate_up, fp8, scale, width,
+    VALUES: tl.constexpr, FP8: tl.constexpr, RESULT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -134,8 +137,11 @@ def _swiglu_backward(grad, gate_up, fp8, scale, width, VALUES: tl.constexpr, FP8
     up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
-    d_up = g * gate * sigmoid
+    silu = gate * sigmoid
+    d_up = g * silu
     d_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
+    if RESULT:
+        tl.store(grad + row * width + columns, (silu * up).to(grad.dtype.element_ty), mask=inside)
     if VALUES:
         tl.store(gate_up + at, d_gate.to(gate_up.dtype.element_ty), mask=inside)
         tl.store(gate_up + at + width, d_up.to(gate_up.dtype.element_ty), mask=inside)
@@ -147,15 +153,19 @@ def _swiglu_backward(grad, gate_up, fp8, scale, width, VALUES: tl.constexpr, FP8
         tl.store(scale + row, largest / 448.0)
 
 
-def swiglu_backward_(grad: Tensor, gate_up: Tensor, *, values: bool = True, fp8: bool = False) -> Rows:
+def swiglu_backward_(
+    grad: Tensor, gate_up: Tensor, *, values: bool = True, fp8: bool = False, result: bool = False
+) -> Rows:
     """Gradient of (gate, up) from the gradient of silu(gate) * up. Overwrites `gate_up` with the values.
 
     grad: (tokens, width); gate_up: (tokens, 2 * width). Reads 6 bytes per feature of grad and writes 4.
+    result: overwrites `grad` with silu(gate) * up, for 2 more bytes.
     """
     tokens, width = grad.shape
     both = Rows.empty(gate_up, 2 * width, values=False, fp8=fp8)
     block, warps = block_and_warps(width)
     _swiglu_backward[(tokens,)](
-        grad, gate_up, both.fp8, both.scale, width, VALUES=values, FP8=fp8, BLOCK=block, num_warps=min(2 * warps, 32)
-    )
+        grad, gate_up, both.fp8, both.scale, width,
+        VALUES=values, FP8=fp8, RESULT=result, BLOCK=block, num_warps=min(2 * warps, 32),
+    )  # fmt: skip
     return both._replace(values=gate_up if values else None)

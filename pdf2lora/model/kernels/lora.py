@@ -1,9 +1,9 @@
 """LoRA beside a frozen product: y += scaling * (dropout(x) A^T) B^T, for one to three projections that read one x.
 
-PEFT writes dropout(x) to memory for each projection, in both passes, and converts x to float32. These kernels read x
-once, apply dropout in registers and multiply at once: 2 bytes per feature in the forward pass and 6 in the backward
-pass. The forward pass also stores the mask, one bit per feature and projection: drawing it a second time took nearly
-half of the backward pass's instructions.
+PEFT writes dropout(x) to memory for each projection, in both passes, and converts x to float32. These kernels apply
+dropout in registers and multiply at once. They read x once in each pass (2 bytes per feature) and add LoRA's part to
+the gradient of x (4 bytes). The forward pass stores the mask, one bit per feature and projection: drawing it a second
+time took nearly half of the backward pass's instructions.
 """
 
 from typing import NamedTuple
@@ -70,81 +70,89 @@ def _down(
 
 
 @triton.jit
-def _backward(
-    x, grad_x, a, grad_low_rank, grad_a, mask, tokens, num_features, scale,
-    PROJECTIONS: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, GRAD_X: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+def _gradient_of_a(
+    x, grad_low_rank, grad_a, mask, tokens, num_features, scale,
+    R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    block, split = tl.program_id(0), tl.program_id(1)
+    projection, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    projections = tl.num_programs(0)
     feature = block * BLOCK + tl.arange(0, BLOCK)
-    rank = tl.arange(0, R)
+    rank = projection * R + tl.arange(0, R)
     within = (feature < num_features)[None, :]
-    own = rank[:, None] * num_features + feature[None, :]
-    first_a = tl.load(a + own, mask=within, other=0.0)
-    second_a = first_a
-    third_a = first_a
-    if PROJECTIONS > 1:
-        second_a = tl.load(a + R * num_features + own, mask=within, other=0.0)
-    if PROJECTIONS > 2:
-        third_a = tl.load(a + 2 * R * num_features + own, mask=within, other=0.0)
-    first = tl.zeros((R, BLOCK), dtype=tl.float32)
-    second = tl.zeros((R, BLOCK), dtype=tl.float32)
-    third = tl.zeros((R, BLOCK), dtype=tl.float32)
+    total = tl.zeros((R, BLOCK), dtype=tl.float32)
     for start in tl.range(0, SPLIT, BLOCK_TOKENS, num_stages=STAGES):
         token = split * SPLIT + start + tl.arange(0, BLOCK_TOKENS)
-        inside = (token < tokens)[:, None] & within
-        at = token.to(tl.int64)[:, None] * num_features + feature[None, :]
-        values = tl.load(x + at, mask=inside, other=0.0)
-        total = tl.zeros((BLOCK_TOKENS, BLOCK), dtype=tl.float32)
-        for projection in tl.static_range(PROJECTIONS):
-            low_rank_at = token.to(tl.int64)[:, None] * (PROJECTIONS * R) + (projection * R + rank)[None, :]
-            low_rank = tl.load(grad_low_rank + low_rank_at, mask=(token < tokens)[:, None], other=0.0)
-            dropped = values
-            if DROPOUT:
-                byte, exist = _bytes(mask, projection, token, block, tokens, num_features, BLOCK)
-                kept = unpack(tl.load(byte, mask=exist, other=0).to(tl.int32), BLOCK_TOKENS, BLOCK)
-                dropped = tl.where(kept, values, 0.0)
-            if projection == 0:
-                first = tl.dot(tl.trans(low_rank), dropped, first, input_precision="ieee")
-                matrix = first_a
-            elif projection == 1:
-                second = tl.dot(tl.trans(low_rank), dropped, second, input_precision="ieee")
-                matrix = second_a
-            else:
-                third = tl.dot(tl.trans(low_rank), dropped, third, input_precision="ieee")
-                matrix = third_a
-            if GRAD_X:
-                through = tl.dot(low_rank, matrix, input_precision="ieee")
-                if DROPOUT:
-                    through = tl.where(kept, through, 0.0)
-                total += through
-        if GRAD_X:
-            grad = tl.load(grad_x + at, mask=inside, other=0.0).to(tl.float32) + total * scale
-            tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
-    row = grad_a + (split * PROJECTIONS * R).to(tl.int64) * num_features + own
-    tl.store(row, first * scale, mask=within)
-    if PROJECTIONS > 1:
-        tl.store(row + R * num_features, second * scale, mask=within)
-    if PROJECTIONS > 2:
-        tl.store(row + 2 * R * num_features, third * scale, mask=within)
+        values = tl.load(
+            x + token.to(tl.int64)[:, None] * num_features + feature[None, :],
+            mask=(token < tokens)[:, None] & within,
+            other=0.0,
+        )
+        if DROPOUT:
+            byte, exist = _bytes(mask, projection, token, block, tokens, num_features, BLOCK)
+            kept = unpack(tl.load(byte, mask=exist, other=0).to(tl.int32), BLOCK_TOKENS, BLOCK)
+            values = tl.where(kept, values, 0.0)
+        low_rank_at = token.to(tl.int64)[:, None] * (projections * R) + rank[None, :]
+        low_rank = tl.load(grad_low_rank + low_rank_at, mask=(token < tokens)[:, None], other=0.0)
+        total = tl.dot(tl.trans(low_rank), values, total, input_precision="ieee")
+    row = split.to(tl.int64) * (projections * R) + rank
+    tl.store(grad_a + row[:, None] * num_features + feature[None, :], total * scale, mask=within)
 
 
-def _down_tile(rank: int) -> dict[str, int]:
-    """Small ranks: the fastest tile on one H100 (32,768 tokens, 3,072 features). Large ranks: a tile that fits."""
+@triton.jit
+def _add_gradient_of_x(
+    grad_x, a, grad_low_rank, mask, tokens, num_features, scale,
+    PROJECTIONS: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    feature = block * BLOCK + tl.arange(0, BLOCK)
+    within = (feature < num_features)[None, :]
+    total = tl.zeros((BLOCK_TOKENS, BLOCK), dtype=tl.float32)
+    for projection in tl.static_range(PROJECTIONS):
+        rank = projection * R + tl.arange(0, R)
+        low_rank_at = token.to(tl.int64)[:, None] * (PROJECTIONS * R) + rank[None, :]
+        low_rank = tl.load(grad_low_rank + low_rank_at, mask=(token < tokens)[:, None], other=0.0)
+        matrix = tl.load(a + rank[:, None] * num_features + feature[None, :], mask=within, other=0.0)
+        through = tl.dot(low_rank, matrix, input_precision="ieee")
+        if DROPOUT:
+            byte, exist = _bytes(mask, projection, token, block, tokens, num_features, BLOCK)
+            kept = unpack(tl.load(byte, mask=exist, other=0).to(tl.int32), BLOCK_TOKENS, BLOCK)
+            through = tl.where(kept, through, 0.0)
+        total += through
+    at = token.to(tl.int64)[:, None] * num_features + feature[None, :]
+    inside = (token < tokens)[:, None] & within
+    grad = tl.load(grad_x + at, mask=inside, other=0.0).to(tl.float32) + total * scale
+    tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
+
+
+# Small ranks: the fastest tiles on one H200 (24,576 tokens, 3,072 and 8,192 features). Large ranks: tiles that fit.
+
+
+def _down_tile(rank: int, dropout: bool) -> dict[str, int]:
     if rank > 64:
         return {"BLOCK_TOKENS": 16, "BLOCK": 64, "num_warps": 4}
-    return {"BLOCK_TOKENS": 16, "BLOCK": 128, "num_warps": 2}
+    if dropout:  # few warps do not wait for each other
+        return {"BLOCK_TOKENS": 16, "BLOCK": 128, "num_warps": 2}
+    return {"BLOCK_TOKENS": 64, "BLOCK": 64, "num_warps": 4}
 
 
-def _backward_tile(rank: int, projections: int) -> dict[str, int]:
-    """The same. Few warps are fastest, because they do not wait for each other, but a rank must fit into registers."""
+def _gradient_of_a_tile(rank: int, projections: int, dropout: bool) -> dict[str, int]:
     if rank > 64:
         return {"BLOCK_TOKENS": 16, "BLOCK": 32, "STAGES": 1, "num_warps": 8}
-    if rank > 16:
-        return {"BLOCK_TOKENS": 64, "BLOCK": 32, "STAGES": 2, "num_warps": 4}
+    if not dropout:
+        return {"BLOCK_TOKENS": 64, "BLOCK": 128, "STAGES": 3, "num_warps": 4}
     if projections == 1:
-        return {"BLOCK_TOKENS": 32, "BLOCK": 64, "STAGES": 1, "num_warps": 2}
-    return {"BLOCK_TOKENS": 16, "BLOCK": 32, "STAGES": 3, "num_warps": 1}
+        return {"BLOCK_TOKENS": 64, "BLOCK": 64, "STAGES": 3, "num_warps": 4}
+    return {"BLOCK_TOKENS": 32, "BLOCK": 64, "STAGES": 1, "num_warps": 2}
+
+
+def _gradient_of_x_tile(rank: int, projections: int, dropout: bool) -> dict[str, int]:
+    if rank > 64:
+        return {"BLOCK_TOKENS": 16, "BLOCK": 32, "num_warps": 8}
+    if dropout and projections > 1:
+        return {"BLOCK_TOKENS": 16, "BLOCK": 64, "num_warps": 1}
+    return {"BLOCK_TOKENS": 16, "BLOCK": 128, "num_warps": 2}
 
 
 class LowRank(NamedTuple):
@@ -171,7 +179,7 @@ def down(x: Tensor, a: Tensor, rank: int, dropout: DropoutCounter | None) -> Low
     if rate.threshold > 0:
         num_bytes = triton.cdiv(features, FEATURES_PER_CALL.value)
         mask = torch.empty(projections, tokens, num_bytes, dtype=torch.uint8, device=x.device)
-    tile = _down_tile(rank)
+    tile = _down_tile(rank, mask is not None)
     _down[(projections, triton.cdiv(tokens, tile["BLOCK_TOKENS"]))](
         x, a, low_rank, mask, dropout and dropout.state, dropout.layer_index if dropout else 0, tokens,
         dropout.seq_length if dropout else 1, features, rate.threshold, rate.scale,
@@ -180,22 +188,32 @@ def down(x: Tensor, a: Tensor, rank: int, dropout: DropoutCounter | None) -> Low
     return LowRank(low_rank, mask)
 
 
-def backward_(
-    x: Tensor, grad_x: Tensor | None, a: Tensor, grad_low_rank: Tensor, rank: int, mask: Tensor | None, scale: float
-) -> Tensor:
-    """The gradient of A, (projections * rank, features), float32. Adds the gradient of x to `grad_x` in place.
+def gradient_of_a(x: Tensor, grad_low_rank: Tensor, rank: int, mask: Tensor | None, scale: float) -> Tensor:
+    """The gradient of A, (projections * rank, features), float32.
 
-    x, grad_x: (tokens, features); grad_low_rank: (tokens, projections * rank). mask, scale: None and 1.0 without
-    dropout.
+    x: (tokens, features); grad_low_rank: (tokens, projections * rank). mask, scale: None and 1.0 without dropout.
     """
     tokens, features = x.shape
-    projections = a.shape[0] // rank
+    ranks = grad_low_rank.shape[1]
+    projections = ranks // rank
     splits = triton.cdiv(tokens, TOKENS_OF_A_SPLIT)
-    partial = torch.empty(splits, a.shape[0], features, dtype=torch.float32, device=x.device)
-    tile = _backward_tile(rank, projections)
-    _backward[(triton.cdiv(features, tile["BLOCK"]), splits)](
-        x, grad_x, a, grad_low_rank, partial, mask, tokens, features, scale,
-        PROJECTIONS=projections, R=rank, DROPOUT=mask is not None, GRAD_X=grad_x is not None,
-        SPLIT=TOKENS_OF_A_SPLIT, **tile,
+    partial = torch.empty(splits, ranks, features, dtype=torch.float32, device=x.device)
+    tile = _gradient_of_a_tile(rank, projections, mask is not None)
+    _gradient_of_a[(projections, triton.cdiv(features, tile["BLOCK"]), splits)](
+        x, grad_low_rank, partial, mask, tokens, features, scale,
+        R=rank, DROPOUT=mask is not None, SPLIT=TOKENS_OF_A_SPLIT, **tile,
     )  # fmt: skip
     return partial.sum(0)
+
+
+def add_gradient_of_x_(
+    grad_x: Tensor, a: Tensor, grad_low_rank: Tensor, rank: int, mask: Tensor | None, scale: float
+) -> None:
+    """Adds LoRA's part to `grad_x`, (tokens, features), in place. a: (projections * rank, features)."""
+    tokens, features = grad_x.shape
+    projections = a.shape[0] // rank
+    tile = _gradient_of_x_tile(rank, projections, mask is not None)
+    _add_gradient_of_x[(triton.cdiv(features, tile["BLOCK"]), triton.cdiv(tokens, tile["BLOCK_TOKENS"]))](
+        grad_x, a, grad_low_rank, mask, tokens, features, scale,
+        PROJECTIONS=projections, R=rank, DROPOUT=mask is not None, **tile,
+    )  # fmt: skip

@@ -121,20 +121,46 @@ class Projections:
     ) -> tuple[Tensor | None, list[Tensor]]:
         """(gradient of x, gradients of `parameters` in float32). Without grad_x the first is None.
 
-        grad_low_rank: grad B, (tokens, ranks of all), if the caller has computed it.
+        grad_low_rank: of the caller if it has computed it.
         """
-        dx = self.frozen.backward(grad) if grad_x else None
+        if grad_low_rank is None:
+            grad_low_rank = self.grad_low_rank(grad, low_rank)
+        dx = self.input_gradient(grad, low_rank, grad_low_rank) if grad_x else None
+        return dx, self.matrix_gradients(grad, x, low_rank, grad_low_rank)
+
+    def grad_low_rank(self, grad: Rows, low_rank: LowRank | None) -> Tensor | None:
+        """The gradient of LoRA's first product, grad B: (tokens, ranks of all)."""
         if low_rank is None:
-            return dx, []
+            return None
+        assert grad.values is not None
+        return grad.values @ self.b
+
+    def input_gradient(self, grad: Rows, low_rank: LowRank | None, grad_low_rank: Tensor | None) -> Tensor:
+        """The gradient of x: (tokens, features in). Does not read x."""
+        if low_rank is None or grad_low_rank is None:
+            return self.frozen.backward(grad)
+        if low_rank.mask is None and grad.fp8 is None:
+            assert grad.values is not None
+            return (grad_low_rank @ self.a).addmm_(grad.values, self.frozen.weight())  # see forward
+        dx = self.frozen.backward(grad)
+        lora.add_gradient_of_x_(dx, self.a, grad_low_rank, self.rank, low_rank.mask, self._scale(low_rank))
+        return dx
+
+    def matrix_gradients(
+        self, grad: Rows, x: Tensor | None, low_rank: LowRank | None, grad_low_rank: Tensor | None
+    ) -> list[Tensor]:
+        """The gradients of `parameters`, float32."""
+        if low_rank is None or grad_low_rank is None:
+            return []
         assert grad.values is not None
         assert x is not None
-        if grad_low_rank is None:
-            grad_low_rank = grad.values @ self.b
         grad_b = grad.values.t() @ low_rank.values
-        scale = 1.0 if low_rank.mask is None else self.dropout_rate.scale
-        grad_a = lora.backward_(x, dx, self.a, grad_low_rank, self.rank, low_rank.mask, scale)
+        grad_a = lora.gradient_of_a(x, grad_low_rank, self.rank, low_rank.mask, self._scale(low_rank))
         gradients = []
         for adapter in self.adapters:
             block = grad_b[adapter.feature_slice, adapter.rank_slice]
             gradients += [grad_a[adapter.rank_slice], block.float() * adapter.scaling]
-        return dx, gradients
+        return gradients
+
+    def _scale(self, low_rank: LowRank) -> float:
+        return 1.0 if low_rank.mask is None else self.dropout_rate.scale
