@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import EXTRACT_SETTINGS, prose, write_pdf
-from dask_processes import REPOSITORY, end_process, start_scheduler, wait_for_workers, worker
+from dask_processes import REPOSITORY, end_process, start_scheduler, wait_for_workers, wait_until, worker
 from tiny_llama import BOS, EOS, byte_tokenizer, make_document, write_tiny_llama
 
 from pdf2lora.documents import sketches
@@ -17,8 +17,9 @@ from pdf2lora.documents.cluster import extract_on_cluster
 from pdf2lora.documents.records import write_documents
 from pdf2lora.documents.sketches import sketch_texts
 from pdf2lora.documents.sources import Source
+from pdf2lora.errors import InputError
 from pdf2lora.runtime import cluster, parallel
-from pdf2lora.runtime.cluster import WorkersDied, map_on_cluster
+from pdf2lora.runtime.cluster import WorkersDied, map_on_cluster, open_cluster
 from pdf2lora.runtime.files import file_sha256
 from pdf2lora.token_files import encode_texts
 from pdf2lora.tokens import Encoder
@@ -110,6 +111,25 @@ def test_the_stages_compute_on_the_cluster_of_params(
         ):
             stage.main()
     assert results() == expected
+
+
+def test_a_scheduler_that_ends_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it ended before a task is submitted, or after a task was submitted that nobody does."""
+    monkeypatch.setattr(cluster, "SCHEDULER_TIMEOUT_S", 1)
+    monkeypatch.setattr(cluster, "POLL_S", 0.1)
+    with (
+        start_scheduler(tmp_path) as (file, process),
+        worker(file),
+        open_cluster(str(file), "split", (), abs) as opened,
+    ):
+        assert opened.result(opened.submit(-1)) == 1
+        process.kill()
+        wait_until(lambda: opened.client.status != "running")
+        futures = [opened.submit(-1)]  # while the client tries to connect again
+        wait_until(lambda: opened.client.status == "closed")
+        for call in (lambda: opened.submit(-1), opened.require_workers, lambda: opened.result(futures[0])):
+            with pytest.raises(InputError, match=r"was lost\. Run again; [^\n]+$"):
+                call()
 
 
 def test_a_task_that_ends_its_workers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

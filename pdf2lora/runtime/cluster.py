@@ -45,7 +45,16 @@ class Cluster:
     send: Callable[[bytes], Future[Any]]
 
     def submit(self, item: object) -> Future[Any]:
-        return self.send(pickle.dumps(item))
+        """
+        Raises:
+            InputError: the connection was lost.
+        """
+        from distributed.client import ClosedClientError
+
+        try:
+            return self.send(pickle.dumps(item))
+        except ClosedClientError as error:
+            raise self._lost() from error
 
     def result(self, future: Future[Any]) -> Any:
         """Waits for a task.
@@ -66,10 +75,7 @@ class Cluster:
                 "memory ran out. Start workers with fewer threads or more memory, then run again."
             ) from error
         except CancelledError as error:
-            raise InputError(
-                f"cluster.scheduler: the connection to {self.scheduler} was lost. "
-                "Run again; extract keeps finished documents."
-            ) from error
+            raise self._lost() from error
         except ModuleNotFoundError as error:
             raise InputError(
                 f"a Dask worker of {self.scheduler} cannot import {error.name}. "
@@ -77,6 +83,12 @@ class Cluster:
             ) from error
 
     def require_workers(self) -> None:
+        """
+        Raises:
+            InputError: there was no worker for WORKERS_TIMEOUT_S; the connection was lost.
+        """
+        if self.client.status == "closed":
+            raise self._lost()
         try:
             self.client.wait_for_workers(1, timeout=WORKERS_TIMEOUT_S)
         except TimeoutError as error:
@@ -84,6 +96,14 @@ class Cluster:
                 f"cluster.scheduler: {self.scheduler} had no workers for {WORKERS_TIMEOUT_S} s. "
                 "Start workers and run again; extract keeps finished documents."
             ) from error
+        except OSError as error:
+            raise self._lost() from error
+
+    def _lost(self) -> InputError:
+        return InputError(
+            f"cluster.scheduler: the connection to {self.scheduler} was lost. "
+            "Run again; extract keeps finished documents."
+        )
 
 
 def map_on_cluster(
