@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ Row = tuple[bytes, bytes]
 
 
 class TokenCache:
-    """The files of data/tokens of the last run, and a row for each document in them."""
+    """A copy of data/tokens of the last run, and a row for each document in it."""
 
     def __init__(self, folder: Path, key: str):
         """folder: an existing folder. key: changes with everything that can change the tokens of a text."""
@@ -29,7 +30,7 @@ class TokenCache:
         self.num_new = 0  # texts that were encoded
         self._rows: dict[str, list[Row]] = {}  # of this run
         self._known: dict[bytes, tuple[bytes, Tokens]] = {}  # of the last run; the tokens are memory-mapped
-        with exclusive_lock(folder, timeout_s=LOCK_TIMEOUT_S):
+        with exclusive_lock(folder, timeout_s=LOCK_TIMEOUT_S), suppress(ValueError, EOFError):  # a truncated file
             for file in (folder / "tokens").glob(f"*{ROWS}"):
                 documents = TokenFile.open(file.parent, file.name.removesuffix(ROWS)).documents()
                 for (text, digest), tokens in zip(np.load(file).tolist(), documents, strict=True):
@@ -46,7 +47,7 @@ class TokenCache:
             for text in texts:
                 key = _sha256((self.key + text).encode())
                 digest, tokens = self._known.get(key, (b"", None))
-                if tokens is not None and _sha256(tokens.data) != digest:  # somebody changed data/tokens
+                if tokens is not None and _sha256(tokens.data) != digest:  # damaged on the disk
                     tokens = None
                 waiting.append((key, digest, tokens))
                 if tokens is None:
@@ -76,15 +77,7 @@ class TokenCache:
         ):
             for split, rows in self._rows.items():
                 np.save(partial_folder / f"{split}{ROWS}", np.array(rows, dtype=ROW))
-            for file in tokens.iterdir():
-                _link(file, partial_folder / file.name)
-
-
-def _link(file: Path, link: Path) -> None:
-    try:
-        link.hardlink_to(file)
-    except OSError:  # another disk, or a disk without links
-        shutil.copyfile(file, link)
+            shutil.copytree(tokens, partial_folder, dirs_exist_ok=True)
 
 
 def _sha256(content: bytes | memoryview) -> bytes:
