@@ -122,7 +122,7 @@ class Split(Section):
 
 
 class Convert(Section):
-    """Source model -> models/base in Hugging Face format."""
+    """Source model -> models/base in Hugging Face's layout."""
 
     max_shard_gib: Gib
     """Largest weight file, in GiB. Does not change the weights."""
@@ -302,7 +302,7 @@ class Params(Section):
     model: Name
     """Folder of the source model: models/source/<model>."""
     models: dict[Name, SourceModel]
-    """The Llama version of each model in Meta's format. Models in Hugging Face's format need no entry."""
+    """The Llama version of each model in Meta's layout. Models in Hugging Face's layout need no entry."""
     cluster: Cluster
     extract: Extract
     split: Split

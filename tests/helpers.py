@@ -63,7 +63,7 @@ def run_forked(count: int, function: Callable[[Processes], Result], *, timeout_s
 
 
 def _call(pipe: Connection, index: int, count: int, port: int, function: Callable[[Processes], Any]) -> None:
-    """The life of a forked process."""
+    """The main function of a forked process."""
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
     if count > 1:

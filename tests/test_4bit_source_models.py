@@ -1,4 +1,4 @@
-"""A source model that bitsandbytes stored in 4 bits: used as it is, never merged."""
+"""A source model that is stored in 4 bits (bitsandbytes): it is used as it is and never merged."""
 
 import shutil
 from pathlib import Path

@@ -29,7 +29,7 @@ def test_default_configuration_of_each_family_is_accepted(model_type):
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
-def test_the_table_says_which_families_are_fused(family):
+def test_the_fused_families_are_those_of_the_table(family):
     obstacle = fused_obstacle(tiny_config(family.architecture, family.model_type), 16)
 
     assert obstacle == ("" if family.is_fused else f"they do not compute the architecture {family.model_type!r}")

@@ -113,7 +113,7 @@ def test_a_link_in_a_zip_archive_is_left_out(tmp_path: Path) -> None:
     assert read_all(tmp_path / "a.zip") == {"a.pdf": "unsafe_member"}
 
 
-def test_folders_and_the_small_files_of_macos_are_no_documents(tmp_path: Path) -> None:
+def test_folders_and_metadata_files_of_macos_are_not_documents(tmp_path: Path) -> None:
     archive = write_zip(tmp_path / "a.zip", {"folder.pdf/": b"", "__MACOSX/._a.pdf": b"x", "./a.pdf": b"sea"})
     assert read_all(archive) == {"a.pdf": b"sea"}
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -205,7 +205,7 @@ def test_a_wrong_checksum_is_damage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\3\4" + bytes(100)])
 @pytest.mark.parametrize("name", ["a.zip", "a.tar"])
-def test_a_file_that_is_no_archive_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_file_that_is_not_an_archive_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"{name} is a damaged archive") as caught:
         list_corpus(tmp_path)
@@ -223,7 +223,7 @@ def test_a_truncated_archive_is_refused(tmp_path: Path, write: Any, name: str, s
 
 
 def test_a_damaged_header_in_the_middle_of_a_tar_archive_is_refused(tmp_path: Path) -> None:
-    """tarfile alone would end the list there without an error."""
+    """tarfile alone would end its list there without an error."""
     archive = write_tar(tmp_path / "a.tar", {f"{n}.pdf": b"sea" for n in range(3)})
     content = bytearray(archive.read_bytes())
     content[1024 + 10] ^= 1
@@ -253,7 +253,7 @@ def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("write", "name"), WRITERS)
 def test_mutated_archives(tmp_path: Path, write: Any, name: str) -> None:
-    """Each one is refused in one line, or each of its members is read or left out."""
+    """Each archive is refused in one line, or each of its members is read or left out."""
     original = write(tmp_path / name, {f"{n}.pdf": prose(n).encode() * 9 for n in range(6)}).read_bytes()
     outcomes: set[Any] = set()
     for seed in range(400):

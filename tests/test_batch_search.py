@@ -38,7 +38,7 @@ def largest_of_all(peaks, *, budget_gib):
 
 @settings(deadline=None)
 @given(fixed=st.floats(0, 50), slope=st.floats(0.01, 5), budget=st.floats(0.1, 100))
-def test_line_needs_few_probes(fixed, slope, budget):
+def test_linear_memory_needs_few_probes(fixed, slope, budget):
     peaks = [round(fixed + slope * batch, 3) for batch in range(1, 513)]
 
     largest, probes = searched(peaks, budget_gib=budget)
@@ -59,7 +59,7 @@ GROWTHS = {
 
 @settings(deadline=None)
 @given(name=st.sampled_from(sorted(GROWTHS)), fixed=st.floats(0, 20), budget=st.floats(0.1, 120))
-def test_other_growths_are_searched_in_a_bounded_number_of_probes(name, fixed, budget):
+def test_nonlinear_memory_needs_a_bounded_number_of_probes(name, fixed, budget):
     peaks = [fixed + GROWTHS[name](batch) for batch in range(1, 513)]
 
     largest, probes = searched(peaks, budget_gib=budget)
@@ -70,7 +70,7 @@ def test_other_growths_are_searched_in_a_bounded_number_of_probes(name, fixed, b
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 10**6), budget=st.floats(0.1, 60))
-def test_noisy_growth(seed, budget):
+def test_noisy_memory(seed, budget):
     peaks = np.random.default_rng(seed).choice([0, 0.05, 0.1, 0.3], size=512).cumsum().tolist()
 
     largest, probes = searched(peaks, budget_gib=budget)
@@ -81,7 +81,7 @@ def test_noisy_growth(seed, budget):
 
 @settings(deadline=None)
 @given(last=st.integers(0, 512), budget=st.floats(1, 100))
-def test_memory_that_ends_before_the_budget_does(last, budget):
+def test_out_of_memory_below_the_budget(last, budget):
     peaks = [0.1 * batch if batch <= last else None for batch in range(1, 513)]
 
     largest, probes = searched(peaks, budget_gib=budget)
@@ -90,7 +90,7 @@ def test_memory_that_ends_before_the_budget_does(last, budget):
     assert len(probes) <= 21
 
 
-def test_answer_is_proved_by_a_probe_of_the_next_batch():
+def test_a_probe_shows_that_the_next_batch_does_not_fit():
     largest, probes = searched([batch * 1.0 for batch in range(1, 101)], budget_gib=37.5)
 
     assert largest == 37
@@ -169,7 +169,7 @@ def test_each_mode_is_searched_until_the_largest_batch_fits(modes, budget, bound
     assert batches == {mode.gradient_checkpointing: [probe.batch for probe in mode.probes] for mode in searched}
 
 
-def test_mode_that_runs_out_of_memory_makes_way_for_the_next():
+def test_after_a_mode_that_runs_out_of_memory_the_next_one_is_searched():
     def measure(mode, batch):
         return Measurement(0.1 * batch, 5.0) if mode == "full" else None
 
@@ -206,7 +206,9 @@ def never_timed(mode, batch):
     effective_batch=st.sampled_from([1, 4, 6, 13, 64, "auto"]),
     num_processes=st.integers(1, 9),
 )
-def test_the_fastest_candidate_is_chosen_and_of_equals_the_smallest(modes, budget, effective_batch, num_processes):
+def test_the_fastest_candidate_is_chosen_or_the_smallest_of_equally_fast_ones(
+    modes, budget, effective_batch, num_processes
+):
     lines, speeds = modes
     measure, _ = measure_lines(lines, speeds)
     searched = search_modes(measure, list(lines), smallest=1, largest=32, budget_gib=budget)
@@ -239,7 +241,7 @@ def test_the_fastest_candidate_is_chosen_and_of_equals_the_smallest(modes, budge
 
 
 @given(largest=st.integers(1, 70), effective_batch=st.integers(1, 200), num_processes=st.integers(1, 9))
-def test_a_step_has_the_fewest_micro_batches_that_fit_and_they_are_equal(largest, effective_batch, num_processes):
+def test_a_step_has_the_fewest_micro_batches_that_fit_of_equal_sizes(largest, effective_batch, num_processes):
     modes = [mode_with_largest(largest)]
 
     _, batch, accumulation = choose(modes, effective_batch, never_timed, num_processes)
@@ -254,7 +256,7 @@ def test_a_step_has_the_fewest_micro_batches_that_fit_and_they_are_equal(largest
 @pytest.mark.parametrize(
     ("speed_of_full", "chosen"), [(0.5, "none"), (AS_FAST - 0.01, "none"), (AS_FAST + 0.01, "full"), (1.0, "full")]
 )
-def test_less_memory_wins_only_among_equals(speed_of_full, chosen):
+def test_less_memory_decides_only_among_equally_fast_ones(speed_of_full, chosen):
     modes = [mode_with_largest(8, "none", gib=4.0), mode_with_largest(64, "full", gib=4.0)]
     speeds = {("none", 4): 1000.0, ("full", 4): 1000.0 * speed_of_full}
 
@@ -303,7 +305,7 @@ def test_the_micro_batch_of_an_effective_batch(largest, effective_batch, num_pro
 
 @pytest.mark.parametrize(("peak", "what_happens"), [(8.125, "needs 8.12 GiB"), (None, "runs out of memory")])
 @pytest.mark.parametrize("effective_batch", [4, "auto"])
-def test_choice_where_nothing_fits(peak, what_happens, effective_batch):
+def test_an_error_if_nothing_fits(peak, what_happens, effective_batch):
     modes = [Mode("none", [Probe(2, False, None)]), Mode("full", [Probe(2, False, peak)])]
 
     with pytest.raises(InputError) as caught:

@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, and which one a training resumes from after damage."""
+"""Checkpoints: which ones are kept, and from which one a training resumes after damage."""
 
 import json
 import os
@@ -114,7 +114,7 @@ def test_without_a_valid_checkpoint_there_is_none(folder: Path, capsys: pytest.C
 
 
 def test_other_files_of_the_folder_are_left_alone(folder: Path) -> None:
-    """The lock of the run is there, too."""
+    """For example the lock of the run."""
     (folder / "lock").write_text("123")
 
     save_checkpoint(folder, 12, state_of(12))

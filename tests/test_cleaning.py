@@ -290,7 +290,7 @@ def test_joining_lines_keeps_all_words_in_order(words: list[str], words_per_line
     ids=["one word", "hyphens", "lines", "dots", "cuts", "ligatures"],
 )
 def test_cleaning_takes_linear_time(text: str) -> None:
-    """Cleaning runs in the parent without a time limit. In quadratic time the first text would take hours."""
+    """Cleaning runs in the parent without a time limit. With quadratic time, the first text would take hours."""
     start_s = time.process_time()
 
     clean([text, text])

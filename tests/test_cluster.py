@@ -64,7 +64,7 @@ def test_a_killed_and_a_stopped_worker_lose_nothing(scheduler: Path, tmp_path: P
         result = documents(folder, tmp_path / "dask.jsonl", partial(extract_on_cluster, str(scheduler), "none"))
         thread.join()
 
-    assert num_done_at_signals[-1] < 32  # both signals came in mid-run
+    assert num_done_at_signals[-1] < 32  # both signals came during the run
     assert result == expected
 
 

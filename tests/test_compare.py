@@ -69,7 +69,7 @@ def test_one_document_gives_no_verdict():
     assert cells == ("+10.0%", "none", "too few documents")
 
 
-def test_an_improvement_below_the_seed_noise_is_marked():
+def test_an_improvement_below_the_seed_noise_has_its_own_verdict():
     assert compare.improvement_cells(table(0.99), table(1.0), noise=0.02)[2] == "within seed noise"
     assert compare.improvement_cells(table(0.9), table(1.0), noise=0.02)[2] == "better"
 

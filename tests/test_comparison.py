@@ -37,7 +37,7 @@ def test_perplexities_are_over_all_tokens() -> None:
 
 
 def test_pairing_finds_a_small_difference_between_adapters() -> None:
-    """Perplexities of documents are between 5 and 500; the adapters differ by one percent."""
+    """The perplexities of the documents are between 5 and 500. The adapters differ by one percent."""
     rng = np.random.default_rng(0)
     baseline = np.exp(rng.uniform(math.log(5), math.log(500), size=40))
     current = baseline * 0.99 * np.exp(rng.normal(0, 0.01, size=40))

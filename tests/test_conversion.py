@@ -1,4 +1,4 @@
-"""The choice of the layout, and what the conversion does not import."""
+"""The choice of the layout, and the imports of the conversion."""
 
 import subprocess
 import sys

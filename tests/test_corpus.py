@@ -1,4 +1,4 @@
-"""The cache and the stage's metrics are also tested in test_stages_data.py."""
+"""test_stages_data.py also tests the cache and the metrics of the stage."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial

@@ -67,7 +67,7 @@ def test_one_process_needs_no_group() -> None:
     assert run_forked(1, work) == [False]
 
 
-def test_a_process_alone_waits_for_nobody() -> None:
+def test_a_job_of_one_process_waits_for_no_other_process() -> None:
     def work(processes: Processes) -> list[str]:
         alone = Processes.alone(processes.device)
         tensor = torch.ones(1)
@@ -79,8 +79,8 @@ def test_a_process_alone_waits_for_nobody() -> None:
 
 
 @pytest.mark.parametrize("collective", ["sum_", "gather", "broadcast"])
-def test_a_peer_that_has_gone_is_known(collective: str) -> None:
-    """And soon: nobody waits for the timeout of a collective."""
+def test_a_peer_that_has_ended_is_reported(collective: str) -> None:
+    """It is reported soon: no process waits for the timeout of a collective."""
 
     def work(processes: Processes) -> float:
         processes.gather(0)

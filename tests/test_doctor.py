@@ -226,7 +226,7 @@ class TestDoctor:
 
 
 class TestFourBitWeights:
-    """The check that train makes of the widths; torch is not imported if it cannot fail."""
+    """doctor checks the widths as train does. It does not import torch if the check cannot fail."""
 
     @pytest.fixture
     def of_width(self, project):

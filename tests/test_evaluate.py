@@ -151,7 +151,7 @@ def test_the_unquantized_base_is_scored_only_where_the_setting_asks_for_it(proje
     assert "base_unquantized" not in project.run(unquantized_base=False)
 
 
-def test_without_the_stages_before_it_one_line_names_what_is_missing(project):
+def test_missing_inputs_are_reported_in_one_line(project):
     Path("data/split/test.jsonl").unlink()
 
     with pytest.raises(SystemExit, match=r"error: data/split/test\.jsonl does not exist"):

@@ -46,7 +46,7 @@ def test_text_is_inside_the_figure(draw):
 
 
 def test_memory_models_end_near_the_budget():
-    """A line up to three budgets would squeeze the points at the bottom."""
+    """A line up to three budgets would leave little height for the points."""
     assert memory_figure(23.0).axes[0].get_ylim()[1] < 1.3 * 23.0
 
 

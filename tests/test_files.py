@@ -71,7 +71,7 @@ def test_no_partial_output_stays_after_an_exception(tmp_path: Path) -> None:
 
 def test_partial_files_of_dead_processes_are_removed_and_of_live_ones_kept(tmp_path: Path) -> None:
     with Popen(["sleep", "60"]) as live:
-        zombie = Popen(["true"])  # not waited for
+        zombie = Popen(["true"])  # a zombie, because this process does not wait for it
         while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
         partials = {owner: tmp_path / f".file.{owner}.partial" for owner in (live.pid, zombie.pid, 2**22 + 1, "no-pid")}

@@ -1,4 +1,4 @@
-"""The stage find_batch: with real probes of a tiny model once, else with probes that compute nothing."""
+"""The stage find_batch. One test has real probes of a tiny model, the others have probes that compute nothing."""
 
 import json
 import shutil
@@ -93,7 +93,7 @@ class FakeProbes:
 
 @pytest.fixture
 def fake_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for 12 sequences with full and for 3 with none."""
+    """12 sequences fit with full, and 3 with none."""
     monkeypatch.setattr(find_batch, "ProbeProcesses", FakeProbes)
     monkeypatch.setattr(find_batch, "memory_budget_gib", lambda settings, capabilities: 0.012)
 
@@ -231,7 +231,7 @@ def test_a_headroom_that_leaves_nothing_is_refused(memory_gib: Any, allowed: str
 
 
 @pytest.mark.usefixtures("fake_probes")
-def test_a_smallest_batch_that_does_not_fit_is_one_line(project: Any) -> None:
+def test_a_smallest_batch_that_does_not_fit_is_reported_in_one_line(project: Any) -> None:
     project.configure({"find_batch.min": 15})
 
     message = error_of_stage()
@@ -252,7 +252,7 @@ def test_a_sequence_longer_than_the_context_is_refused(project: Any) -> None:
 
 
 def test_the_import_of_the_stage_is_light(start_python: Any) -> None:
-    """The heavy libraries take seconds to import, and only the probes need them."""
+    """Large libraries take seconds to import, and only the probes need them."""
     heavy = "sorted({'torch', 'transformers', 'peft', 'bitsandbytes'} & sys.modules.keys())"
 
     parent = start_python(f"import sys; from stages import find_batch, train; print({heavy})")

@@ -24,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU computes float16 too, but the settings refuse it there, because it is slow."""
+    """Allows float16 on a CPU. The settings refuse it there, because it is slow."""
     monkeypatch.setattr("pdf2lora.model.loading.compute_dtype", lambda compute: torch.float16)
 
 

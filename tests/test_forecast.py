@@ -31,7 +31,7 @@ def test_steps(no_run, write_params, num_sequences, batch, epochs, expected):
     assert step_estimate(no_run, params, num_sequences).value == f"{expected} optimizer steps"
 
 
-def test_an_odd_schedule_is_a_note(no_run, write_params):
+def test_a_schedule_warning_is_a_note(no_run, write_params):
     params = read_params(write_params({"train.effective_batch": 64, "train.warmup_steps": 10}))
 
     batch, untrained = schedule_notes(no_run, params, 22)

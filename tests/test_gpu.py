@@ -235,7 +235,7 @@ def test_every_rank_is_padded_for_tensor_cores(one_layer, r):
     assert total_error(found, expected) <= max(1e-2, 1.1 * total_error(peft, expected))
 
 
-def test_reference_in_float16_is_near(one_layer):
+def test_reference_in_float16_is_close(one_layer):
     """The data type of GPUs without bfloat16. A scaled loss keeps small gradients above float16's underflow."""
     model = adapted(one_layer, compute=changed(COMPUTE, compute_dtype="float16"))
     ids = some_ids(2, 128)
@@ -258,8 +258,8 @@ def test_reference_in_float16_is_near(one_layer):
 @needs_fp8
 @pytest.mark.parametrize("targets", [LORA.target_modules, ALL_LINEAR], ids=["attention", "all"])
 @pytest.mark.parametrize(("batch", "seq_length"), [(4, 256), (3, 129), (1, 37)])
-def test_fp8_is_near(one_layer, targets, batch, seq_length):
-    """Three bits of mantissa: exact e4m3 products of this model are off by 10% in hidden states, 11% in gradients."""
+def test_fp8_is_close(one_layer, targets, batch, seq_length):
+    """e4m3 has three bits of mantissa: exact products have errors of 10% in hidden states and 11% in gradients."""
     lora = changed(NO_DROPOUT, target_modules=targets)
     model = adapted(one_layer, lora)
     ids = some_ids(batch, seq_length)
@@ -320,7 +320,7 @@ def test_evaluation_by_the_kernels_scores_like_the_reference(four_layers):
 
 
 def test_packed_layers_are_those_of_transformers(four_layers):
-    """Weights, logits and the buffers of RoPE."""
+    """Compares weights, logits and the buffers of RoPE."""
     config = read_config(four_layers)
     packed = load_base(four_layers, QUANTIZATION, BFLOAT16)
     plain = AutoModelForCausalLM.from_pretrained(
@@ -656,7 +656,7 @@ def test_deterministic_training_gives_the_same_bytes(train, kernels):
 @pytest.mark.parametrize("kernels", ALL_KERNELS)
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch_fused"])
 def test_a_resumed_training_gives_the_same_bytes(train, tmp_path, kernels, optim):
-    """A graph is captured anew then; its masks continue."""
+    """The resumed training captures a new graph, and its masks continue."""
     settings = changed(TRAINING, optim=optim)
     complete = train(kernels, train_settings=settings, folder="complete")
     shutil.copytree(tmp_path / "complete/checkpoint-2", tmp_path / "copy/checkpoint-2")
@@ -742,7 +742,7 @@ def test_a_graph_of_streamed_layers_computes_the_same_bits(four_layers, kernels,
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("per_device_batch", [4, 3])
 def test_a_graph_computes_what_eager_computes(four_layers, eager, kernels, dropout, per_device_batch):
-    """With the same masks in each step: with others the gradients differ by far more."""
+    """With the same masks in each step. With other masks the gradients would differ by far more."""
     settings = {"dropout": dropout, "per_device_batch": per_device_batch}
     graph = learner_with_trained_b(four_layers, kernels, **settings)
     eager()
@@ -789,7 +789,7 @@ def test_masks_depend_on_the_place_of_a_sequence_in_the_step(four_layers, kernel
 
 
 def test_a_graph_takes_at_most_5_percent_more_memory(tmp_path, eager):
-    """Of a model and a batch that need some GiB."""
+    """Measured with a model and a batch that need some GiB."""
     base = write_tiny_llama(
         tmp_path / "large", num_hidden_layers=4, **(SHAPE | {"hidden_size": 2048, "intermediate_size": 5632})
     )
@@ -931,7 +931,7 @@ def test_largest_batch_of_each_mode_fits_and_the_next_does_not(project):
     assert json.loads((folder / "metrics/batch.json").read_text())["largest_batch"] == largest["none"]
 
 
-def test_memory_that_ends_while_training_is_said_with_what_to_do(project):
+def test_out_of_memory_during_training_is_reported_with_a_remedy(project):
     folder, _ = project
     write_batch(folder, memory_gib=0.3, per_device_batch=256, effective_batch=256)
 

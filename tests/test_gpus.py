@@ -157,7 +157,7 @@ with gpus.reserve_gpus(sys.argv[3:], int(sys.argv[2])) as (reserved, locks):
 
 @pytest.fixture
 def hold(nvml: Any) -> Iterator[Callable[..., Any]]:
-    """Another process that holds locks until it ends or reads a line; returns it and the words that it printed."""
+    """Starts a process that holds locks until it ends or reads a line. Returns it and the words that it printed."""
     processes = []
 
     def hold(count: int, code: str = HOLD) -> Any:
@@ -230,8 +230,8 @@ def test_a_reservation_waits_until_enough_gpus_are_free(
     assert "2 free GPUs" in line
 
 
-def test_two_that_wait_for_two_of_three_gpus_do_not_block_each_other(hold: Any) -> None:
-    """A reservation that gets one of two gives it back before it waits."""
+def test_two_runs_that_need_two_of_three_gpus_do_not_block_each_other(hold: Any) -> None:
+    """If a reservation gets only one of two GPUs, it releases it before it waits."""
     process, _ = hold(2)
 
     with reserve_gpus(UUIDS[2:], 1):
@@ -243,7 +243,7 @@ def test_two_that_wait_for_two_of_three_gpus_do_not_block_each_other(hold: Any) 
 
 
 def test_a_process_that_inherits_the_descriptors_keeps_the_lock(hold: Any) -> None:
-    """Until its end, also after kill -9 of the launcher."""
+    """It keeps the lock until its end, even after kill -9 of the launcher."""
     launcher, pids = hold(1, HOLD_WITH_A_WORKER)
     worker, other = (psutil.Process(int(pid)) for pid in pids)
     try:
@@ -269,7 +269,7 @@ def test_a_process_that_inherits_the_descriptors_keeps_the_lock(hold: Any) -> No
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """allot_devices sets variables; they come back after the test."""
+    """Restores the environment variables that allot_devices sets."""
     before = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")}
     yield
     for name, value in before.items():
@@ -312,7 +312,7 @@ def test_more_processes_than_gpus_are_refused(nvml: Any) -> None:
 
 
 @pytest.mark.parametrize(("num_processes", "count"), [("auto", 1), (1, 1), (4, 4)])
-def test_without_a_gpu_the_number_is_free(nvml: Any, num_processes: Any, count: int) -> None:
+def test_without_a_gpu_every_number_of_processes_is_allowed(nvml: Any, num_processes: Any, count: int) -> None:
     nvml([])
 
     with allot_devices(num_processes) as (allotted, locks):

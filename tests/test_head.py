@@ -117,7 +117,7 @@ def test_tiny_configurations_are_those_of_the_table():
 
 
 def test_outliers_of_a_later_token_do_not_change_the_check_in_8_bits(tmp_path, monkeypatch):
-    """LLM.int8 computes the column of an outlier in half precision for all tokens. The last token here has one."""
+    """LLM.int8 computes the column of an outlier in half precision for all tokens. Here the last token has one."""
     folder = write_tiny_llama(tmp_path / "base")
     weights = load_file(folder / "model.safetensors")
     last_token = (7 * 37 % 97) + 1

@@ -9,7 +9,7 @@ from pdf2lora.runtime.host_memory import available_bytes
     ("limit", "expected"), [("5000", 5000 - 3000 + 1000), ("max", None), ("99999999999999999", None)]
 )
 def test_the_limit_of_a_container_counts(tmp_path, monkeypatch, limit, expected):
-    """The cache of files is free memory."""
+    """The memory of cached files counts as available."""
     monkeypatch.setattr(host_memory, "CGROUP", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**6}))
     (tmp_path / "memory.max").write_text(f"{limit}\n")

@@ -1,4 +1,4 @@
-"""Source models that were made to harm: they run code, exhaust memory or name files elsewhere."""
+"""Hostile source models: they run code, exhaust memory or name files elsewhere."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def hugging_face(tmp_path: Path, tiny: Path) -> Path:
 
 
 def refusal(source: Path) -> str:
-    """The error message of convert, which wrote nothing and used little memory."""
+    """Returns the error message of convert. Checks that it wrote nothing and used little memory."""
     target = source.with_name("base")
     target.mkdir()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -116,7 +116,7 @@ def test_a_record_that_inflates_to_hundreds_of_megabytes_is_not_inflated(meta: P
     ],
     ids=["deep list", "deep object", "digits", "huge", "negative"],
 )
-def test_absurd_params_are_refused(meta: Path, params: str, words: str) -> None:
+def test_params_out_of_range_are_refused(meta: Path, params: str, words: str) -> None:
     (meta / "params.json").write_text(params)
     assert words in refusal(meta)
 
@@ -169,7 +169,7 @@ def test_sizes_that_contradict_the_weights_are_refused(hugging_face: Path, chang
     ],
     ids=["header", "shape", "offsets"],
 )
-def test_absurd_safetensors_are_refused(hugging_face: Path, header: bytes, length: int | None) -> None:
+def test_safetensors_with_impossible_sizes_are_refused(hugging_face: Path, header: bytes, length: int | None) -> None:
     content = struct.pack("<Q", length or len(header)) + header + b"abcd"
     (hugging_face / "model.safetensors").write_bytes(content)
 

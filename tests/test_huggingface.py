@@ -134,7 +134,7 @@ def rewrite_weights(source: Path, change: Callable[[Weights], Any]) -> None:
 
 
 def test_an_unknown_weight_is_refused(source: Path, target: Path) -> None:
-    """transformers would ignore it and load another model."""
+    """transformers would ignore the weight, so it would load another model."""
     rewrite_weights(source, lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}))
 
     with pytest.raises(InputError, match=r"q_proj.bias is not part of a LlamaForCausalLM with this config.json"):
@@ -191,7 +191,7 @@ def logits(folder: Path) -> Tensor:
 
 
 class TestCompletedConfig:
-    """What the pipeline reads is always in the config.json of models/base."""
+    """The config.json of models/base always has the keys that the pipeline reads."""
 
     def completed(self, source: Path, target: Path) -> dict[str, Any]:
         convert_default(source, target)
@@ -215,7 +215,7 @@ class TestCompletedConfig:
 
         assert self.completed(source, target)["max_position_embeddings"] == 2048
 
-    def test_eos_nowhere_is_refused(self, source: Path, target: Path) -> None:
+    def test_a_model_without_eos_is_refused(self, source: Path, target: Path) -> None:
         for name in ("config.json", "generation_config.json"):
             rewrite_json(source / name, without="eos_token_id")
         rewrite_json(source / "tokenizer_config.json", without="eos_token")
@@ -224,7 +224,7 @@ class TestCompletedConfig:
             convert_default(source, target)
 
     @pytest.mark.parametrize("eos", [520, [], [1, -1]])
-    def test_an_absurd_eos_is_refused(self, source: Path, target: Path, eos: Any) -> None:
+    def test_an_eos_that_is_not_a_token_id_is_refused(self, source: Path, target: Path, eos: Any) -> None:
         rewrite_json(source / "config.json", eos_token_id=eos)
 
         with pytest.raises(InputError, match=r"eos_token_id is .*; it must be an id below vocab_size \(520\)"):

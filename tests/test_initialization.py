@@ -153,7 +153,7 @@ def test_the_ordinary_adapter_and_the_merged_model_are_the_trained_model(base, t
     assert distance(LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32), trained) < 1e-4
 
 
-def test_the_ordinary_adapter_has_no_correction_of_quantization(base, tmp_path):
+def test_the_ordinary_adapter_does_not_correct_quantization(base, tmp_path):
     start(base, tmp_path, "loftq").save_pretrained(tmp_path / "adapter")
     (tmp_path / "plain").mkdir()
 
@@ -170,8 +170,8 @@ def test_a_resumed_training_reads_the_stored_matrices(base, tmp_path):
     assert not same(trainable(start(base, tmp_path, "pissa_niter_4", seed=1)), trainable(first))
 
 
-def test_processes_deal_the_layers(base, tmp_path):
-    """Both processes of a job, one after the other: `gather` of the second has what the first computed."""
+def test_each_process_computes_a_part_of_the_layers(base, tmp_path):
+    """Runs both processes of a job one after the other. `gather` of the second one also returns the first part."""
     parts = []
 
     class Process(Processes):

@@ -11,7 +11,7 @@ from pdf2lora.training.interrupt import STOP_SIGNALS, Interrupt
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Python's own handlers before and after each test, whatever pytest runs under."""
+    """Sets Python's own handlers before and after each test, for example if pytest runs under nohup."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

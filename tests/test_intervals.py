@@ -9,7 +9,7 @@ from pdf2lora.evaluation.intervals import improvement, interval_note, perplexity
 
 
 def random_documents(num_documents=40, seed=0):
-    """Nats of a base (about 3 a token) and of a better model (about 2.8), and token counts."""
+    """Nats of a base (about 3 per token) and of a better model (about 2.8 per token), and token counts."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(200, 3000, num_documents)
     base = tokens * rng.normal(3, 0.3, num_documents)

@@ -72,7 +72,7 @@ class Outcome(NamedTuple):
 
 
 def run(count: int = 1, prepare: Callable[[], object] = lambda: None) -> list[Outcome]:
-    """Runs the stage in `count` processes of one job, as a launcher starts them; prepare runs before it in each."""
+    """Runs the stage in `count` processes of one job, as a launcher does. Each process calls `prepare` first."""
 
     def work(processes: Any) -> Outcome:
         logging.basicConfig = partial(logging.basicConfig, force=True)  # pytest has handlers
@@ -120,7 +120,7 @@ def project(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, write_p
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Outputs of a training that nothing disturbed; the first test that needs them writes them."""
+    """The outputs of an undisturbed training. The first test that needs them writes them."""
     return tmp_path_factory.mktemp("outputs")
 
 
@@ -284,7 +284,7 @@ def test_a_choice_by_validation_needs_validation_documents(project: Any, changes
 
 
 @pytest.mark.usefixtures("project")
-def test_a_damaged_base_model_is_one_line() -> None:
+def test_a_damaged_base_model_is_reported_in_one_line() -> None:
     with Path("models/base/config.json").open("a") as file:
         file.write(" ")
 
@@ -296,7 +296,9 @@ def test_a_damaged_base_model_is_one_line() -> None:
 
 @pytest.mark.usefixtures("project")
 @pytest.mark.parametrize("step", [None, 2])
-def test_lack_of_memory_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
+def test_lack_of_memory_is_reported_in_one_line_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, step: int | None
+) -> None:
     def fail(*arguments: Any, **settings: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
 
@@ -508,7 +510,7 @@ def test_an_adapter_that_starts_from_the_weights_is_loaded_as_it_was_trained(pro
 
 @pytest.mark.timeout(300)  # two processes import torch
 def test_the_stage_starts_its_processes_itself(project: Any) -> None:
-    """As `python -m stages.train`, with the launcher; the same bytes as processes that another launcher starts."""
+    """`python -m stages.train` uses the launcher. The bytes are the same as with another launcher."""
     project.configure({"compute.num_processes": 2, "train.num_train_epochs": 0.2})
     assert [outcome.exit for outcome in run(2)] == [None, None]
     expected = Path("models/adapter/adapter_model.safetensors").read_bytes()

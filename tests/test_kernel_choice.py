@@ -129,8 +129,8 @@ def test_other_base_models_run_on_the_reference(pretend_gpu, caplog, config, obs
     assert reference_reason(changed(BFLOAT16, kernels="auto"), QUANTIZATION, LORA, config) == obstacle
 
 
-def test_the_reason_is_for_a_surprise(pretend_gpu, no_gpu):
-    """Without a GPU, or if params.yaml asks for the reference, nobody expects other kernels."""
+def test_a_reason_is_given_only_if_auto_does_not_select_fused(pretend_gpu, no_gpu):
+    """Without a GPU, or if params.yaml selects the reference, the user does not expect other kernels."""
     settings = changed(BFLOAT16, kernels="auto")
     assert reference_reason(settings, QUANTIZATION, LORA, GemmaConfig()) == ""
     pretend_gpu()

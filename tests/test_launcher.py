@@ -1,4 +1,4 @@
-"""Start, watch and end of the processes of a job. They run a small module that does not import torch."""
+"""The launcher: start, supervision and end of the processes of a job, which run a small module without torch."""
 
 import json
 import os
@@ -79,7 +79,7 @@ class Job:
         return self.process.returncode, output, errors.splitlines()
 
     def wait_for(self, name: str) -> None:
-        """Until each process has written its file of this name."""
+        """Waits until each process has written its file of this name."""
         until = time.monotonic() + 20
         while not all((self.folder / f"{name}-{index}").exists() for index in range(self.count)):
             assert time.monotonic() < until, f"no {name}: {list(self.folder.iterdir())}"
@@ -114,7 +114,7 @@ def processes_in(folder: Path) -> list[psutil.Process]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Starts a job with the body of work.py; at the end of the test nothing of it may run."""
+    """Starts a job with the body of work.py. At the end of the test none of its processes may run."""
     (tmp_path / "job").mkdir()
     (tmp_path / "job/__init__.py").touch()
     (tmp_path / "job/stage.py").write_text(STAGE)
@@ -221,7 +221,7 @@ def test_threads_that_the_user_sets_stay(start: Start) -> None:
     assert job.variables(1)["OMP_NUM_THREADS"] == "7"
 
 
-def test_an_input_error_of_all_processes_is_one_line(start: Start) -> None:
+def test_an_input_error_of_all_processes_is_reported_once(start: Start) -> None:
     job = start("def work(index): raise InputError('train.seed: 5 is odd')")
 
     assert job.wait() == (1, "", ["error: train.seed: 5 is odd"])
@@ -267,7 +267,7 @@ def test_a_full_disk_or_memory_names_the_process(start: Start, error: str, messa
 
 
 def test_an_error_of_a_process_comes_before_those_that_it_causes(start: Start) -> None:
-    """The first process to end is not the cause."""
+    """The process that ends first is not the cause."""
     job = start(
         "def work(index):\n if index == '0': raise PeerLost('connection closed')\n"
         " time.sleep(0.3)\n raise KeyError('lm_head')"
@@ -333,7 +333,7 @@ def test_a_process_that_does_not_answer_is_found(start: Start) -> None:
 
 
 def test_a_job_that_was_suspended_continues(start: Start) -> None:
-    """Ctrl-Z, and fg after longer than a process may be silent."""
+    """Ctrl-Z, and then fg after a longer time than SILENCE_S."""
     job = start("def work(index):\n Path(f'ready-{index}').touch()\n time.sleep(1)\n os.write(1, b'done\\n')")
     job.wait_for("ready")
 
@@ -348,7 +348,7 @@ def test_a_job_that_was_suspended_continues(start: Start) -> None:
 
 
 def test_sigterm_reaches_all_processes_once(start: Start) -> None:
-    """They have time to save."""
+    """The processes have time to save a checkpoint."""
     job = start(SAVE_ON_SIGTERM)
     job.wait_for("ready")
 
@@ -360,7 +360,7 @@ def test_sigterm_reaches_all_processes_once(start: Start) -> None:
 
 
 def test_ctrl_c_of_the_terminal_ends_the_job(start: Start) -> None:
-    """The terminal sends SIGINT to the whole group; what the launcher forwards is SIGTERM, which they ignore then."""
+    """The terminal sends SIGINT to the whole group. The processes then ignore the launcher's SIGTERM."""
     job = start(SAVE_ON_SIGTERM)
     job.wait_for("ready")
 
@@ -384,8 +384,8 @@ def test_ctrl_c_of_the_launcher_alone_reaches_all(start: Start) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_before_the_training_is_one_line(start: Start, number: signal.Signals) -> None:
-    """The processes have no handler yet. Lack of memory is not the cause."""
+def test_a_signal_before_the_training_is_reported_in_one_line(start: Start, number: signal.Signals) -> None:
+    """The processes have no handler yet. The message must not blame a lack of memory."""
     job = start("def work(index):\n Path(f'ready-{index}').touch()\n time.sleep(60)")
     job.wait_for("ready")
 
@@ -399,7 +399,7 @@ def test_a_signal_before_the_training_is_one_line(start: Start, number: signal.S
 
 
 def test_a_signal_that_the_launcher_ignores_reaches_nobody(start: Start) -> None:
-    """nohup: the end of the terminal does not end the training."""
+    """Under nohup, the end of the terminal does not end the training."""
     code = (
         "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
         "os.execv(sys.executable, [sys.executable, '-m', 'job.stage'])"
@@ -436,7 +436,7 @@ def test_kill_9_of_the_launcher_ends_the_processes(start: Start) -> None:
 
 
 def test_kill_9_of_the_launcher_lets_the_processes_save(start: Start) -> None:
-    """And one that does not end by SIGTERM ends all the same."""
+    """A process that does not end by SIGTERM is ended too."""
     job = start(
         "def work(index):\n"
         " signal.signal(signal.SIGTERM, lambda *_: Path(f'saved-{index}').touch())\n"

@@ -27,7 +27,7 @@ def test_meta_s_files_in_the_hub_s_subfolder_must_be_moved(tmp_path: Path) -> No
         find_layout(tmp_path)
 
 
-def test_an_adapter_is_no_base_model(tmp_path: Path) -> None:
+def test_an_adapter_is_not_a_base_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/model"}))
     (tmp_path / "adapter_model.safetensors").touch()
 

@@ -78,7 +78,7 @@ def test_many_13_grams_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_texts_are_compared_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each text is a batch."""
+    """Each text is its own batch."""
     texts = [numbered(range(n, n + 20)) for n in range(0, 200, 10)]
     expected = leakage(texts[:10], texts[5:])
     monkeypatch.setattr(module, "batches", lambda texts: parallel.batches(texts, 1))

@@ -44,7 +44,7 @@ def gradients(model) -> dict[str, Tensor]:
 
 
 def redraw_b(model):
-    """Nonzero B matrices, as after training."""
+    """Makes the B matrices nonzero, as after training."""
     torch.manual_seed(1)
     for name, value in model.named_parameters():
         if "lora_B" in name:
@@ -89,7 +89,7 @@ def test_base_is_frozen_and_has_no_key_value_cache(base):
 
 
 @pytest.mark.parametrize("bits", LAYER_OF_BITS)
-def test_quantized_base_is_near_the_unquantized_one(base, bits):
+def test_quantized_base_is_close_to_the_unquantized_one(base, bits):
     unquantized = load(base, bits=16)
     quantized = load(base, bits=bits)
 
@@ -174,7 +174,7 @@ def test_layers_have_the_lora_settings(base):
 
 
 @pytest.mark.parametrize("bits", LAYER_OF_BITS)
-def test_fresh_adapter_changes_nothing(base, bits):
+def test_new_adapter_does_not_change_the_logits(base, bits):
     before = logits(load(base, bits=bits))
 
     model = add_lora(load(base, bits=bits), LORA)

@@ -53,7 +53,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(base: Path, tmp_path: Path) -> Any:
-    """run_training; each call has its own folder of checkpoints, if it names none."""
+    """run_training; each call without a folder of checkpoints gets a new one."""
     number = 0
 
     def run(checkpoints: Path | None = None, **settings: Any) -> Training:
@@ -87,8 +87,8 @@ def test_another_seed_gives_another_adapter(base: Path, run: Run) -> None:
     assert one.values("train/loss") != other.values("train/loss")
 
 
-def test_other_settings_of_pace_do_not_change_the_adapter(run: Run) -> None:
-    """Validation, checkpoints and log entries only look at the training."""
+def test_intervals_of_validation_logs_and_checkpoints_do_not_change_the_adapter(run: Run) -> None:
+    """Validation, checkpoints and log entries must not change the training."""
     plain = run(validation_windows=[])
     busy = run(train_settings=changed(TRAIN, eval_steps=1, save_steps=1, logging_steps=3))
 
@@ -129,7 +129,7 @@ def test_gradient_checkpointing_changes_no_bit(run: Run, dropout: float) -> None
 
 @pytest.mark.parametrize("per_device_batch", [1, 2, 3, 8])
 def test_the_per_device_batch_does_not_change_the_losses(run: Run, per_device_batch: int) -> None:
-    """With dropout. Also if the effective batch is not a multiple of it, or the sequences of the effective batch."""
+    """With dropout, even if the per-device batch does not divide the effective batch, or that the corpus."""
     settings: dict[str, Any] = {
         "train_settings": changed(TRAIN, effective_batch=3, learning_rate=0.001),
         "validation_windows": [],
@@ -169,7 +169,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_targets(base: Path, run: Run) -
 
 
 def test_every_token_is_a_target_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From documents to the micro-batches of an epoch, whose targets follow their inputs."""
+    """Checks the micro-batches of an epoch: each target is the token after its input."""
     documents = [np.arange(start, start + length) for start, length in ((0, 40), (40, 3), (43, 120))]
     pairs = []
 
@@ -272,7 +272,7 @@ def test_after_a_validation_the_model_is_in_train_mode(base: Path) -> None:
 
 @pytest.fixture
 def validation_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
-    """Replaces the losses that validation finds: before the first step, after step 1, ..."""
+    """Replaces the validation losses: before the first step, after step 1, ..."""
 
     def replace(losses: list[float]) -> None:
         remaining = list(losses)
@@ -338,7 +338,7 @@ def test_early_stopping(run: Run, validation_losses: Any, patience: Any, losses:
 
 
 def test_a_checkpoint_of_a_stopped_training_does_not_continue(run: Run, validation_losses: Any, tmp_path: Path) -> None:
-    """Also the best adapter comes from the checkpoint."""
+    """The best adapter also comes from the checkpoint."""
     train = changed(BEST, early_stopping_patience=2)
     validation_losses([5, 4, 4.5, 4.2])
     stopped = run(tmp_path / "early", train_settings=train)
@@ -414,7 +414,7 @@ def test_a_signal_saves_a_checkpoint_and_the_next_run_gives_the_same_bytes(
 
 
 def test_a_signal_in_the_last_step_does_not_stop_a_finished_training(run: Run, validation_losses: Any) -> None:
-    """The best adapter is kept then, too."""
+    """The best adapter is kept too."""
     validation_losses([5, 4, 3, 6, 7])
 
     training = run(
@@ -429,7 +429,7 @@ def test_a_signal_in_the_last_step_does_not_stop_a_finished_training(run: Run, v
 
 
 def losses_and_adapter(base: Path, folder: Path, count: int, **settings: Any) -> list[tuple[list[float], bytes, int]]:
-    """Of each process: loss of each step, bytes of the adapter, targets."""
+    """Returns for each process: the loss of each step, the bytes of the adapter, the number of targets."""
 
     def work(processes: Processes) -> tuple[list[float], bytes, int]:
         training = run_training(base, folder, processes=processes, **settings)
@@ -468,7 +468,7 @@ def test_the_same_number_of_processes_gives_the_same_bytes(base: Path, tmp_path:
 
 
 def test_a_resume_with_another_number_of_processes(base: Path, tmp_path: Path) -> None:
-    """2, then 1, then 2 processes: as close as 2 to the end; and 2 after 2 gives the same bytes."""
+    """2, then 1, then 2 processes give nearly the losses of 2 processes. 2 processes after 2 give the same bytes."""
     complete = losses_and_adapter(base, tmp_path / "complete", 2, **SEVERAL)[0]
     folder = tmp_path / "mixed"
 
@@ -521,7 +521,7 @@ def test_processes_with_different_adapters_are_refused(base: Path, tmp_path: Pat
 
 
 def test_an_epoch_has_the_same_global_batches_in_processes_of_any_number(base: Path, tmp_path: Path) -> None:
-    """Which sequences each step computed, over all processes, with their places in the step."""
+    """Compares the sequences that all processes together compute in a step, with their positions in the step."""
     sequences = random_sequences(NUM_SEQUENCES)
     order = DataOrder(NUM_SEQUENCES, 3, 1, 0)
 

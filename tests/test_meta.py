@@ -124,7 +124,7 @@ class TestLogits:
         assert summary["num_shards"] == num_shards
         assert (summary["rope_theta"], summary["rope_factor"]) == (theta, factor)
 
-    def test_a_model_without_output_weight_is_tied(self, source: Path, target: Path) -> None:
+    def test_a_model_without_an_output_weight_is_tied(self, source: Path, target: Path) -> None:
         weights, params = write_tiny_meta(source, "3.2", tied=True)
         rewrite_shard(source, lambda shard: shard.pop("output.weight"))
 

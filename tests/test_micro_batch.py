@@ -22,7 +22,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def learner(base: Path) -> Learner:
-    """With matrices that change the output: B is not zero."""
+    """A learner whose B is not zero, so that the adapter changes the output."""
     learner = build_learner(base, lora=NO_DROPOUT, per_device_batch=4)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_accumulation_equals_one_large_batch(learner: Learner, sequences: Sequen
 
 
 def test_loss_and_gradient_equal_those_of_whole_logits(learner: Learner, sequences: Sequences) -> None:
-    """Each target counts alike: the loss is not the mean of the sequences' means."""
+    """Each target has the same weight: the loss is not the mean of the sequences' means."""
     buffer = accumulate(learner, sequences, [[0, 1], [2, 3]], scale=1 / (3 * 32 + 7))
 
     inputs, targets = tensors_of(sequences)

@@ -96,7 +96,7 @@ def test_chinese_texts_are_compared_by_characters() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
 def test_sketches_estimate_the_jaccard_similarity(share: float) -> None:
-    """Without bias, and with the standard error of so many independent permutations."""
+    """The estimate has no bias, and the standard error of independent permutations."""
     errors, similarities = [], []
     for seed in range(100):
         rng = random.Random(seed)
@@ -130,7 +130,7 @@ def sketches_at(rng: np.random.Generator, similarity: float, count: int) -> np.n
 
 @pytest.mark.parametrize("similarity", [0.5, 0.7, 0.9])
 def test_groups_equal_those_of_a_comparison_of_all_pairs(similarity: float) -> None:
-    """Of pairs above and below the limit; a pair is missed with a probability of at most 1%."""
+    """Some pairs are above the limit, some below. A pair is missed with a probability of at most 1%."""
     rng = np.random.default_rng(1)
     sketches = np.concatenate([sketches_at(rng, s, 60) for s in (similarity - 0.15, similarity + 0.05, 0.99)])
     equal = (sketches[:, np.newaxis] == sketches).mean(axis=2) >= similarity

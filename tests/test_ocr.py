@@ -1,4 +1,4 @@
-"""Most tests need the packages of requirements-ocr.txt."""
+"""OCR. Most tests need the packages of requirements-ocr.txt."""
 
 import re
 from importlib.metadata import PackageNotFoundError

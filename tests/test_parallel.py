@@ -34,7 +34,7 @@ def test_a_single_item_needs_no_process() -> None:
     assert not active_children()
 
 
-def test_few_items_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_few_items_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "num_cores", lambda: 2)
     num_read = 0
 
@@ -51,11 +51,11 @@ def test_few_items_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
             assert num_read <= number + 1 + 2 * parallel.ITEMS_PER_WORKER
 
 
-def test_a_killed_process_is_one_line() -> None:
+def test_a_killed_process_is_reported_in_one_line() -> None:
     with Workers() as workers, pytest.raises(InputError, match="A worker process was killed"):
         list(workers.map(end_by_signal, range(5)))
 
 
-def test_batches_have_at_most_so_many_characters() -> None:
+def test_batches_have_at_most_max_characters() -> None:
     assert list(batches(["aa", "bb", "c", "dddddd", "e"], 4)) == [["aa", "bb"], ["c"], ["dddddd"], ["e"]]
     assert list(batches([])) == []

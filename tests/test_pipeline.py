@@ -256,7 +256,7 @@ def test_small_results_are_in_git_and_not_in_the_cache(stage):
     assert not [entry for entry in plain if "cache" in entry[next(iter(entry))]]  # else DVC's run-cache does not work
 
 
-def test_machine_metrics_are_no_output_of_a_stage():
+def test_machine_metrics_are_not_an_output_of_a_stage():
     assert not [stage for stage in STAGES.values() if "machine" in str(stage.get("metrics")) + str(stage.get("plots"))]
 
 

@@ -84,7 +84,7 @@ def test_settings_that_cannot_run_are_refused(changes: dict[str, Any], words: st
 
 
 def test_a_probe_takes_full_steps_of_the_model_of_train(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a short corpus. All steps but the first are timed."""
+    """This also holds for a short corpus. All steps but the first are timed."""
     monkeypatch.setattr(PeakMemory, "gib", 0.5)
     clock = iter([10.0, 12.0, 13.0])
     monkeypatch.setattr(probe.time, "perf_counter", lambda: next(clock))
@@ -149,7 +149,7 @@ def test_settings_that_do_not_run_find_batch_again_change_no_probe(base: Path) -
 
 @pytest.mark.usefixtures("on_cpu")
 def test_the_peak_of_a_probe_is_the_same_again_and_for_any_number_of_threads(base: Path) -> None:
-    """Also for later probes of the same model."""
+    """This also holds for later probes of the same model."""
     prober = Prober(params_of())
     prober.model, prober.placement = build_model(base, params_of()), "gpu"
 
@@ -170,7 +170,7 @@ def test_the_peak_of_a_probe_is_the_same_again_and_for_any_number_of_threads(bas
 
 
 def test_processes_measure_together(base: Path) -> None:
-    """The throughput counts the sequences of all; each process gets the same answer."""
+    """The throughput counts the sequences of all processes. Each process gets the same answer."""
 
     def work(processes: Processes) -> Any:
         return Prober(params_of()).measure(base, TWO_ROWS, "full", 3, 1.0, "gpu")
@@ -213,10 +213,10 @@ def fail_in_a_step(number: int) -> None:
     ("fail", "number"),
     [(fail_in_the_model, 0), (fail_in_the_learner, 0), (fail_in_a_step, 0), (fail_in_a_step, 1)],
 )
-def test_lack_of_memory_in_one_process_is_known_in_all(
+def test_all_processes_notice_that_one_is_out_of_memory(
     base: Path, failing: int, fail: Callable[[int], None], number: int
 ) -> None:
-    """No process waits for it in a collective."""
+    """The other processes do not wait for it in a collective."""
 
     def work(processes: Processes) -> Any:
         if processes.index == failing:
@@ -239,7 +239,7 @@ def peak_mib(action: Callable[[], object]) -> float:
     return peak.gib * 1024
 
 
-def test_peak_of_nothing_is_zero(on_cpu: None) -> None:
+def test_the_peak_of_an_empty_block_is_zero(on_cpu: None) -> None:
     assert peak_mib(lambda: None) == 0
 
 
@@ -273,7 +273,7 @@ def test_tensor_from_before_the_block_counts_once_it_is_used(on_cpu: None) -> No
     assert peak_mib(lambda: before + 1) == 6
 
 
-def test_what_an_autograd_graph_keeps_counts_until_backward_is_through(on_cpu: None) -> None:
+def test_tensors_of_an_autograd_graph_count_until_the_backward_pass_ends(on_cpu: None) -> None:
     weight = torch.ones(MIB // 4)  # 1 MiB
 
     def forward() -> torch.Tensor:
@@ -297,7 +297,7 @@ def test_what_an_autograd_graph_keeps_counts_until_backward_is_through(on_cpu: N
     assert peak_mib(two_steps) == pytest.approx(one, abs=0.01)
 
 
-def test_error_in_the_block_comes_out_and_nothing_is_counted_after_it(on_cpu: None) -> None:
+def test_an_error_in_the_block_is_raised_and_ends_the_count(on_cpu: None) -> None:
     with pytest.raises(ZeroDivisionError), PeakMemory() as peak:  # noqa: PT012
         mib(1)
         1 / 0  # noqa: B018

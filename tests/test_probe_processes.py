@@ -1,4 +1,4 @@
-"""The processes of find_batch: their answers, and what happens where one of them fails.
+"""The processes of find_batch: their answers and their failures.
 
 They are forks with a prober that needs no model. What it does depends on the value of gradient_checkpointing.
 """
@@ -134,7 +134,7 @@ def pids(processes: ProbeProcesses) -> list[int]:
 
 
 def are_gone(ended: list[int]) -> bool:
-    """Also no zombie is left."""
+    """Checks that the processes have ended and are not zombies."""
     return not any(psutil.pid_exists(pid) for pid in ended)
 
 
@@ -190,7 +190,7 @@ def test_processes_without_memory_are_replaced(start: Start, count: int, kind: s
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["unclean OOM", "CPU OOM", "numpy OOM"])
 def test_one_process_without_memory_leaves_no_other_waiting(start: Start, kind: str, index: int) -> None:
-    """The others wait for it in a collective; it has ended by itself."""
+    """The other processes wait for it in a collective, but it has ended."""
     processes = start(3)
     first = pids(processes)
     started = time.monotonic()
@@ -202,7 +202,7 @@ def test_one_process_without_memory_leaves_no_other_waiting(start: Start, kind: 
 
 
 @counts
-def test_a_process_that_is_killed_once_is_asked_again(start: Start, count: int, tmp_path: Path) -> None:
+def test_a_request_is_repeated_after_a_process_was_killed_once(start: Start, count: int, tmp_path: Path) -> None:
     processes = start(count)
     first = pids(processes)
 
@@ -271,7 +271,9 @@ def test_another_error_keeps_its_text_and_the_cause_comes_first(start: Start, ki
     assert "KeyError: 'lm_head'" in str(caught.value)
 
 
-def test_memory_that_ends_before_the_model_is_loaded_is_one_line(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_before_the_model_is_loaded_is_reported_in_one_line(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(FakeProber, "capabilities", lambda prober: os.kill(os.getpid(), signal.SIGKILL))
 
     with pytest.raises(InputError) as caught:
@@ -281,7 +283,7 @@ def test_memory_that_ends_before_the_model_is_loaded_is_one_line(start: Start, m
         assert words in str(caught.value)
 
 
-def test_a_process_that_does_not_answer_is_one_line(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_does_not_answer_is_reported_in_one_line(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_processes, "ANSWER_S", 0.7)
     processes = start(2)
     first = pids(processes)
@@ -292,7 +294,7 @@ def test_a_process_that_does_not_answer_is_one_line(start: Start, monkeypatch: p
     assert are_gone(first)
 
 
-def test_the_end_does_not_wait_for_a_measurement(start: Start) -> None:
+def test_end_does_not_wait_for_a_measurement(start: Start) -> None:
     processes = start(2)
     with suppress(Exception):
         processes.pipes[0].send(None)

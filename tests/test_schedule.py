@@ -1,4 +1,4 @@
-"""Warnings about odd schedules, against the learning rates of transformers' schedules."""
+"""Warnings about schedules, compared with the learning rates of transformers' schedules."""
 
 import pytest
 import torch

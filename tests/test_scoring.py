@@ -1,6 +1,6 @@
-"""Negative log-likelihood of documents: against a plain computation, and independent of batch, order and chunks.
+"""Negative log-likelihood of documents: it equals a plain computation and does not depend on batch, order or chunks.
 
-The number of processes changes no byte of it.
+The number of processes does not change a byte of it.
 """
 
 import math
@@ -170,7 +170,7 @@ def test_nats_of_windows_add_up(model):
 
 @pytest.mark.parametrize("per_device_batch", [4, 100])
 def test_the_number_of_processes_changes_no_byte(base, per_device_batch):
-    """Also with fewer batches than processes. Each window is scored once over all processes."""
+    """This also holds with fewer batches than processes. All processes together score each window once."""
     document_windows = windows_of()
     model = adapted(base, bits=4)
     randomize_b(model)

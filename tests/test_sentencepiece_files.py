@@ -98,7 +98,7 @@ def test_decoding_gives_the_text(tmp_path: Path) -> None:
         ({"model_type": "unigram", "vocab_size": 350}, r"splits 'a +b' in another way than sentencepiece"),
     ],
 )
-def test_what_cannot_be_expressed_is_refused(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
+def test_unsupported_settings_are_refused(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
     path = train_sentencepiece(tmp_path, **options)
 
     with pytest.raises(InputError, match=rf"cannot be converted, because .*{reason}.* AutoTokenizer"):

@@ -27,7 +27,9 @@ BOS_TOKEN, EOS_TOKEN = SPECIAL_TOKENS[:2]
         (None, {"add_bos_token": True, "bos_token": None}, None),
     ],
 )
-def test_bos_is_what_the_tokenizer_writes(template: str | None, config: dict[str, Any], bos: int | None) -> None:
+def test_bos_is_the_token_that_the_tokenizer_writes(
+    template: str | None, config: dict[str, Any], bos: int | None
+) -> None:
     tokenizer = byte_tokenizer()
     if template is not None:
         special = [(BOS_TOKEN, BOS), (EOS_TOKEN, EOS)]
@@ -54,11 +56,11 @@ def test_eos_is_found_in_this_order(
 
 
 @pytest.mark.parametrize("eos", [260, -1, True, "2", [], [1, "2"]])
-def test_an_absurd_eos_is_refused(tmp_path: Path, eos: object) -> None:
+def test_an_eos_that_is_not_a_token_id_is_refused(tmp_path: Path, eos: object) -> None:
     with pytest.raises(InputError, match=r"eos_token_id is .*; it must be an id below vocab_size \(260\)"):
         find_eos(tmp_path, {"vocab_size": 260, "eos_token_id": eos}, byte_tokenizer(), {})
 
 
-def test_eos_nowhere_names_the_key(tmp_path: Path) -> None:
+def test_a_missing_eos_is_reported_with_the_key(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config.json: eos_token_id is missing, .* Add the id"):
         find_eos(tmp_path, {"vocab_size": 260}, byte_tokenizer(), {})

@@ -44,7 +44,7 @@ def split_by_text(splits: Splits) -> dict[str, str]:
 
 @pytest.fixture
 def no_near_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes each document one group, which is much faster."""
+    """Makes each document its own group, which is much faster."""
     own = sys.modules[__name__]
     monkeypatch.setattr(own, "sketch", lambda words: np.zeros(NUM_PERMUTATIONS))
     monkeypatch.setattr(own, "near_duplicate_groups", lambda sketches, similarity: [[n] for n in range(len(sketches))])
@@ -78,7 +78,7 @@ def test_too_few_documents_are_refused(number: int, validation: float) -> None:
         split_documents(documents(number), validation=validation)
 
 
-def test_copies_of_one_text_are_refused() -> None:
+def test_a_corpus_of_copies_is_refused() -> None:
     copies = [document(prose(1), f"{n}.pdf") for n in range(9)]
     with pytest.raises(InputError, match=r"9 usable documents in 1 groups .*need at least 3 groups\. Add PDFs\.$"):
         split_documents(copies)

@@ -1,4 +1,4 @@
-"""Process settings before torch is imported, and imports that stages avoid to start fast."""
+"""Process settings before torch is imported, and slow imports that stages avoid."""
 
 import os
 import subprocess

@@ -17,7 +17,7 @@ LLAMA_3B = LlamaConfig(
 
 
 def test_flop_of_a_3b_llama_by_hand():
-    """3.21e9 weights, each read twice by two products of 2 FLOP; 28 layers of causal attention over half a sequence."""
+    """3.21e9 weights, each in two products of 2 FLOP; 28 layers of causal attention over half a sequence."""
     assert flop_per_token(LLAMA_3B, 512) == 4 * 3_212_574_720 + 28 * 6 * 2 * 3072 * 256
 
 
@@ -56,13 +56,13 @@ def test_weights_are_those_of_the_linear_layers(changes):
         ("NVIDIA GeForce RTX 4090", 165.2),
     ],
 )
-def test_gpus_are_told_apart_by_name(gpu, tflops):
+def test_gpus_are_distinguished_by_name(gpu, tflops):
     assert peak_flop_per_s(gpu) == pytest.approx(tflops * 1e12)
 
 
 @pytest.mark.parametrize("gpu", ["NVIDIA RTX A4000", "NVIDIA RTX A3000 Laptop GPU", "NVIDIA L400", "Tesla T4", "cpu"])
 def test_unknown_gpu_has_no_utilization(gpu):
-    """A name that only begins like a known one is unknown."""
+    """A name that only begins with a known name is unknown."""
     assert peak_flop_per_s(gpu) is None
     assert model_flops_utilization(1000.0, LLAMA_3B, 512, gpu) is None
 

@@ -43,7 +43,7 @@ def test_writes_the_tokens_of_each_split_and_their_number(capsys):
 
 
 @pytest.mark.usefixtures("project")
-def test_without_the_stages_before_it_one_line_names_what_is_missing():
+def test_missing_inputs_are_reported_in_one_line():
     shutil.rmtree("data/split")
 
     with pytest.raises(SystemExit, match=r"error: data/split does not exist"):

@@ -76,7 +76,7 @@ def test_signal_without_a_new_checkpoint_is_found() -> None:
     require_newer(28, [28], last_step=28 + SAVE_STEPS)  # then the training may end before the signal arrives
 
 
-def test_the_line_that_names_the_process_is_required() -> None:
+def test_a_line_with_the_failed_process_is_required() -> None:
     line = "error: train: process 1 of 2 (pid 7) was ended by SIGKILL; run dvc repro again"
     assert error_line(f"Running stage 'train'\n{line}\nERROR: failed\n") == line
     stopped = "train: stopped by SIGTERM after step 8; a checkpoint is saved"

@@ -220,7 +220,7 @@ def new_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     AcceleratorState._reset_state()
 
 
-def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = "pdf2lora.training.tracking.importlib.util.find_spec"
     monkeypatch.setattr(find_spec, lambda name: None if name == "mlflow" else SimpleNamespace(origin="file"))
 
@@ -276,7 +276,7 @@ def test_two_trackers_at_once(run: Any, project: Path, monkeypatch: pytest.Monke
 
 
 def test_the_end_of_the_trackers_leaves_the_process_group(project: Path, write_params: Any) -> None:
-    """The processes still have numbers to gather then."""
+    """The processes still gather numbers after that."""
     write_params()
 
     def work(processes: Processes) -> list[int]:
@@ -288,7 +288,7 @@ def test_the_end_of_the_trackers_leaves_the_process_group(project: Path, write_p
 
 
 @pytest.mark.usefixtures("new_accelerator")
-def test_a_tracker_that_cannot_start_is_one_line(
+def test_a_tracker_that_cannot_start_is_reported_in_one_line(
     project: Path, monkeypatch: pytest.MonkeyPatch, write_params: Any
 ) -> None:
     def refuse(self: Any, *arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""The unquantized base, also one larger than the GPU."""
+"""The unquantized base, even if it is larger than the GPU."""
 
 import pytest
 import torch

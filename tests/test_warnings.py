@@ -57,7 +57,7 @@ def test_an_ordinary_run_has_none(warn):
         ({"rates": [0.5, 1.0, 0.5]}, "The run has 3 optimizer steps"),
     ],
 )
-def test_an_odd_run_has_a_warning_with_its_numbers(warn, changes, words):
+def test_an_unusual_run_has_a_warning_with_its_numbers(warn, changes, words):
     (warning,) = warn(**changes)
 
     assert words in warning

@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": PAD,
 }
 LAYER_TYPES = ["sliding_attention", "full_attention"]
-# Settings that show the special parts of a family: an explicit head_dim, a window shorter than the texts.
+# Settings for the special parts of a family: an explicit head_dim, a window that is shorter than the texts.
 CHANGES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
     "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0], "tie_word_embeddings": True},

@@ -1,6 +1,6 @@
-"""A tiny random Llama in Hugging Face's layout, made in a blink: 2 layers, hidden size 64, a byte-level tokenizer.
+"""A tiny random Llama in Hugging Face's layout: 2 layers, hidden size 64, a byte-level tokenizer.
 
-With it go settings to train it with, documents to train it on, and what tests ask of a trained one.
+Also settings and documents to train it, and helpers that compare trained models.
 """
 
 from pathlib import Path
@@ -162,5 +162,5 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Bit for bit."""
+    """Whether two sets of tensors are equal, bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

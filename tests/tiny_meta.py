@@ -18,7 +18,7 @@ MERGES = ["th", "the", " t", " the", "an", "and", " a", " and"]
 NUM_RANKS = 256 + len(MERGES)
 VOCAB_SIZE = NUM_RANKS + 256  # since Llama 3
 SENTENCEPIECE_VOCAB_SIZE = 300
-INTERMEDIATE_SIZE = 88  # whatever the rule of params.json gives
+INTERMEDIATE_SIZE = 88  # differs from the rule of params.json
 Weights = dict[str, Tensor]
 
 
@@ -31,7 +31,7 @@ def write_tiny_meta(
     dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> tuple[Weights, dict[str, Any]]:
-    """Writes all files into a new folder and gives the whole weights and params.json.
+    """Writes all files to a new folder. Returns the whole weights and the content of params.json.
 
     changes: of params.json.
     """

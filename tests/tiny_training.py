@@ -58,7 +58,7 @@ class Training:
         return trainable(self.learner.model)
 
     def values(self, name: str) -> list[float]:
-        """A curve, without its steps."""
+        """The values of a curve, without its steps."""
         return [entry[name] for entry in self.history if name in entry]
 
 

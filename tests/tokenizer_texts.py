@@ -94,7 +94,7 @@ def load_auto(folder: Path) -> Any:
 
 
 def random_texts(seed: int, number: int) -> list[str]:
-    """Words and fragments of the training text in a new order, so that other merges meet."""
+    """Words and fragments of the training text in a new order, so that the merges differ."""
     draw = random.Random(seed)
     pieces = re.findall(r"\w+|\s+|.", TRAINING_TEXT) + list("abehinrst 019\n")
     return ["".join(draw.choices(pieces, k=30)) for _ in range(number)]

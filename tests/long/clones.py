@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = "torture"
 NUM_PDFS = 8
-SETTINGS = {  # 1.3 epochs; the intervals of logging, validation and checkpoints rarely coincide
+SETTINGS = {  # 1.3 epochs; logging, validation and checkpoints rarely happen in the same step
     "corpus": CORPUS,
     "extract.max_pages": 1,
     "find_batch.max": 2,
@@ -26,7 +26,7 @@ SETTINGS = {  # 1.3 epochs; the intervals of logging, validation and checkpoints
     "evaluate.stride": 64,
     "split.validation_fraction": 0.15,
 }
-TIMEOUT_S = 900.0  # generous: a busy machine takes many times as long
+TIMEOUT_S = 900.0  # long, because a busy machine can take many times longer
 
 
 class Failed(Exception):
@@ -62,7 +62,7 @@ def make_clone(clone: Path, *, short: bool = True, settings: dict[str, Any] | No
 
 
 def environment(num_threads: int = 1) -> dict[str, str]:
-    """This Python's programs first, a git identity, num_threads threads, and no variables of a parent dvc."""
+    """Environment with this Python's programs first, a git identity, num_threads threads, without variables of dvc."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "GIT_"))}
     names = {f"GIT_{who}_{what}": "clone" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
@@ -70,7 +70,7 @@ def environment(num_threads: int = 1) -> dict[str, str]:
 
 
 def start(command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
-    """Its output goes to `folder`.txt."""
+    """Starts a command in the folder. Its output goes to `folder`.txt."""
     with folder.with_suffix(".txt").open("wb") as output:
         return subprocess.Popen(
             command, cwd=folder, env=environment(), stdout=output, stderr=output, start_new_session=True
@@ -78,7 +78,7 @@ def start(command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
 
 
 def run(command: list[str], folder: Path, *, num_threads: int = 1, timeout_s: float = TIMEOUT_S) -> str:
-    """Returns stdout.
+    """Runs a command in the folder. Returns its stdout.
 
     Raises:
         Failed: the exit status is not 0.
@@ -92,6 +92,6 @@ def run(command: list[str], folder: Path, *, num_threads: int = 1, timeout_s: fl
 
 
 def outs(lock: Path) -> dict[str, str]:
-    """path -> md5 of all outputs in a dvc.lock."""
+    """Returns path -> md5 for all outputs in a dvc.lock."""
     stages = YAML(typ="safe", pure=True).load(lock)["stages"].values()
     return {out["path"]: out["md5"] for stage in stages for out in stage["outs"]}

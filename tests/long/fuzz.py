@@ -3,7 +3,7 @@
     python -m tests.long.fuzz --pdfs 3000 --models 1000 --seed 1     (make fuzz)
 
 No PDF may exceed its time or memory limit, crash the parent, or be missing in the results. Each source model must be
-converted or refused with an InputError, in a limited amount of memory.
+converted, or refused with an InputError, with limited memory.
 """
 
 import argparse

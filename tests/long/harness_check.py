@@ -2,9 +2,9 @@
 
     pip install lm-eval==0.4.13        (thirty packages: use a separate environment)
 
-It scores the base and the adapted model with windows without overlap (the rolling log-likelihood of the harness) and
-with those of evaluate.stride (windows of the harness with more context). The exit status is 1 where the perplexities
-differ by more than 1e-4.
+Scores the base and the adapted model with windows without overlap (the rolling log-likelihood of the harness) and with
+windows of evaluate.stride (the harness's windows with more context). The exit status is 1 if the perplexities differ by
+more than 1e-4.
 """
 
 import math

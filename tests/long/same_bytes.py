@@ -1,8 +1,8 @@
 """Runs the pipeline in two fresh clones under different conditions and compares dvc.lock.
 
-The first clone has one core and one thread. The second has all cores and two threads, its files in another order on
-disk with other dates, and a folder of another depth and name. --short: a few PDFs and a training of seconds instead of
-the demo.
+The first clone has one core and one thread. The second has all cores and two threads; its files have another order on
+disk and other dates, and its folder has another depth and name. --short: a few PDFs and a training of seconds instead
+of the demo.
 """
 
 import argparse

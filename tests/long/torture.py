@@ -13,8 +13,8 @@ It works in a temporary clone of HEAD with a few of the demo's PDFs and a traini
 A round also fails if a process lives longer than END_S after the end of dvc, if a half-written file stays next to an
 output, if a training does not resume from the last valid checkpoint, or if SIGTERM or Ctrl-C ended a training without a
 new checkpoint. Half of the rounds of train wait for a checkpoint first. `exp` rounds use `dvc exp run --temp`, `queue`
-rounds `dvc queue start`. --num-processes sets compute.num_processes. With 2 or more, one process of the job is a
-target, too. It can also freeze or get no more memory, and the output must name it and the remedy in one line.
+rounds use `dvc queue start`. --num-processes sets compute.num_processes. With 2 or more processes, one of them can also
+be the target. It can also freeze or run out of memory; then one line of the output must name it and the remedy.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def faults_of(stage: str, num_processes: int) -> list[Fault]:
-    """Those of one process come first, so that a short run has them."""
+    """The faults of a stage. Those of one process come first, so that a short run has them."""
     return (FAULTS_OF_A_PROCESS.get(stage, []) if num_processes > 1 else []) + FAULTS[stage]
 
 
@@ -135,7 +135,7 @@ class Project:
     """The clone, a snapshot of it before each stage, and the hashes of the undisturbed run."""
 
     def __init__(self, folder: Path, *, targets: tuple[str, ...], num_processes: int = 1):
-        """targets: the stages that `dvc repro` gets as arguments."""
+        """targets: the stages that are the arguments of `dvc repro`."""
         self.folder, self.targets = folder, targets
         self.seconds: dict[str, float] = {}
         self.mended = self.resumed = self.missed = 0
