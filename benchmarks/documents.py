@@ -49,7 +49,7 @@ from pathlib import Path
 from pdf2lora.token_files import TokenFile
 sequences = TokenFile.open(Path("data/tokens"), "train").sequences(512)
 order = np.random.default_rng(0).permutation(len(sequences))
-total = sum(int(sequences.batch(rows)[0].sum()) for rows in np.array_split(order, -(-len(order) // 64)))
+total = sum(int(sequences.batch(indices)[0].sum()) for indices in np.array_split(order, -(-len(order) // 64)))
 windows = TokenFile.open(Path("data/tokens"), "test").windows(seq_length=512, stride=256)
 total += sum(int(window.input_ids.sum()) for window in windows)
 """

@@ -58,7 +58,7 @@ def trained_perplexity(params: Params, kernels: Kernels, seed: int) -> float:
         processes=Processes(),
     )
     for step in range(order.num_steps):
-        learner.step(sequences, order.rows(step), step)
+        learner.step(sequences, order.indices(step), step)
     return test_perplexity(model, params)
 
 

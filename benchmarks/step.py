@@ -158,8 +158,8 @@ def run_learner(model: Any, params: Params, gradient_checkpointing: str, batch: 
         num_steps=STEPS,
         processes=Processes(),
     )
-    for number, rows in enumerate(np.arange(batch * STEPS).reshape(STEPS, batch)):
-        learner.step(sequences, rows, number)
+    for number, indices in enumerate(np.arange(batch * STEPS).reshape(STEPS, batch)):
+        learner.step(sequences, indices, number)
         after_step(number + 1)
 
 

@@ -1,4 +1,4 @@
-"""The families of base models that were compared with transformers, and the special parts of each: the one table.
+"""The families of base models that were compared with transformers, and the special parts of each family.
 
 Any other decoder-only model that transformers loads is accepted too, and runs on the reference kernels. To add a
 family, add an entry here and a tiny model in tests/tiny_families.py: the tests compare each entry with transformers,
@@ -20,7 +20,7 @@ LLAMA_LAYERS = (
 
 
 def is_target(layer: str, target: str) -> bool:
-    """Whether a name in lora.target_modules means a layer of a block, as PEFT decides it: q_proj, self_attn.q_proj."""
+    """Whether a name in lora.target_modules (q_proj, self_attn.q_proj) selects a layer of a block, by PEFT's rule."""
     return layer == target or layer.endswith(f".{target}")
 
 
@@ -31,7 +31,7 @@ class Family:
     model_type: str
     """In config.json."""
     linear_layers: tuple[str, ...] = LLAMA_LAYERS
-    """The linear layers of a block, by their paths in it: what lora.target_modules can name."""
+    """The linear layers of a block, by their paths in it. lora.target_modules can select them."""
     qkv_bias: bool | Literal["attention_bias"] = False
     """Whether q, k and v have a bias, or the key in config.json that adds one."""
     qk_norm: Literal["head", "features"] | None = None
@@ -45,9 +45,9 @@ class Family:
     sliding_window: bool = False
     """Some or all layers can attend to a window of the last tokens only."""
     tied_by_default: bool = False
-    """The head is the embedding if config.json does not say otherwise."""
+    """The head and the embedding are one weight by default (tie_word_embeddings)."""
     is_fused: bool = False
-    """The fused and fp8 kernels compute it, with all parts above (model/architectures.py has the limits)."""
+    """The fused and fp8 kernels support it, with all parts above (model/architectures.py has the limits)."""
 
 
 FAMILIES = {

@@ -1,4 +1,4 @@
-"""Text -> tokens; tokens -> training sequences and evaluation windows, as views that hold no copy of the tokens.
+"""Text -> tokens; tokens -> training sequences and evaluation windows. Both are views, not copies, of the tokens.
 
 Uses numpy and tokenizers only, so that callers need not import torch.
 """
@@ -22,11 +22,11 @@ Tokens = NDArray[np.signedinteger[Any]]  # int32 in files, int64 in batches
 
 @dataclass(frozen=True)
 class Encoder:
-    """The tokenizer of a base model, without its special tokens, and the ids of those around a document."""
+    """The tokenizer of a base model without its special tokens, and the ids of bos and eos."""
 
     tokenizer: Tokenizer
     bos: int | None
-    """None: the authors of the model put no token before a document."""
+    """None if the model was trained without a token before a document."""
     eos: int
 
     @classmethod
@@ -52,7 +52,7 @@ class Encoder:
 
     @property
     def start(self) -> int:
-        """The token before the first one of a document. In training a document follows the end of another one."""
+        """The token before a document: bos, or without bos eos, because in training a document follows another one."""
         return self.eos if self.bos is None else self.bos
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
@@ -73,7 +73,7 @@ def require_context(base: Path, num_tokens: int, key: str = "compute.seq_length"
 
 @dataclass(frozen=True)
 class Sequences:
-    """Training sequences: a stream of documents, cut every seq_length tokens. Each token but the first is a target.
+    """Training sequences: a stream of documents, cut every seq_length tokens. Every token but the first is a target.
 
     stream: bos, document, eos, bos, document, eos, ...; without bos if the model has none. The last sequence is padded
     with eos, without targets. As in the pretraining of Llama, a sequence can hold the end of one document and the start
@@ -86,16 +86,16 @@ class Sequences:
     def __len__(self) -> int:
         return max(0, -(-(len(self.stream) - 1) // self.seq_length))  # an empty stream has none
 
-    def batch(self, rows: NDArray[np.int64]) -> tuple[Tokens, Tokens]:
-        """Inputs and the next token at each position, both (len(rows), seq_length), int64; IGNORED at the end."""
-        places = rows[:, np.newaxis] * self.seq_length + np.arange(self.seq_length + 1)
+    def batch(self, indices: NDArray[np.int64]) -> tuple[Tokens, Tokens]:
+        """Inputs and the next token at each position, both (len(indices), seq_length), int64; IGNORED at the end."""
+        places = indices[:, np.newaxis] * self.seq_length + np.arange(self.seq_length + 1)
         last = len(self.stream) - 1  # eos
         tokens = self.stream[np.minimum(places, last)].astype(np.int64)
         return tokens[:, :-1].copy(), np.where(places[:, 1:] > last, IGNORED, tokens[:, 1:])
 
-    def num_targets(self, rows: NDArray[np.int64]) -> int:
-        """The tokens that these sequences train on."""
-        return int(np.minimum(self.seq_length, len(self.stream) - 1 - rows * self.seq_length).sum())
+    def num_targets(self, indices: NDArray[np.int64]) -> int:
+        """Number of tokens that these sequences train on."""
+        return int(np.minimum(self.seq_length, len(self.stream) - 1 - indices * self.seq_length).sum())
 
 
 @dataclass(frozen=True)
@@ -108,27 +108,28 @@ class MixedSequences:
     def __len__(self) -> int:
         return len(self.corpus) + len(self.replay)
 
-    def batch(self, rows: NDArray[np.int64]) -> tuple[Tokens, Tokens]:
+    def batch(self, indices: NDArray[np.int64]) -> tuple[Tokens, Tokens]:
         """See Sequences.batch."""
-        is_replay = rows >= len(self.corpus)
-        inputs, targets = self.corpus.batch(np.where(is_replay, 0, rows))
-        inputs[is_replay], targets[is_replay] = self.replay.batch(rows[is_replay] - len(self.corpus))
+        is_replay = indices >= len(self.corpus)
+        inputs, targets = self.corpus.batch(np.where(is_replay, 0, indices))
+        inputs[is_replay], targets[is_replay] = self.replay.batch(indices[is_replay] - len(self.corpus))
         return inputs, targets
 
-    def num_targets(self, rows: NDArray[np.int64]) -> int:
-        """The tokens that these sequences train on."""
-        return self.corpus.num_targets(rows[rows < len(self.corpus)]) + self.num_replay_targets(rows)
+    def num_targets(self, indices: NDArray[np.int64]) -> int:
+        """Number of tokens that these sequences train on."""
+        return self.corpus.num_targets(indices[indices < len(self.corpus)]) + self.num_replay_targets(indices)
 
-    def num_replay_targets(self, rows: NDArray[np.int64]) -> int:
-        return self.replay.num_targets(rows[rows >= len(self.corpus)] - len(self.corpus))
+    def num_replay_targets(self, indices: NDArray[np.int64]) -> int:
+        return self.replay.num_targets(indices[indices >= len(self.corpus)] - len(self.corpus))
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A part of one document: the model's input, and the next tokens that this window scores.
+    """A part of one document: the model's input and the tokens that this window scores.
 
-    document: its number. tokens: all of its tokens. bos: the token before them.
-    begin, num_scored, end: with bos in front, the input is [begin, end); the tokens before num_scored have been scored.
+    document: number of the document. tokens: all its tokens. bos: the token before them.
+    begin, end: the input is the part [begin, end) of bos and the document's tokens.
+    num_scored: number of the document's tokens that earlier windows score.
     """
 
     document: int
@@ -149,7 +150,7 @@ class Window:
 
     @property
     def targets(self) -> Tokens:
-        """(seq_length,), int64, the next token of each position, or IGNORED."""
+        """(seq_length,), int64, the next token at each position that this window scores, else IGNORED."""
         targets = np.full(self.seq_length, IGNORED, dtype=np.int64)
         targets[self.num_scored - self.begin : self.end - self.begin] = self.tokens[self.num_scored : self.end]
         return targets
@@ -162,8 +163,8 @@ class Window:
 def windows(documents: Iterable[Tokens], *, bos: int, seq_length: int, stride: int) -> list[Window]:
     """Splits documents into overlapping windows that score each token exactly once.
 
-    The first window of a document scores seq_length tokens after bos. Each later one starts `stride` tokens further and
-    scores only its new tokens. So each token has at least seq_length - stride tokens of context, or all tokens before.
+    The first window of a document scores seq_length tokens after bos. Each later window starts `stride` tokens further
+    and scores only its new tokens. So each token has at least seq_length - stride tokens of context, or all before it.
     """
     result = []
     for document, tokens in enumerate(documents):

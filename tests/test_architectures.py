@@ -20,7 +20,7 @@ OTHER_ARCHITECTURES = [
 def test_other_architectures_are_refused(model_type):
     obstacle = fused_obstacle(CONFIG_MAPPING[model_type](), SEQ_LENGTH)
 
-    assert obstacle == f"they do not compute the architecture {model_type!r}"
+    assert obstacle == f"they do not support the architecture {model_type!r}"
 
 
 @pytest.mark.parametrize("model_type", FUSED_RULES)
@@ -32,7 +32,7 @@ def test_default_configuration_of_each_family_is_accepted(model_type):
 def test_the_fused_families_are_those_of_the_table(family):
     obstacle = fused_obstacle(tiny_config(family.architecture, family.model_type), 16)
 
-    assert obstacle == ("" if family.is_fused else f"they do not compute the architecture {family.model_type!r}")
+    assert obstacle == ("" if family.is_fused else f"they do not support the architecture {family.model_type!r}")
 
 
 ACCEPTED = {
@@ -119,7 +119,7 @@ def test_code_of_the_repository_is_refused():
     class LlamaConfigOfAnotherAuthor(LlamaConfig):  # type: ignore[misc]
         pass
 
-    assert "do not compute the architecture" in fused_obstacle(LlamaConfigOfAnotherAuthor(), SEQ_LENGTH)
+    assert "do not support the architecture" in fused_obstacle(LlamaConfigOfAnotherAuthor(), SEQ_LENGTH)
 
 
 def test_fp8_needs_widths_that_are_a_multiple_of_16():

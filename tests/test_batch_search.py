@@ -312,7 +312,7 @@ def test_an_error_if_nothing_fits(peak, what_happens, effective_batch):
         choose(modes, effective_batch, never_timed, 1)
 
     assert str(caught.value) == (
-        f"find_batch.min: 2 sequences do not fit: a training step {what_happens}; lower find_batch.min or "
+        f"find_batch.min: 2 sequences do not fit: a training step {what_happens}. Lower find_batch.min or "
         "compute.seq_length, set train.gradient_checkpointing to auto, or raise find_batch.cpu_memory_gib "
-        "(on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)"
+        "(on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)."
     )

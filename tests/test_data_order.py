@@ -19,30 +19,32 @@ def test_each_epoch_has_every_sequence_once(num_sequences: int, effective_batch:
     order = DataOrder(num_sequences, effective_batch, 4, seed)
 
     first = epoch * order.steps_per_epoch
-    steps = [order.rows(step) for step in range(first, first + order.steps_per_epoch)]
+    steps = [order.indices(step) for step in range(first, first + order.steps_per_epoch)]
 
     assert sorted(np.concatenate(steps)) == list(range(num_sequences))
-    assert {len(rows) for rows in steps[:-1]} <= {effective_batch}
+    assert {len(indices) for indices in steps[:-1]} <= {effective_batch}
     assert len(steps[-1]) == num_sequences % effective_batch or len(steps[-1]) == min(effective_batch, num_sequences)
     assert order.num_steps == 4 * math.ceil(num_sequences / effective_batch)
 
 
 @settings(deadline=None)
-@given(num_rows=sizes, per_device_batch=sizes, num_processes=st.integers(1, 9))
-def test_processes_and_micro_batches_divide_a_step(num_rows: int, per_device_batch: int, num_processes: int) -> None:
-    rows = np.random.default_rng(num_rows).permutation(100)[:num_rows]
+@given(num_sequences=sizes, per_device_batch=sizes, num_processes=st.integers(1, 9))
+def test_processes_and_micro_batches_divide_a_step(
+    num_sequences: int, per_device_batch: int, num_processes: int
+) -> None:
+    indices = np.random.default_rng(num_sequences).permutation(100)[:num_sequences]
 
     parts = [
-        micro_batches(rows, per_device_batch, process=process, num_processes=num_processes)
+        micro_batches(indices, per_device_batch, process=process, num_processes=num_processes)
         for process in range(num_processes)
     ]
 
     together = list(itertools.chain.from_iterable(parts))
-    assert np.concatenate([part.rows for part in together]).tolist() == rows.tolist()
+    assert np.concatenate([part.indices for part in together]).tolist() == indices.tolist()
     for part in together:
-        assert part.rows.tolist() == rows[part.first : part.first + len(part.rows)].tolist()
-        assert 1 <= len(part.rows) <= per_device_batch
-    counts = [sum(len(part.rows) for part in parts_of_process) for parts_of_process in parts]
+        assert part.indices.tolist() == indices[part.first_sequence : part.first_sequence + len(part.indices)].tolist()
+        assert 1 <= len(part.indices) <= per_device_batch
+    counts = [sum(len(part.indices) for part in parts_of_process) for parts_of_process in parts]
     assert max(counts) - min(counts) <= 1
     for count, parts_of_process in zip(counts, parts, strict=True):
         assert len(parts_of_process) == math.ceil(count / per_device_batch)
@@ -58,7 +60,7 @@ def test_order_depends_on_seed_and_epoch() -> None:
     def epoch(number: int, seed: int) -> list[int]:
         order = DataOrder(20, 3, 5, seed)
         first = number * order.steps_per_epoch
-        return np.concatenate([order.rows(first + step) for step in range(order.steps_per_epoch)]).tolist()
+        return np.concatenate([order.indices(first + step) for step in range(order.steps_per_epoch)]).tolist()
 
     orders = [epoch(number, seed) for number in (0, 1) for seed in (0, 1)]
 
@@ -81,7 +83,7 @@ def test_a_fraction_of_an_epoch_ends_in_its_middle(
 def test_the_end_of_training_does_not_change_the_order() -> None:
     long, short = (DataOrder(9, 2, num_train_epochs, 3) for num_train_epochs in (3, 1.5))
 
-    assert all(long.rows(step).tolist() == short.rows(step).tolist() for step in range(short.num_steps))
+    assert all(long.indices(step).tolist() == short.indices(step).tolist() for step in range(short.num_steps))
 
 
 @settings(deadline=None)
@@ -101,9 +103,9 @@ def test_an_epoch_has_the_corpus_once_and_its_share_of_replay(
     used: list[int] = []
     for epoch in range(3):
         first = epoch * order.steps_per_epoch
-        rows = np.concatenate([order.rows(first + step) for step in range(order.steps_per_epoch)])
-        replay = rows[rows >= num_sequences]
-        assert sorted(rows[rows < num_sequences]) == list(range(num_sequences))
+        indices = np.concatenate([order.indices(first + step) for step in range(order.steps_per_epoch)])
+        replay = indices[indices >= num_sequences]
+        assert sorted(indices[indices < num_sequences]) == list(range(num_sequences))
         assert len(replay) == len(set(replay)) == min(wanted, num_replay_sequences)
         used += replay.tolist()
     assert set(used) <= set(range(num_sequences, num_sequences + num_replay_sequences))
@@ -114,14 +116,14 @@ def test_an_epoch_has_the_corpus_once_and_its_share_of_replay(
 def test_without_replay_text_the_order_is_the_same() -> None:
     plain, with_share = DataOrder(9, 2, 2, 5), DataOrder(9, 2, 2, 5, num_replay_sequences=0, replay_share=0.5)
 
-    assert all(plain.rows(step).tolist() == with_share.rows(step).tolist() for step in range(plain.num_steps))
+    assert all(plain.indices(step).tolist() == with_share.indices(step).tolist() for step in range(plain.num_steps))
     assert plain.num_steps == with_share.num_steps
 
 
 def test_replay_is_mixed_over_the_epoch() -> None:
     order = DataOrder(900, 10, 1, 0, 100, 0.1)
 
-    shares = [float((order.rows(step) >= 900).mean()) for step in range(order.num_steps)]
+    shares = [float((order.indices(step) >= 900).mean()) for step in range(order.num_steps)]
 
     assert order.num_steps == 100
     assert 0.05 < np.mean(shares[:50]) < 0.15

@@ -15,8 +15,8 @@ pytestmark = quiet
 CPU = torch.device("cpu")
 
 
-def mask(p, shape, *, seed=7, first_row=0, layer_index=0, seq_length=1):
-    state = torch.tensor([seed, first_row])
+def mask(p, shape, *, seed=7, first_sequence=0, layer_index=0, seq_length=1):
+    state = torch.tensor([seed, first_sequence])
     return keep_mask(state, layer_index, shape[0], seq_length, shape[1], DropoutRate(p))
 
 
@@ -57,7 +57,7 @@ def test_rate_is_rounded_and_its_scale_is_exact():
 def test_masks_of_other_seeds_layers_and_distant_tokens_are_independent():
     masks = [mask(0.3, (70, 104), seed=seed) for seed in (0, 1, 2, 2**32, 2**62)]
     masks += [mask(0.3, (70, 104), seed=0, layer_index=index) for index in (1, 2)]
-    masks += [mask(0.3, (70, 104), seed=0, first_row=row) for row in (2**32, 2**40)]
+    masks += [mask(0.3, (70, 104), seed=0, first_sequence=position) for position in (2**32, 2**40)]
 
     for number, one in enumerate(masks):
         for other in masks[number + 1 :]:
@@ -68,7 +68,7 @@ def test_masks_of_other_seeds_layers_and_distant_tokens_are_independent():
 def test_mask_of_some_rows_is_a_part_of_the_mask_of_all(features):
     every = mask(0.3, (8 * 5, features), seq_length=5)
 
-    assert torch.equal(mask(0.3, (4 * 5, features), seq_length=5, first_row=4), every[4 * 5 :])
+    assert torch.equal(mask(0.3, (4 * 5, features), seq_length=5, first_sequence=4), every[4 * 5 :])
 
 
 def test_size_of_the_blocks_does_not_change_the_mask(monkeypatch):
@@ -81,15 +81,15 @@ def test_size_of_the_blocks_does_not_change_the_mask(monkeypatch):
 
 @needs_interpreter
 @pytest.mark.parametrize("shape", [(40, 104), (7, 300), (33, 63)])
-@pytest.mark.parametrize(("seed", "first_row"), [(0, 0), (3, 5), (2**40 + 1, 2**33)])
-def test_kernel_draws_the_same_mask(shape, seed, first_row):
+@pytest.mark.parametrize(("seed", "first_sequence"), [(0, 0), (3, 5), (2**40 + 1, 2**33)])
+def test_kernel_draws_the_same_mask(shape, seed, first_sequence):
     from pdf2lora.model.kernels.dropout import keep_mask as kernel_mask
 
-    state, threshold = torch.tensor([seed, first_row]), DropoutRate(0.3).threshold
+    state, threshold = torch.tensor([seed, first_sequence]), DropoutRate(0.3).threshold
 
     found = kernel_mask(state, 9, shape[0], 5, shape[1], threshold)
 
-    assert torch.equal(found, mask(0.3, shape, seed=seed, first_row=first_row, layer_index=9, seq_length=5))
+    assert torch.equal(found, mask(0.3, shape, seed=seed, first_sequence=first_sequence, layer_index=9, seq_length=5))
 
 
 # the module
@@ -150,7 +150,7 @@ def test_model_without_dropout_needs_no_seed(base):
 @pytest.mark.parametrize("kernels", ["reference", pytest.param("fused", marks=needs_interpreter)])
 @pytest.mark.usefixtures("cpu_kernels")
 def test_rows_draw_the_same_masks_in_every_micro_batch(base, kernels):
-    """Rows 4 to 8 of a batch of 8 are a batch of 4 with first_row 4."""
+    """The last four sequences of a batch of 8 are a batch of 4 with first_sequence 4."""
     forward = build_forward(adapted(base, 0.3), kernels)
     ids = torch.randint(VOCABULARY_SIZE, (8, 6), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

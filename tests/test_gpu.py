@@ -128,12 +128,12 @@ def some_ids(batch, seq_length, *, seed=0):
     return torch.from_numpy(numbers).cuda()
 
 
-def hidden_and_gradients(forward, ids, *, seed=0, first_row=0):
-    """Hidden states and gradients of the next-token loss. seed, first_row: of dropout."""
+def hidden_and_gradients(forward, ids, *, seed=0, first_sequence=0):
+    """Hidden states and gradients of the next-token loss. seed, first_sequence: of dropout."""
     model = forward.model
     model.train()
     model.zero_grad()
-    forward.set_dropout(seed, first_row)
+    forward.set_dropout(seed, first_sequence)
     hidden = forward(ids)
     targets = ids.roll(-1, dims=1)
     targets[:, -1] = IGNORED
@@ -431,7 +431,7 @@ def test_rows_draw_the_same_masks_in_every_micro_batch(four_layers, kernels):
     ids = some_ids(8, 64)
 
     every, _ = hidden_and_gradients(forward, ids, seed=1)
-    second_half, _ = hidden_and_gradients(forward, ids[4:], seed=1, first_row=4)
+    second_half, _ = hidden_and_gradients(forward, ids[4:], seed=1, first_sequence=4)
     other_rows, _ = hidden_and_gradients(forward, ids[4:], seed=1)
 
     assert relative_error(second_half, every[4:]) < 1e-2 < relative_error(other_rows, every[4:])
@@ -597,11 +597,11 @@ def test_base_models_of_8_and_16_bits_train_on_the_reference(one_layer, caplog, 
 
     assert kernels == "reference"
     assert caplog.messages == [
-        f"kernels: reference (compute.kernels: auto) (they need a base model of 4 bits, quantization.bits is {bits})"
+        f"kernels: reference (compute.kernels: auto) (they need a 4-bit base model, quantization.bits is {bits})"
     ]
     _, gradients = hidden_and_gradients(build_forward(adapted(one_layer, bits=bits), kernels), some_ids(2, 64))
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients.values())
-    with pytest.raises(InputError, match="cannot run here: they need a base model of 4 bits"):
+    with pytest.raises(InputError, match="cannot run here: they need a 4-bit base model"):
         choose_kernels(changed(BFLOAT16, kernels="fused"), quantization, LORA, LlamaConfig())
 
 
@@ -699,9 +699,9 @@ def test_accumulation_gives_the_losses_of_one_batch(train, kernels, per_device_b
     assert training.values("gradient_norm") == pytest.approx(expected.values("gradient_norm"), rel=20 * near)
 
 
-def buffer_after_step(learner, number, *, rows=range(4)):
+def buffer_after_step(learner, number, *, indices=range(4)):
     """Gradient, loss and stop requests of a step of these sequences."""
-    learner.step(random_sequences(8, seq_length=SEQ_LENGTH), np.array(rows), number)
+    learner.step(random_sequences(8, seq_length=SEQ_LENGTH), np.array(indices), number)
     return learner.parameters.buffer.clone()
 
 
@@ -776,13 +776,13 @@ def test_masks_depend_on_the_place_of_a_sequence_in_the_step(four_layers, kernel
     learner = learner_with_trained_b(four_layers, kernels, dropout=0.5, per_device_batch=2)
     sequences = random_sequences(2, seq_length=SEQ_LENGTH)
 
-    def gradient(first_row):
+    def gradient(first_sequence):
         learner.parameters.buffer.zero_()
         inputs, targets = tensors_of(sequences)
-        learner.micro_batch(inputs, targets, scale=0.01, seed=5, first_row=first_row)
+        learner.micro_batch(inputs, targets, scale=0.01, seed=5, first_sequence=first_sequence)
         return learner.parameters.gradient.clone()
 
-    first, second, again = (gradient(first_row) for first_row in (0, 2, 0))
+    first, second, again = (gradient(first_sequence) for first_sequence in (0, 2, 0))
 
     assert torch.equal(first, again)
     assert relative_error(second, first) > 0.1

@@ -46,18 +46,18 @@ def test_requested_kernels_run_if_nothing_prevents_them(pretend_gpu, caplog, set
 
 
 OBSTACLES = [
-    ({"capability": (7, 5)}, {}, {}, {}, "the GPU has compute capability 7.5, they need 8.0"),
+    ({"capability": (7, 5)}, {}, {}, {}, "they need compute capability 8.0, the GPU has 7.5"),
     ({"has_packages": False}, {}, {}, {}, "the package triton is not installed"),
     ({}, {"compute_dtype": "float32"}, {}, {}, "they compute in bfloat16 only (compute.compute_dtype)"),
-    ({}, {}, {"bits": 8}, {}, "they need a base model of 4 bits, quantization.bits is 8"),
-    ({}, {}, {"bits": 16}, {}, "they need a base model of 4 bits, quantization.bits is 16"),
-    ({}, {}, {}, {"use_dora": True}, "they do not compute DoRA (lora.use_dora)"),
+    ({}, {}, {"bits": 8}, {}, "they need a 4-bit base model, quantization.bits is 8"),
+    ({}, {}, {"bits": 16}, {}, "they need a 4-bit base model, quantization.bits is 16"),
+    ({}, {}, {}, {"use_dora": True}, "they do not support DoRA (lora.use_dora)"),
     (
         {},
         {},
         {},
         {"target_modules": ["q_proj", "lm_head"]},
-        "they do not compute LoRA of lm_head (lora.target_modules)",
+        "they do not support LoRA on lm_head (lora.target_modules)",
     ),
     ({}, {}, {}, {"r": 257}, "they support ranks up to 256, lora.r is 257"),
 ]
@@ -86,7 +86,7 @@ def test_fp8_is_refused_on_an_older_gpu_that_can_run_fused(pretend_gpu):
     pretend_gpu((8, 0))
 
     assert refusal("fp8") == (
-        "compute.kernels is 'fp8'; these kernels cannot run here: the GPU has compute capability 8.0, they need 8.9. "
+        "compute.kernels is 'fp8'; these kernels cannot run here: they need compute capability 8.9, the GPU has 8.0. "
         "Use 'auto' or 'reference' or 'fused'."
     )
     assert choose_kernels(changed(BFLOAT16, kernels="auto"), QUANTIZATION, LORA, LLAMA) == "fused"
@@ -111,9 +111,9 @@ def test_fused_is_not_suggested_if_it_cannot_run(pretend_gpu):
 @pytest.mark.parametrize(
     ("config", "obstacle"),
     [
-        (GemmaConfig(), "they do not compute the architecture 'gemma'"),
-        (PhiConfig(), "they do not compute the architecture 'phi'"),
-        (LlamaConfig(hidden_act="gelu"), "they do not compute a model whose config.json has hidden_act 'gelu'"),
+        (GemmaConfig(), "they do not support the architecture 'gemma'"),
+        (PhiConfig(), "they do not support the architecture 'phi'"),
+        (LlamaConfig(hidden_act="gelu"), "they do not support a model whose config.json has hidden_act 'gelu'"),
         (MistralConfig(sliding_window=16), "the model's sliding window has 16 tokens, compute.seq_length is 32"),
     ],
     ids=["gemma", "phi", "gelu", "window"],

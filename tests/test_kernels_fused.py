@@ -62,10 +62,10 @@ def some_ids(batch, seq_length, *, seed=0):
     return torch.randint(VOCABULARY_SIZE, (batch, seq_length), generator=torch.Generator().manual_seed(seed))
 
 
-def backward(forward, ids, *, scale=1.0, seed=0, first_row=0):
+def backward(forward, ids, *, scale=1.0, seed=0, first_sequence=0):
     """Returns hidden states. Accumulates gradients of the summed next-token loss."""
     forward.model.train()
-    forward.set_dropout(seed, first_row)
+    forward.set_dropout(seed, first_sequence)
     hidden = forward(ids)
     targets = ids.roll(-1, dims=1)
     targets[:, -1] = IGNORED
@@ -77,9 +77,9 @@ def gradients(model):
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def hidden_and_gradients(forward, ids, *, seed=0, first_row=0):
+def hidden_and_gradients(forward, ids, *, seed=0, first_sequence=0):
     forward.model.zero_grad()
-    hidden = backward(forward, ids, seed=seed, first_row=first_row)
+    hidden = backward(forward, ids, seed=seed, first_sequence=first_sequence)
     return hidden, gradients(forward.model)
 
 
@@ -192,9 +192,9 @@ def test_dropout_depends_on_the_seed_and_is_off_in_evaluation(base):
 def test_fused_layers_draw_the_dropout_of_the_reference(base):
     model = adapted(base, lora_dropout=0.3, target_modules=ALL_LINEAR)
     ids = some_ids(2, 9)
-    hidden, found = hidden_and_gradients(build_forward(model, "fused"), ids, seed=3, first_row=5)
+    hidden, found = hidden_and_gradients(build_forward(model, "fused"), ids, seed=3, first_sequence=5)
 
-    expected_hidden, expected = hidden_and_gradients(build_forward(model, "reference"), ids, seed=3, first_row=5)
+    expected_hidden, expected = hidden_and_gradients(build_forward(model, "reference"), ids, seed=3, first_sequence=5)
 
     assert relative_error(hidden, expected_hidden) < NEAR
     assert max(relative_error(found[name], expected[name]) for name in expected) < NEAR

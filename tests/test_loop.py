@@ -529,13 +529,13 @@ def test_an_epoch_has_the_same_global_batches_in_processes_of_any_number(base: P
         learner = build_learner(base, processes=processes, per_device_batch=1)
         computed: list[tuple[int, bytes]] = []
 
-        def record(inputs: torch.Tensor, targets: torch.Tensor, *, first_row: int, **settings: Any) -> None:
-            computed.append((first_row, inputs.numpy().tobytes()))
+        def record(inputs: torch.Tensor, targets: torch.Tensor, *, first_sequence: int, **settings: Any) -> None:
+            computed.append((first_sequence, inputs.numpy().tobytes()))
 
         learner.micro_batch = record  # type: ignore[assignment]
-        learner.step(sequences, order.rows(1), 1)
+        learner.step(sequences, order.indices(1), 1)
         return computed
 
-    expected = [(place, sequences.batch(np.array([row]))[0].tobytes()) for place, row in enumerate(order.rows(1))]
+    expected = [(place, sequences.batch(np.array([row]))[0].tobytes()) for place, row in enumerate(order.indices(1))]
     for count in (1, 2, 3):
         assert [pair for computed in run_forked(count, work) for pair in computed] == expected

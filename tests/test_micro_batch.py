@@ -39,9 +39,9 @@ def sequences() -> Sequences:
 def accumulate(learner: Learner, sequences: Sequences, parts: list[list[int]], *, scale: float) -> torch.Tensor:
     """The flat buffer after these micro-batches."""
     learner.parameters.buffer.zero_()
-    for rows in parts:
-        inputs, targets = map(torch.from_numpy, sequences.batch(np.array(rows)))
-        learner.micro_batch(inputs, targets, scale=scale, seed=1, first_row=rows[0])
+    for indices in parts:
+        inputs, targets = map(torch.from_numpy, sequences.batch(np.array(indices)))
+        learner.micro_batch(inputs, targets, scale=scale, seed=1, first_sequence=indices[0])
     return learner.parameters.buffer.clone()
 
 

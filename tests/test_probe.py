@@ -93,9 +93,9 @@ def test_a_probe_takes_full_steps_of_the_model_of_train(base: Path, monkeypatch:
     steps: list[tuple[int, list[int]]] = []
     at_start: list[Any] = []
 
-    def step(learner: Learner, sequences: Any, rows: Any, number: int) -> None:
+    def step(learner: Learner, sequences: Any, indices: Any, number: int) -> None:
         at_start.append(trainable(learner.model))
-        steps.append((number, rows.tolist()))
+        steps.append((number, indices.tolist()))
         assert learner.plan.gradient_checkpointing == "none"
         assert (learner.plan.per_device_batch, learner.plan.effective_batch) == (5, 5)
 
@@ -200,10 +200,10 @@ def fail_in_the_learner(number: int) -> None:
 def fail_in_a_step(number: int) -> None:
     step = Learner.step
 
-    def fail(learner: Learner, sequences: Any, rows: Any, step_number: int) -> Any:
+    def fail(learner: Learner, sequences: Any, indices: Any, step_number: int) -> Any:
         if step_number == number:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return step(learner, sequences, rows, step_number)
+        return step(learner, sequences, indices, step_number)
 
     Learner.step = fail  # type: ignore[method-assign, assignment]
 

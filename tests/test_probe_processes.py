@@ -279,7 +279,7 @@ def test_out_of_memory_before_the_model_is_loaded_is_reported_in_one_line(
     with pytest.raises(InputError) as caught:
         start(2).capabilities()
 
-    for words in ("find_batch: memory ended", "free -h", "dvc repro"):
+    for words in ("find_batch: memory ran out", "free -h", "dvc repro"):
         assert words in str(caught.value)
 
 

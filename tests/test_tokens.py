@@ -265,8 +265,8 @@ def test_mixed_sequences_are_those_of_both_texts() -> None:
     expected.append(replay.batch(np.array([2])))
     assert inputs.tolist() == [rows[0].tolist() for rows, _ in expected]
     assert targets.tolist() == [rows[0].tolist() for _, rows in expected]
-    for rows in ([5, 0, 3, 6], [0], [6]):
-        assert mixed.num_targets(np.array(rows)) == (mixed.batch(np.array(rows))[1] != IGNORED).sum()
+    for indices in ([5, 0, 3, 6], [0], [6]):
+        assert mixed.num_targets(np.array(indices)) == (mixed.batch(np.array(indices))[1] != IGNORED).sum()
     assert mixed.num_replay_targets(np.array([0, 5, 6])) == 8 + 3
     assert mixed.num_replay_targets(np.array([0, 1])) == 0
 

@@ -86,7 +86,7 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
         if scores_unquantized:
             unquantized = load_unquantized(BASE, params.quantization, params.compute)
             base_unquantized = score(build_forward(unquantized, "reference"))
-            del unquantized  # it leaves the memory before the quantized model is loaded
+            del unquantized  # frees its memory before the quantized model is loaded
         kernels = choose_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
         model = load_adapter(load_base(BASE, params.quantization, params.compute, processes=processes), ADAPTER)
         kernels = "fused" if kernels == "fp8" else kernels  # fp8 would approximate the nats

@@ -1,4 +1,4 @@
-"""The configurations that the fused and fp8 kernels compute: an allow-list of the keys and values in config.json.
+"""The model configurations that the fused and fp8 kernels support: an allow-list of keys and values in config.json.
 
 The kernels compute a decoder of pre-norm layers:
     x += o(attention(rotary(norm(q(n1 x))), rotary(norm(k(n1 x))), v(n1 x)))
@@ -6,8 +6,8 @@ The kernels compute a decoder of pre-norm layers:
 n1 and n2 are RMSNorms. All projections may have a bias. Qwen3 has `norm`, an RMSNorm over each head. Some layers of
 SmolLM3 have no `rotary`. Attention is causal over the whole sequence, has scale 1 / sqrt(head_dim) and no dropout.
 
-fused_obstacle() accepts a configuration of a fused family (families.py) if it knows every key in it, with its value.
-Any other architecture, key or value runs on the reference kernels.
+fused_obstacle() accepts a configuration of a fused family (families.py) if it knows every key and its value. Models
+with any other architecture, key or value run on the reference kernels.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Rule = Callable[[Any], bool]
 MAX_HEAD_DIM = 256  # of FlashAttention-2
 MAX_FEATURES = 2**16  # of a row in one program of a row-wise kernel
 
-# Keys that do not change the function from token ids to hidden states, or that the weights' shapes express.
+# Keys that do not change the function from token ids to hidden states, or that follow from the weights' shapes.
 # fmt: off
 NEUTRAL_KEYS = frozenset(
     {
@@ -90,7 +90,7 @@ SLIDING: dict[str, Rule] = {
 
 def _rules(family: Family) -> dict[str, Rule]:
     rules = COMMON | (SLIDING if family.sliding_window else {})
-    if family.qkv_bias:  # Qwen2 has it whatever the key says
+    if family.qkv_bias:  # Qwen2 has the bias for both values of the key
         rules["attention_bias"] = _is_bool
     if family.mlp_bias:
         rules["mlp_bias"] = _is_bool
@@ -103,16 +103,16 @@ FUSED_RULES = {family.model_type: _rules(family) for family in FAMILIES.values()
 
 
 def fused_obstacle(config: PreTrainedConfig, seq_length: int) -> str:
-    """The reason why the fused kernels do not compute this model, or an empty string."""
+    """The reason why the fused kernels do not support this model, or an empty string."""
     rules = FUSED_RULES.get(config.model_type)
     if rules is None or not type(config).__module__.startswith("transformers.models."):
-        return f"they do not compute the architecture {config.model_type!r}"
+        return f"they do not support the architecture {config.model_type!r}"
     for key, value in sorted(config.to_dict().items()):
         rule = rules.get(key)
         if rule is None and key not in NEUTRAL_KEYS:
             return f"they do not know the key {key!r} in the model's config.json"
         if rule is not None and not rule(value):
-            return f"they do not compute a model whose config.json has {key} {value!r}"
+            return f"they do not support a model whose config.json has {key} {value!r}"
     width = max(config.hidden_size, config.intermediate_size)
     if width > MAX_FEATURES:
         return f"they support up to {MAX_FEATURES:,} features, the model has {width:,}"
@@ -126,7 +126,7 @@ def fused_obstacle(config: PreTrainedConfig, seq_length: int) -> str:
 
 
 def fp8_obstacle(config: PreTrainedConfig) -> str:
-    """The reason why the fp8 kernels do not compute a model that the fused kernels compute, or an empty string."""
+    """The reason why the fp8 kernels do not support a model that the fused kernels support, or an empty string."""
     heads = (config.num_attention_heads, config.num_key_value_heads)
     widths = [config.hidden_size, config.intermediate_size, *(number * _head_dim(config) for number in heads)]
     if odd := [width for width in widths if width % 16]:
@@ -140,7 +140,7 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 
 def _sliding_window(config: PreTrainedConfig) -> int | None:
-    """The smallest window of a layer. Causal attention over the whole sequence equals a window that is as long."""
+    """The length of the layers' sliding window, or None. Sequences that are not longer have full causal attention."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and "sliding_attention" not in layer_types:
         return None
@@ -149,7 +149,7 @@ def _sliding_window(config: PreTrainedConfig) -> int | None:
 
 
 def _storage_obstacle(config: PreTrainedConfig) -> str:
-    """A source model that is quantized already must store all layers as the kernels read them."""
+    """The reason why the kernels cannot read the weights of a quantized source model, or an empty string."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return ""

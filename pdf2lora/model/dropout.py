@@ -1,9 +1,9 @@
 """Dropout of LoRA's input. Its mask is a function of a counter, not of a random generator's state.
 
-The mask of a number depends on the seed, the LoRA layer, the token's index in the global batch and the feature. So
+The mask of an element depends on the seed, the LoRA layer, the token's index in the step and the feature. So
 - N processes draw the masks that one process draws,
 - activation checkpointing draws the same mask twice,
-- a captured CUDA graph draws a new mask in each replay: the seed and the first row are in device memory.
+- a captured CUDA graph draws a new mask in each replay: seed and first sequence are in device memory.
 
 The random function is Philox4x32-7 (Salmon et al. 2011, Parallel Random Numbers; seven rounds pass BigCrush). The key
 is the seed. The counter is (token, lower 32 bits; token, upper 32 bits; group of eight features; LoRA layer). The 128
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 FEATURES_PER_CALL = 8  # features that share one call of Philox
 NUM_THRESHOLDS = 1 << 16
 PHILOX_ROUNDS = 7
-CALLS_PER_BLOCK = 1 << 14  # of the CPU's function: a block's temporary arrays fit into the processor's cache
+CALLS_PER_BLOCK = 1 << 14  # on a CPU; so the temporary arrays of a block fit into the processor's cache
 LOW_32_BITS, UPPER = np.uint64(0xFFFFFFFF), np.uint64(32)
 Words = NDArray[np.uint64] | np.uint64
 
@@ -45,23 +45,23 @@ class DropoutRate:
 
 
 class DropoutState:
-    """Seed and first row of the next micro-batch, in the memory of the device. All LoRA layers of a model share it.
+    """Seed and first sequence of the next micro-batch, in device memory. All LoRA layers of a model share them.
 
-    tensor: (2,), int64, [seed, first_row].
+    tensor: (2,), int64, [seed, first_sequence].
     """
 
     def __init__(self, device: torch.device):
         self.tensor = torch.zeros(2, dtype=torch.int64, device=device)
         self.is_set = False
 
-    def set(self, seed: int, first_row: int) -> None:
+    def set(self, seed: int, first_sequence: int) -> None:
         """Call it before each micro-batch, never between its forward and backward pass. Does not wait for the GPU.
 
         seed: a new one for each optimizer step, 0 <= seed < 2**63.
-        first_row: index of the micro-batch's first sequence in the global batch.
+        first_sequence: position of the micro-batch's first sequence in the step.
         """
         self.tensor[0].fill_(seed)
-        self.tensor[1].fill_(first_row)
+        self.tensor[1].fill_(first_sequence)
         self.is_set = True
 
     def require_set(self) -> None:
@@ -121,13 +121,13 @@ def keep_mask(
 ) -> Tensor:
     """The features that dropout keeps, (tokens, num_features), bool, on the device of `state`.
 
-    Token t of the result is token first_row * seq_length + t of the global batch.
+    Token t of the result is token first_sequence * seq_length + t of the step.
     """
     if state.is_cuda and importlib.util.find_spec("triton") is not None:
         from pdf2lora.model.kernels.dropout import keep_mask as on_gpu
 
         return on_gpu(state, layer_index, tokens, seq_length, num_features, rate.threshold)
-    seed, first_row = state.tolist()
+    seed, first_sequence = state.tolist()
     num_groups = -(-num_features // FEATURES_PER_CALL)
     group = np.arange(num_groups, dtype=np.uint64)[None, :]
     block = max(1, CALLS_PER_BLOCK // num_groups)
@@ -135,7 +135,7 @@ def keep_mask(
     bits = np.empty((min(block, tokens), num_groups, 4), dtype=np.uint32)
     for start in range(0, tokens, block):
         part = mask[start : start + block]
-        token = np.arange(start, start + len(part), dtype=np.uint64)[:, None] + np.uint64(first_row * seq_length)
+        token = np.arange(start, start + len(part), dtype=np.uint64)[:, None] + np.uint64(first_sequence * seq_length)
         words = philox(token & LOW_32_BITS, token >> UPPER, group, np.uint64(layer_index), seed)
         for number, word in enumerate(words):
             bits[: len(part), :, number] = word

@@ -1,7 +1,7 @@
 """The forward pass: token ids -> hidden states after the last norm. compute.kernels selects the implementation.
 
-`ReferenceForward` calls transformers and PEFT and computes any decoder-only causal language model. `FusedForward` calls
-the kernels in pdf2lora/model/kernels and computes the families in architectures.py. The loss (loss.py) follows both.
+`ReferenceForward` calls transformers and PEFT and supports any decoder-only causal language model. `FusedForward` calls
+the kernels in pdf2lora/model/kernels and supports the models of architectures.py. loss.py computes the loss for both.
 """
 
 from typing import Protocol
@@ -29,13 +29,13 @@ class Forward(Protocol):
 
     def __call__(self, input_ids: Tensor) -> Tensor: ...
 
-    def set_dropout(self, seed: int, first_row: int) -> None:
+    def set_dropout(self, seed: int, first_sequence: int) -> None:
         """See DropoutState.set. Does nothing for a model without dropout."""
         ...
 
 
 class ReferenceForward:
-    """Transformers' layers with PEFT's LoRA, under autocast if the base model is in half precision."""
+    """transformers' layers with PEFT's LoRA, under autocast if the base model is in half precision."""
 
     def __init__(self, model: PeftModel | PreTrainedModel, gradient_checkpointing: GradientCheckpointing):
         """
@@ -62,19 +62,19 @@ class ReferenceForward:
             hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
 
-    def set_dropout(self, seed: int, first_row: int) -> None:
+    def set_dropout(self, seed: int, first_sequence: int) -> None:
         if self.dropout_state is not None:
-            self.dropout_state.set(seed, first_row)
+            self.dropout_state.set(seed, first_sequence)
 
 
 def build_forward(
     model: PeftModel | PreTrainedModel, kernels: Kernels, gradient_checkpointing: str = "none"
 ) -> Forward:
-    """The forward pass of a model. If a model has several, the last one built decides on gradient checkpointing.
+    """Builds the forward pass of a model. The last one that is built sets the model's gradient checkpointing.
 
     Raises:
         ValueError: gradient_checkpointing is not in SUPPORTED_GRADIENT_CHECKPOINTING[kernels].
-        InputError: the kernels or the model cannot do what the settings say.
+        InputError: the kernels or the model do not support the settings.
     """
     checkpointing = GradientCheckpointing(gradient_checkpointing)
     if checkpointing not in SUPPORTED_GRADIENT_CHECKPOINTING[kernels]:

@@ -16,12 +16,11 @@ log = logging.getLogger(__name__)
 
 Kernels = Literal["reference", "fused", "fp8"]
 
-
 FUSED_TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
 
 def choose_kernels(compute: Compute, quantization: Quantization, lora: Lora, config: PreTrainedConfig) -> Kernels:
-    """The kernels that run. `auto`: fused if they can run, else reference. Logs the choice and the reason.
+    """Returns the kernels to use. `auto`: fused if they can run, else reference. Logs the choice and the reason.
 
     config: of the base model, by loading.read_config.
 
@@ -43,7 +42,7 @@ def choose_kernels(compute: Compute, quantization: Quantization, lora: Lora, con
 
 
 def reference_reason(compute: Compute, quantization: Quantization, lora: Lora, config: PreTrainedConfig) -> str:
-    """Why `auto` takes the slower reference kernels on this GPU. An empty string if it does not, or without a GPU."""
+    """Why `auto` selects the slower reference kernels on this GPU. Empty if it does not, or without a GPU."""
     if compute.kernels != "auto" or not torch.cuda.is_available():
         return ""
     return _obstacle("fused", compute, quantization, lora, config)
@@ -65,7 +64,7 @@ def _machine_obstacle(kernels: str) -> str:
     capability = torch.cuda.get_device_capability()
     required = (8, 9) if kernels == "fp8" else (8, 0)
     if capability < required:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, they need {required[0]}.{required[1]}"
+        return f"they need compute capability {required[0]}.{required[1]}, the GPU has {capability[0]}.{capability[1]}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     return ""
@@ -75,11 +74,11 @@ def _settings_obstacle(compute: Compute, quantization: Quantization, lora: Lora)
     if compute_dtype(compute) != torch.bfloat16:
         return "they compute in bfloat16 only (compute.compute_dtype)"
     if quantization.bits != 4:
-        return f"they need a base model of 4 bits, quantization.bits is {quantization.bits}"
+        return f"they need a 4-bit base model, quantization.bits is {quantization.bits}"
     if lora.use_dora:
-        return "they do not compute DoRA (lora.use_dora)"
+        return "they do not support DoRA (lora.use_dora)"
     if lora.target_modules != ALL_LINEAR and (others := set(lora.target_modules) - FUSED_TARGETS):
-        return f"they do not compute LoRA of {min(others)} (lora.target_modules)"
+        return f"they do not support LoRA on {min(others)} (lora.target_modules)"
     from pdf2lora.model.kernels.lora import MAX_LORA_RANK
 
     if lora.r > MAX_LORA_RANK:

@@ -1,4 +1,4 @@
-"""The sizes of a source model: what memory, time and disk space depend on. No weight is read."""
+"""The sizes of a source model, on which memory, time and disk space depend. No weight is read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ class ModelShape:
     """Its layers can be packed in 4 bits and wait in host memory."""
 
     def lora_parameters(self, lora: Lora) -> int:
-        """A and B of each target: r x (in + out). DoRA adds `out` magnitudes."""
+        """Number of LoRA parameters. A and B of each layer have r x (in + out); DoRA adds `out` magnitudes."""
         names = lora.target_modules
         targets = [
             shape
@@ -37,11 +37,11 @@ class ModelShape:
         )
 
     def base_gib(self, quantization: Quantization) -> float:
-        """The frozen base: the linear layers of the blocks in 4 (with their scales), 8 or 16 bits, the rest in 16."""
+        """Size of the frozen base: the linear layers of the blocks in 4 (with scales), 8 or 16 bits, the rest in 16."""
         return self.layers_gib(quantization) + (self.num_parameters - self.num_linear) * 16 / 8 / GIB
 
     def layers_gib(self, quantization: Quantization) -> float:
-        """The linear layers of the blocks."""
+        """Size of the linear layers of the blocks."""
         return self.num_linear * quantization.bits_per_weight / 8 / GIB
 
     @property

@@ -1,4 +1,4 @@
-"""Forecasts whether a run streams the base model's layers, and the memory and time for it (quantization.placement)."""
+"""Forecasts whether a run streams the base model's layers, with memory and time (quantization.placement)."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from pdf2lora.preflight.environment import Gpu
 from pdf2lora.preflight.findings import Finding
 from pdf2lora.preflight.model_shape import ModelShape
 
-LINK_GIB_PER_S = 45.0  # PCIe 5 with 16 lanes, measured on one H200; PCIe 4 has half
+LINK_GIB_PER_S = 45.0  # PCIe 5 with 16 lanes, measured on one H200; PCIe 4 has half of it
 
 
 def gpu_budget_gib(params: Params, gpus: Sequence[Gpu]) -> float:
@@ -19,7 +19,7 @@ def gpu_budget_gib(params: Params, gpus: Sequence[Gpu]) -> float:
 
 
 def streams_layers(params: Params, shape: ModelShape, gpus: Sequence[Gpu]) -> bool:
-    """Whether find_batch will not even try the whole model in GPU memory."""
+    """Whether find_batch will not try the whole model in GPU memory."""
     quantization = params.quantization
     if quantization.bits != 4 or not shape.can_be_packed:
         return False

@@ -1,9 +1,9 @@
 """Starts the processes of one job on this machine, watches them and ends all of them when one fails.
 
 The launcher imports no heavy package. Each process of the job is `python -m <module>` with the variables that torchrun
-sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), and reports over a pipe: a heartbeat each second, and at
-its end the error that stopped it. torchrun and accelerate launch can start the same module; then this launcher is not
-used, and no GPU is locked.
+sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). It reports over a pipe: a heartbeat each second, and its
+error if it fails. torchrun and accelerate launch can start the same module. Then this launcher is not used, and no GPU
+is locked.
 """
 
 import json
@@ -25,10 +25,10 @@ from pdf2lora.runtime.gpus import reserve_gpus, visible_gpus
 
 PIPE = "PDF2LORA_STATUS_PIPE"  # the environment variable that holds the file descriptor
 HEARTBEAT_S = 1.0
-SILENCE_S = 30.0  # a process without a heartbeat for so long does not answer
-GRACE_S = 5.0  # after a first failure, for the errors of the others
-SAVE_S = 45.0  # the same after a signal: the main process can still be saving a checkpoint
-ORPHAN_S = 45.0  # a process whose launcher has gone ends within this time
+SILENCE_S = 30.0  # a process without a heartbeat for this time does not answer
+GRACE_S = 5.0  # after the first failure, the other processes have this time to report their errors
+SAVE_S = 45.0  # the same after a signal: the main process may still be saving a checkpoint
+ORPHAN_S = 45.0  # a process whose launcher has ended ends within this time
 FORWARD_AFTER_S = 0.3  # the terminal sends Ctrl-C to all processes itself
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -41,7 +41,7 @@ class PeerLost(Exception):
 
 
 class Stopped(Exception):
-    """A signal stopped the job after its state was saved; `str(error)` is the line for the user."""
+    """A signal stopped the job after its state was saved. `str(error)` is the line for the user."""
 
 
 def is_worker() -> bool:
@@ -55,7 +55,7 @@ def is_main_process() -> bool:
 
 
 def run_in_processes(module: str, work: Callable[[], None], num_processes: int | Literal["auto"]) -> None:
-    """Calls `work` in each process of the job: here if there is one, else in processes that run `module`.
+    """Calls `work` in each process of the job: in this process if the job has one, else in processes that run `module`.
 
     num_processes: `auto` starts one process per visible GPU, or one process without a GPU.
 
@@ -80,14 +80,14 @@ def run_in_processes(module: str, work: Callable[[], None], num_processes: int |
 def _require_all_processes() -> None:
     """
     Raises:
-        InputError: accelerate launch was asked for several processes and started one.
+        InputError: accelerate launch started only one of several processes.
     """
     variables = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
     is_single = not any(name in os.environ for name in variables)
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and is_single:
         raise InputError(
-            "accelerate launch: --num_processes is more than 1, but one process was started: on a CPU accelerate needs "
-            "mpirun for several. Use --multi_gpu (on a CPU, too), torchrun, or compute.num_processes."
+            "accelerate launch: --num_processes is more than 1, but only one process was started: on a CPU accelerate "
+            "needs mpirun for several. Use --multi_gpu (also on a CPU), torchrun, or compute.num_processes."
         )
 
 
@@ -95,7 +95,7 @@ def _require_all_processes() -> None:
 def allot_devices(num_processes: int | Literal["auto"]) -> Iterator[tuple[int, list[int]]]:
     """Yields the number of processes and the file descriptors of the GPU locks that they hold.
 
-    CUDA_VISIBLE_DEVICES names the locked GPUs from then on, so this comes before torch is imported.
+    Sets CUDA_VISIBLE_DEVICES to the locked GPUs. So call it before torch is imported.
 
     Raises:
         InputError: there are fewer GPUs than processes.
@@ -104,7 +104,7 @@ def allot_devices(num_processes: int | Literal["auto"]) -> Iterator[tuple[int, l
     count = (len(gpus) or 1) if num_processes == "auto" else num_processes
     if gpus and count > len(gpus):
         raise InputError(
-            f"compute.num_processes: {count} is more than the {len(gpus)} visible GPUs, and one process uses one GPU. "
+            f"compute.num_processes is {count}; there are {len(gpus)} visible GPUs, and one process uses one GPU. "
             "Use a smaller number or auto."
         )
     if not gpus:
@@ -130,12 +130,12 @@ def job_environment(count: int) -> dict[str, str]:
     }
 
 
-# The side of the launcher
+# The launcher's side
 
 
 @dataclass
 class _Worker:
-    """One process of the job, as the launcher sees it."""
+    """One process of the job, from the launcher's side."""
 
     index: int
     process: subprocess.Popen[bytes]
@@ -146,7 +146,7 @@ class _Worker:
     message: str = ""
 
     def read(self) -> None:
-        """Takes what the process has written to the pipe."""
+        """Reads all that the process has written to the pipe."""
         with suppress(BlockingIOError):
             while chunk := os.read(self.pipe, 65536):
                 self.last_heartbeat = time.monotonic()
@@ -194,15 +194,20 @@ def _start(module: str, count: int, locks: list[int]) -> list[_Worker]:
 
 
 def _watch(name: str, workers: list[_Worker], signals: list[tuple[float, int]]) -> None:
-    """Returns when all processes have ended well."""
+    """Returns when all processes have ended without an error.
+
+    Raises:
+        InputError: a process failed or does not answer.
+        SystemExit: a signal stopped the job.
+    """
     forwarded = False
     first_failure: float | None = None
-    last_look = time.monotonic()
+    last_poll = time.monotonic()
     while True:
         select.select([worker.pipe for worker in workers if worker.process.poll() is None], [], [], 0.1)
         now = time.monotonic()
-        was_suspended = now - last_look > SILENCE_S / 2  # by Ctrl-Z: the other processes, too
-        last_look = now
+        was_suspended = now - last_poll > SILENCE_S / 2  # Ctrl-Z suspends the other processes too
+        last_poll = now
         for worker in workers:
             worker.read()
             if was_suspended:
@@ -211,7 +216,7 @@ def _watch(name: str, workers: list[_Worker], signals: list[tuple[float, int]]) 
         if all(code == 0 for code in codes):
             return
         if signals and not forwarded and now - signals[0][0] > FORWARD_AFTER_S:
-            forwarded = True  # a process that got Ctrl-C from the terminal ignores this second signal
+            forwarded = True  # a process that already got Ctrl-C from the terminal ignores this second signal
             for worker in workers:
                 worker.process.send_signal(signal.SIGTERM)
         silent = [w for w in workers if w.process.poll() is None and now - w.last_heartbeat > SILENCE_S]
@@ -219,7 +224,7 @@ def _watch(name: str, workers: list[_Worker], signals: list[tuple[float, int]]) 
             worker = silent[0]
             raise InputError(
                 f"{name}: process {worker.index} of {len(workers)} (pid {worker.process.pid}) has not answered for "
-                f"{SILENCE_S:.0f} s and all processes were ended. Look at its machine (dmesg, nvidia-smi), then run "
+                f"{SILENCE_S:.0f} s, so all processes were ended. Check the machine (dmesg, nvidia-smi), then run "
                 "dvc repro again: it resumes from the last checkpoint."
             )
         if any(code for code in codes):
@@ -229,7 +234,7 @@ def _watch(name: str, workers: list[_Worker], signals: list[tuple[float, int]]) 
 
 
 def _raise_cause(name: str, workers: list[_Worker], signals: list[tuple[float, int]]) -> None:
-    """Names the process whose failure came first, not those that failed because of it."""
+    """Raises the error of the process that failed first, not of those that failed because of it."""
     for worker in workers:
         worker.read()
 
@@ -252,8 +257,8 @@ def _raise_cause(name: str, workers: list[_Worker], signals: list[tuple[float, i
         sys.exit(f"{name}: stopped by {signal.Signals(signals[0][1]).name} without a new checkpoint")
     if code is not None and code < 0:
         raise InputError(
-            f"{name}: {who} was ended by {signal.Signals(-code).name} and the others were ended with it. If memory ran "
-            "out, free some (free -h, dmesg show it); then run dvc repro again: it resumes from the last checkpoint."
+            f"{name}: {who} was ended by {signal.Signals(-code).name}, so the others were ended too. If memory ran "
+            "out, free some (free -h, dmesg show it), then run dvc repro again: it resumes from the last checkpoint."
         )
     if worker.kind == "input_error":
         everywhere = all(other.message in ("", worker.message) for other in workers)
@@ -263,11 +268,11 @@ def _raise_cause(name: str, workers: list[_Worker], signals: list[tuple[float, i
     raise RuntimeError(f"{name}: {who} failed: {worker.message or f'exit status {code}'}")
 
 
-# The side of a process of the job
+# The side of each process of the job
 
 
 def _work_and_report(work: Callable[[], None]) -> None:
-    """Runs `work`, sends heartbeats meanwhile and its error at the end."""
+    """Runs `work`. Sends heartbeats while it runs, and its error if it fails."""
     if PIPE not in os.environ:  # started by torchrun or accelerate launch
         try:
             work()
@@ -300,7 +305,7 @@ def _work_and_report(work: Callable[[], None]) -> None:
 def _end(status: int) -> NoReturn:
     """Ends this process without Python's clean-up.
 
-    During the clean-up no thread sends heartbeats, and that of a broken process group can wait for its peers.
+    During the clean-up no thread sends heartbeats, and a broken process group can wait for its peers.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -311,7 +316,7 @@ def _heartbeat(pipe: int) -> None:
     while True:
         try:
             os.write(pipe, b"\n")
-        except OSError:  # the launcher has gone
+        except OSError:  # the launcher has ended
             break
         time.sleep(HEARTBEAT_S)
     os.kill(os.getpid(), signal.SIGTERM)

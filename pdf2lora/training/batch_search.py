@@ -1,4 +1,4 @@
-"""Which batch fits and which is fastest: a memory model, the search, the choice."""
+"""Finds the largest per-device batch that fits, and chooses the fastest one: memory model, search, choice."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from pdf2lora.errors import InputError
 
-AS_FAST = 0.98  # of the best throughput: such settings count as equally fast, and the smallest is taken
+AS_FAST = 0.98  # candidates with 98% of the best throughput count as equally fast; the one with least memory is chosen
 
 
 class Measurement(NamedTuple):
@@ -19,7 +19,7 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True)
 class Probe:
-    """A training step at one batch size; peak_gib is None if it did not come to its end."""
+    """A training step at one batch size. peak_gib is None if the step ran out of memory."""
 
     batch: int
     fits: bool
@@ -28,18 +28,18 @@ class Probe:
 
 @dataclass(frozen=True)
 class Mode:
-    """The probes of one way of gradient checkpointing."""
+    """The probes with one value of gradient_checkpointing."""
 
     gradient_checkpointing: str
     probes: list[Probe]
 
     @property
     def largest(self) -> int:
-        """The largest batch that fits; 0: none does."""
+        """The largest batch that fits; 0 if none fits."""
         return max((probe.batch for probe in self.probes if probe.fits), default=0)
 
     def peak_gib(self, batch: int) -> float | None:
-        """Measured, or read off the memory model if this batch was not probed."""
+        """The measured peak of this batch, or the memory model's peak if the batch was not probed."""
         measured = {probe.batch: probe.peak_gib for probe in self.probes}
         line = memory_model(self.probes)
         return measured.get(batch) or (line and line[0] + line[1] * batch)
@@ -55,12 +55,14 @@ Measure = Callable[[str, int], Measurement | None]
 
 
 def search(measure: Callable[[int], float | None], *, smallest: int, largest: int, budget_gib: float) -> list[Probe]:
-    """Finds the largest batch of smallest..largest whose peak is within the budget; gives all probes, in order.
+    """Finds the largest batch from `smallest` to `largest` whose peak is within the budget. Returns all its probes.
 
-    measure(batch) gives the peak in GiB, or None if the step ran out of memory. Memory is nearly a line over the
-    batch, so two probes predict where it meets the budget, and the bounds close in around that point; a prediction
-    outside the bounds makes way for their nearest end, and the longer the search, the nearer to the middle. The answer
-    is exact: it fits, and the next batch does not.
+    measure(batch) returns the peak in GiB, or None if the step ran out of memory.
+
+    Memory grows nearly linearly with the batch, so the line through two probes predicts the largest batch that fits.
+    The search probes there and narrows the bounds: the largest batch that fits, and the smallest that does not. A
+    prediction outside the bounds is moved inside them. If the predictions are wrong, the search approaches bisection.
+    The result is exact: it fits, and the next batch does not.
     """
     probes: list[Probe] = []
 
@@ -85,7 +87,7 @@ def search(measure: Callable[[int], float | None], *, smallest: int, largest: in
 
 
 def memory_model(probes: list[Probe]) -> tuple[float, float] | None:
-    """(GiB at batch 0, GiB a sequence): the line through the two largest batches that came to their end."""
+    """(GiB at batch 0, GiB per sequence): the line through the two largest batches that did not run out of memory."""
     ended = sorted((p.batch, p.peak_gib) for p in probes if p.peak_gib is not None)
     if len(ended) < 2:
         return None
@@ -97,9 +99,9 @@ def memory_model(probes: list[Probe]) -> tuple[float, float] | None:
 def search_modes(
     measure: Measure, modes: Sequence[str], *, smallest: int, largest: int, budget_gib: float
 ) -> list[Mode]:
-    """Searches each mode, from the fastest step to the smallest, until `largest` fits.
+    """Searches each mode, from the fastest step to the one with the smallest memory, until `largest` fits.
 
-    A mode that recomputes more is not faster at the same batch: it is of use only for batches that did not fit before.
+    A mode that recomputes more is not faster at the same batch. It helps only at batches that did not fit before.
     """
     searched: list[Mode] = []
     for mode in modes:
@@ -120,10 +122,10 @@ def choose(
     tokens_per_s: Callable[[str, int], float],
     num_processes: int,
 ) -> Choice:
-    """The fastest of what fits: of each mode the largest batch that divides effective_batch (`auto`: the largest).
+    """Returns the fastest choice that fits.
 
-    tokens_per_s(mode, batch) is asked for only if several modes are left to choose from. Of those that are equally
-    fast the one that takes the least memory.
+    Each mode has one candidate, the result of per_device_batch. Of candidates that are equally fast, the one with the
+    least memory is chosen. tokens_per_s(mode, batch) is called only if there are several candidates.
 
     Raises:
         InputError: no probe of any mode fits.
@@ -135,9 +137,9 @@ def choose(
         first = modes[-1].probes[0]
         peak = f"needs {first.peak_gib:.2f} GiB" if first.peak_gib else "runs out of memory"
         raise InputError(
-            f"find_batch.min: {first.batch} sequences do not fit: a training step {peak}; lower find_batch.min or "
+            f"find_batch.min: {first.batch} sequences do not fit: a training step {peak}. Lower find_batch.min or "
             "compute.seq_length, set train.gradient_checkpointing to auto, or raise find_batch.cpu_memory_gib "
-            "(on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)"
+            "(on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)."
         )
     if len(candidates) > 1:
         speeds = [tokens_per_s(mode.gradient_checkpointing, batch) for mode, batch in candidates]
@@ -150,7 +152,7 @@ def choose(
 
 
 def per_device_batch(largest: int, effective_batch: int | Literal["auto"], num_processes: int) -> int:
-    """Sequences of one micro-batch: the fewest micro-batches that fit, as equal as possible."""
+    """Sequences of one micro-batch. A step has as few micro-batches as fit, of sizes as equal as possible."""
     if effective_batch == "auto":
         return largest
     share = _share(effective_batch, num_processes)

@@ -1,7 +1,7 @@
-"""Checkpoints: the state of a training after some step, written by the main process.
+"""Checkpoints: the state of a training after a step, written by the main process.
 
-A checkpoint holds nothing that depends on the number of processes: dropout masks and the data order follow from the
-seed and the step. Its manifest is written last; training resumes from the newest checkpoint whose files match it.
+A checkpoint does not depend on the number of processes: dropout masks and data order follow from the seed and the step.
+Its manifest is written last. Training resumes from the newest checkpoint whose files match their manifest.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and the end of the terminal ask a training to save a checkpoint and to stop."""
+"""Stops a training on SIGTERM, Ctrl-C or the end of the terminal; the loop then saves a checkpoint."""
 
 import signal
 from types import FrameType
@@ -10,8 +10,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class Interrupt:
     """Records the first stop signal while the block runs.
 
-    A second Ctrl-C ends the process at once. A second SIGTERM or SIGHUP is ignored: where the first signal went to all
-    processes, dvc ends too and the watch in runtime/processes.py sends one more.
+    A second Ctrl-C ends the process at once. A second SIGTERM or SIGHUP is ignored: if the first signal went to all
+    processes, dvc ends too, and then runtime/processes.py sends SIGTERM once more.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: the end of the terminal is ignored
+            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, SIGHUP is ignored and stays ignored
                 self._handlers[number] = signal.signal(number, self._receive)
         return self
 

@@ -1,7 +1,7 @@
 """The stage train in one of its processes: reads data and batch plan, trains, writes the adapter.
 
-Checkpoints are in scratch under a fingerprint of all that the adapter depends on. A killed run resumes from the last
-one; a run with other settings, data or code never finds it.
+Checkpoints are in .scratch, in a folder whose name is a fingerprint of everything that the adapter depends on. A killed
+run resumes from its last checkpoint. A run with other settings, data or code has another folder.
 """
 
 import json
@@ -59,7 +59,7 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
 
     Raises:
         InputError: the machine or the settings do not allow it, or memory ran out.
-        Stopped: a signal ended it before the last step, after a checkpoint.
+        Stopped: a signal stopped the training before its last step; a checkpoint was saved.
     """
     processes = Processes()
     processes.leave_output_to_main()
@@ -124,7 +124,7 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
             num_steps=order.num_steps,
             processes=processes,
         )
-        first_epoch = np.concatenate([order.rows(step) for step in range(order.steps_per_epoch)])
+        first_epoch = np.concatenate([order.indices(step) for step in range(order.steps_per_epoch)])
         tokens_per_step = sequences.num_targets(first_epoch) / order.steps_per_epoch  # a mean: some steps are smaller
         tracker = Tracker(METRICS, processes, trackers, tokens_per_step=tokens_per_step)
         log_start(params, batch, model, processes)
@@ -153,7 +153,7 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
                 (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; report writes the model card
                 if params.lora.reads_weights:
                     shutil.copytree(checkpoints / INITIAL, folder / INITIAL)
-            shutil.rmtree(checkpoints)  # a forced re-run trains again, and does not load the last checkpoint
+            shutil.rmtree(checkpoints)  # so that a forced run trains again
     if processes.is_main:
         kept = f", kept step {result.kept_step}" if result.kept_step != result.steps else ""
         print(
@@ -171,14 +171,14 @@ def tracker_names(params: Params) -> list[str]:
 def build_model(
     base: Path, params: Params, processes: Processes | None = None, placement: Placement | None = None
 ) -> PeftModel:
-    """The quantized base model with new LoRA matrices, the same ones for the same train.seed; B is zero.
+    """The quantized base model with new LoRA matrices, which depend on train.seed; B is zero.
 
-    find_batch measures it: another lora.init_lora_weights changes neither time nor memory of a step.
+    find_batch measures this model: lora.init_lora_weights changes neither the time nor the memory of a step.
 
     processes, placement: see load_base.
 
     Raises:
-        InputError: the machine cannot run what the settings ask for.
+        InputError: the settings need something that this machine does not have.
     """
     model = load_base(base, params.quantization, params.compute, placement=placement, processes=processes)
     torch.manual_seed(params.train.seed)  # before the first LoRA matrix is drawn
@@ -197,7 +197,7 @@ def read_data(params: Params) -> tuple[Sequences, Sequences, list[Window]]:
 def measurements(
     model: PeftModel, params: Params, plan: BatchPlan, tracker: Tracker, result: TrainingResult, processes: Processes
 ) -> dict[str, Any]:
-    """This machine's numbers of the run, for metrics/machine.json. The same collectives run in each process."""
+    """The measurements of this run for metrics/machine.json. All processes must call it, because it gathers values."""
     numbers: dict[str, Any] = {
         "num_processes": processes.count,
         "steps": result.steps - result.first_step,
@@ -233,7 +233,7 @@ def log_start(params: Params, batch: Mapping[str, Any], model: PeftModel, proces
 
 
 def out_of_memory(checkpoints: Path, error: torch.OutOfMemoryError, processes: Processes) -> str:
-    """The message where memory ends in mid-run, although find_batch found room: another program took it."""
+    """The message for a GPU that runs out of memory during training: another program took memory after find_batch."""
     kept = latest_valid(checkpoints)
     resumes = f"the checkpoint of step {step_of(kept)}" if kept else "the base model"
     whose = f" of process {processes.index} of {processes.count}" if processes.count > 1 else ""
@@ -245,7 +245,7 @@ def out_of_memory(checkpoints: Path, error: torch.OutOfMemoryError, processes: P
 
 
 def run_fingerprint(params: Params) -> str:
-    """Of all that the adapter depends on; the number of processes is not among it."""
+    """A fingerprint of everything that the adapter depends on. It does not depend on the number of processes."""
     libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")]
     compute = params.compute.model_dump(exclude={"num_processes"})
     ingredients = (params.quantization, params.lora, compute, params.train, BASE / MANIFEST, TOKENS, BATCH)

@@ -1,11 +1,11 @@
-"""The training loop, for one process or many: train() from top to bottom.
+"""The training loop for one or several processes. Read train() from top to bottom.
 
-Settings (params.yaml), their effect and what they trade:
+Settings (params.yaml), their effects and trade-offs:
 
 - train.effective_batch: sequences of one optimizer step. The number of processes, the per-device batch and gradient
-  accumulation only divide it, so they change the time and the memory, and the result only by rounding.
+  accumulation only divide it. They change time and memory; they change the result only by rounding.
 - train.num_train_epochs: passes over the sequences; a fraction ends in the middle of an epoch. Each epoch has a new
-  order, which depends on train.seed alone.
+  order, which depends only on train.seed.
 - train.learning_rate, lr_scheduler_type, warmup_steps: the schedule is transformers' get_scheduler.
 - train.optim, weight_decay: bitsandbytes' AdamW in 8 or 32 bits, paged or not, or PyTorch's. Paged moments move to host
   memory when the GPU is full. All LoRA matrices are one flat parameter (optimizer.py).
@@ -15,22 +15,23 @@ Settings (params.yaml), their effect and what they trade:
   fused and fp8 kernels run as one CUDA graph, except with offload (micro_batch.py).
 - compute.deterministic: two runs with the same number of processes give the same bytes on one kind of GPU. On a CPU
   they always do.
-- train.eval_steps: validates every so many steps, before the first one and after the last one. Each process scores
+- train.eval_steps: validates every eval_steps steps, before the first step and after the last one. Each process scores
   whole batches of windows.
 - train.keep: `last` keeps the adapter of the last step, `best` the one with the lowest validation loss.
-- train.early_stopping_patience: stops after so many validations in a row without a new lowest loss; none never stops.
+- train.early_stopping_patience: stops after this number of validations in a row without a new lowest loss; `none` never
+  stops early.
 - train.replay, replay_share: mixes replay text into each epoch, so an epoch has more steps. Each token has the same
   weight in the loss. The data order includes the replay text: a resumed training and several processes see the same.
 - train.logging_steps: the loss is the mean over the steps since the last log entry.
-- train.save_steps: a checkpoint every so many steps. SIGTERM, Ctrl-C and the end of the terminal save one more.
-- train.report_to: accelerate's trackers beside dvclive (tracking.py).
+- train.save_steps: saves a checkpoint every save_steps steps. SIGTERM, Ctrl-C and the end of the terminal save one too.
+- train.report_to: accelerate's trackers, in addition to dvclive (tracking.py).
 
 Data parallelism: each process holds the whole quantized base and computes its part of a step's sequences. The loss of a
-sequence is divided by the number of targets in the whole step, so the sum over the processes is the step's mean loss,
-also where the parts differ in size. One all-reduce of the flat float32 buffer per step sums gradients, loss and stop
-requests. No DistributedDataParallel: the fused kernels would bypass its hooks.
+sequence is divided by the number of targets in the whole step. So the sum over the processes is the step's mean loss,
+even if the parts differ in size. One all-reduce of the flat float32 buffer per step sums gradients, loss and stop
+requests. DistributedDataParallel is not used, because the fused kernels bypass its hooks.
 
-Refused: train.keep=best or early stopping without validation documents; processes whose adapters differ (a fault).
+Refused: train.keep=best or early stopping without validation documents; processes whose adapters differ.
 """
 
 import hashlib
@@ -54,22 +55,22 @@ from pdf2lora.params import Compute, Train
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.tokens import MixedSequences, Sequences, Window
 from pdf2lora.training.checkpoints import latest_valid, load_checkpoint, save_checkpoint
-from pdf2lora.training.data_order import DataOrder, Rows, micro_batches
+from pdf2lora.training.data_order import DataOrder, Indices, micro_batches
 from pdf2lora.training.interrupt import Interrupt
 from pdf2lora.training.micro_batch import MicroBatch, graph_obstacle
 from pdf2lora.training.optimizer import FlatParameters, build_optimizer
 from pdf2lora.training.schedule import num_warmup_steps
 from pdf2lora.training.tracking import Entry, Tracker
 
-MIN_LOSS_SCALE = 2.0**-10  # a smaller one only follows steps that were all skipped
-VALIDATION_BATCH = 8  # windows; small, because a CUDA graph keeps the memory of the training step
+MIN_LOSS_SCALE = 2.0**-10  # the scale gets smaller than this only if the gradients of every step overflow
+VALIDATION_BATCH = 8  # windows; few, because a CUDA graph keeps the memory of the training step
 
 log = logging.getLogger("train")
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a step is divided, from metrics/batch.json."""
+    """The division of a step into micro-batches, and their kernels; from metrics/batch.json."""
 
     kernels: Kernels
     gradient_checkpointing: str
@@ -79,7 +80,7 @@ class BatchPlan:
 
 @dataclass
 class Progress:
-    """What a checkpoint stores beside parameters and moments."""
+    """The part of a checkpoint that is neither parameters nor optimizer state."""
 
     step: int = 0  # optimizer steps that are done
     loss_sum: float = 0.0  # since the last log entry
@@ -92,7 +93,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """steps: done in all; first_step: done before this run; kept_step: the step whose adapter the model holds."""
+    """steps: of the whole training; first_step: steps before this run; kept_step: the step whose adapter is kept."""
 
     steps: int
     first_step: int
@@ -102,7 +103,7 @@ class TrainingResult:
 
 
 class Learner:
-    """The model with everything that a training step changes. find_batch measures step(), and train runs it."""
+    """The model, its optimizer and its learning rate schedule. train runs step(), and find_batch measures it."""
 
     def __init__(
         self, model: PeftModel, *, train: Train, compute: Compute, plan: BatchPlan, num_steps: int, processes: Processes
@@ -131,26 +132,28 @@ class Learner:
         model.train()
 
     def step(
-        self, sequences: Sequences | MixedSequences, rows: Rows, number: int, *, stop_requested: bool = False
+        self, sequences: Sequences | MixedSequences, indices: Indices, number: int, *, stop_requested: bool = False
     ) -> torch.Tensor:
-        """One optimizer step on `rows` of the sequences; returns the gradient's norm before clipping, a scalar.
+        """Makes one optimizer step on the sequences with these indices. Returns the gradient's norm before clipping.
 
         Afterwards parameters.loss is the step's mean loss over all processes.
         number: of the step, from 0; the dropout masks depend on it.
         """
         processes, parameters = self.processes, self.parameters
         parameters.buffer.zero_()
-        num_targets = sequences.num_targets(rows)
+        num_targets = sequences.num_targets(indices)
         scale = self.scaler.get_scale() / num_targets if self.scaler.is_enabled() else 1 / num_targets
         if scale * num_targets < MIN_LOSS_SCALE:
             raise InputError(
                 "train: the gradients overflow in float16 at any loss scale. Use compute.compute_dtype=float32."
             )
         seed = dropout_seed(self.train.seed, number)
-        parts = micro_batches(rows, self.plan.per_device_batch, process=processes.index, num_processes=processes.count)
+        parts = micro_batches(
+            indices, self.plan.per_device_batch, process=processes.index, num_processes=processes.count
+        )
         for part in parts:
-            inputs, targets = map(torch.from_numpy, sequences.batch(part.rows))
-            self.micro_batch(inputs, targets, scale=scale, seed=seed, first_row=part.first)
+            inputs, targets = map(torch.from_numpy, sequences.batch(part.indices))
+            self.micro_batch(inputs, targets, scale=scale, seed=seed, first_sequence=part.first_sequence)
         if stop_requested:
             parameters.stop_requests.fill_(1)
         processes.sum_(parameters.buffer)
@@ -195,11 +198,11 @@ def train(
     tracker: Tracker,
     interrupt: Interrupt,
 ) -> TrainingResult:
-    """Trains to the last step, or until a signal or early stopping ends it; the model then holds the kept adapter."""
+    """Trains to the last step, or until a signal or early stopping. The model then has the adapter that is kept."""
     settings, processes, parameters = learner.train, learner.processes, learner.parameters
     progress, best = Progress(), None
 
-    # Resume: the main process reads the checkpoint, because nodes need not share a disk.
+    # Resume. Only the main process reads the checkpoint, because the other nodes may have another disk.
     checkpoint = latest_valid(checkpoints) if processes.is_main else None
     state = processes.broadcast(load_checkpoint(checkpoint) if checkpoint else None)
     if state is not None:
@@ -237,9 +240,9 @@ def train(
         validate()
     while not is_last():
         tracker.begin_step()
-        rows = order.rows(progress.step)
-        norm = learner.step(sequences, rows, progress.step, stop_requested=interrupt.received is not None)
-        num_targets += sequences.num_targets(rows)
+        indices = order.indices(progress.step)
+        norm = learner.step(sequences, indices, progress.step, stop_requested=interrupt.received is not None)
+        num_targets += sequences.num_targets(indices)
         progress.step += 1
         loss_sum += parameters.loss
         progress.steps_in_sum += 1
@@ -284,12 +287,12 @@ def train(
 
 def replay_share(sequences: MixedSequences, order: DataOrder, num_steps: int) -> float:
     """The share of replay text in the tokens that the first num_steps steps trained on."""
-    rows = np.concatenate([order.rows(step) for step in range(num_steps)])
-    return sequences.num_replay_targets(rows) / sequences.num_targets(rows)
+    indices = np.concatenate([order.indices(step) for step in range(num_steps)])
+    return sequences.num_replay_targets(indices) / sequences.num_targets(indices)
 
 
 def stop_signal(parameters: FlatParameters, processes: Processes, interrupt: Interrupt) -> str | None:
-    """The signal that ends the training after this step; all processes agree, since the step reduced their requests."""
+    """The signal that stops the training after this step, or None. All processes get one answer: step() summed it."""
     if processes.count == 1:
         return interrupt.received.name if interrupt.received else None
     if not parameters.stop_requests.item():

@@ -1,8 +1,8 @@
 """Forward and backward pass of one micro-batch: operation by operation, or as one captured CUDA graph.
 
-A small micro-batch waits for Python: on one H200 the launches of a 3B Llama's step took 104 to 164 ms, whatever the
-batch. A graph is captured once and replayed with one launch. Everything that changes from one replay to the next is in
-device memory: tokens, targets, the scale of the loss, and the seed and place of the dropout masks.
+Python limits a small micro-batch: on one H200 it took 104 to 164 ms to launch the kernels of a 3B Llama's step, at any
+batch size. A graph is captured once, and one launch replays it. All values that change between replays are in device
+memory: tokens, targets, the scale of the loss, and the seed and first sequence of the dropout masks.
 """
 
 import gc
@@ -17,14 +17,14 @@ from pdf2lora.model.loss import linear_cross_entropy
 from pdf2lora.tokens import IGNORED
 from pdf2lora.training.optimizer import FlatParameters
 
-WARM_UP_PASSES = 2  # compile kernels and create workspaces, which must not happen during the capture
+WARM_UP_PASSES = 2  # they compile kernels and create workspaces, which a capture must not do
 
 
 class MicroBatch:
     """Adds a micro-batch's gradients and loss to the flat buffer.
 
-    size: sequences of a full micro-batch. A graph always computes so many; rows that are missing have no targets.
-    graph_obstacle: why no graph is captured; "" captures one at the first call.
+    size: sequences of a full micro-batch. A graph always computes `size` sequences; unused ones have no targets.
+    graph_obstacle: the reason why no graph is captured. If it is empty, the first call captures a graph.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class MicroBatch:
         self.targets = torch.full((size, seq_length), IGNORED, device=device)
         self.scale = torch.zeros((), device=device)
 
-    def __call__(self, inputs: Tensor, targets: Tensor, *, scale: float, seed: int, first_row: int) -> None:
+    def __call__(self, inputs: Tensor, targets: Tensor, *, scale: float, seed: int, first_sequence: int) -> None:
         """inputs, targets: (sequences, seq_length), int64, on the CPU; at most `size` sequences.
 
         scale: the loss is the sum of the targets' nats times this number.
-        seed, first_row: of the dropout masks; first_row is the place of the first sequence in the optimizer step.
+        seed, first_sequence: select the dropout masks; first_sequence is the first sequence's position in the step.
         """
-        self.forward.set_dropout(seed, first_row)
+        self.forward.set_dropout(seed, first_sequence)
         if self.graph_obstacle:
             device = self.inputs.device
             self._forward_backward(inputs.to(device), targets.to(device), torch.tensor(scale, device=device))
@@ -64,8 +64,8 @@ class MicroBatch:
         self.parameters.loss.add_(loss.detach())
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Captures the pass over the static tensors; the buffer keeps what it holds."""
-        held = self.parameters.buffer.clone()
+        """Captures forward and backward pass over the static tensors. Does not change the content of the buffer."""
+        content = self.parameters.buffer.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -73,21 +73,21 @@ class MicroBatch:
                 self._forward_backward(self.inputs, self.targets, self.scale)
         torch.cuda.current_stream().wait_stream(stream)
         gc.collect()
-        torch.cuda.empty_cache()  # the warm-up's memory, since the graph's pool cannot use it
+        torch.cuda.empty_cache()  # the graph's memory pool cannot use the memory of the warm-up
         graph = torch.cuda.CUDAGraph()
         copies = layer_stream(self.forward.model)
         with torch.cuda.graph(graph):
             try:
                 self._forward_backward(self.inputs, self.targets, self.scale)
             finally:
-                if copies is not None:  # after an out of memory, the end of the capture would hide it
+                if copies is not None:  # without it, the end of the capture would hide an out-of-memory error
                     copies.join()
-        self.parameters.buffer.copy_(held)
+        self.parameters.buffer.copy_(content)
         return graph
 
 
 def graph_obstacle(kernels: str, gradient_checkpointing: str) -> str:
-    """Why the training step cannot be a CUDA graph, in words; "" if it can."""
+    """The reason why the training step cannot be a CUDA graph, or an empty string."""
     if not torch.cuda.is_available():
         return NO_CUDA_GPU
     if kernels == "reference":

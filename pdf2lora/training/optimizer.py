@@ -1,8 +1,9 @@
 """All LoRA matrices as one flat parameter, its gradient as one flat buffer, and the optimizers of train.optim.
 
-One parameter means one optimizer launch per step. bitsandbytes' optimizers wait for the GPU after each parameter: 224
-LoRA matrices of a 3B Llama cost 25 ms per step. AdamW works number by number, so the result is the same; only the
-blocks of the 8-bit moments (Dettmers et al. 2022) start elsewhere. One gradient buffer means one all-reduce per step.
+With one parameter, the optimizer is launched once per step. bitsandbytes' optimizers wait for the GPU after each
+parameter: the 224 LoRA matrices of a 3B Llama cost 25 ms per step. AdamW updates each number alone, so the result does
+not change; only the blocks of the 8-bit moments (Dettmers et al. 2022) have other borders. With one gradient buffer, a
+step needs one all-reduce.
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from pdf2lora.params import Train
 
-NUM_SUMS = 2  # numbers that are reduced with the gradient: loss, processes that received a stop signal
+NUM_SUMS = 2  # numbers that are summed with the gradient: the loss, and the processes that received a stop signal
 
 
 class FlatParameters:
@@ -44,7 +45,7 @@ class FlatParameters:
 
     @property
     def stop_requests(self) -> Tensor:
-        """How many processes received a stop signal, a scalar."""
+        """Number of processes that received a stop signal, a scalar."""
         requests: Tensor = self.sums[1]
         return requests
 

@@ -1,7 +1,7 @@
-"""A probe: a few optimizer steps of one micro-batch size, with their peak memory and their time.
+"""A probe measures the peak memory and the time of a few optimizer steps at one micro-batch size.
 
-It runs the step that train runs, in as many processes. A probe that runs out of memory in one process must not leave
-the others waiting in a collective: that process still joins one all-reduce, with a buffer of NaN, and all see it.
+It runs the same step as train, in the same number of processes. If one process runs out of memory, the others must not
+wait for it in a collective. So that process still joins one all-reduce, with a buffer of NaN, which all processes see.
 """
 
 import gc
@@ -32,8 +32,8 @@ from pdf2lora.training.job import BASE, build_model
 from pdf2lora.training.loop import VALIDATION_BATCH, BatchPlan, Learner
 from pdf2lora.training.probe_processes import Capabilities, OutOfMemory
 
-WARM_UP_STEPS = 1  # compile kernels and fill the allocator
-MAX_LEFT_BYTES = 64 * 2**20  # more reserved memory than this after a failed probe needs a new process
+WARM_UP_STEPS = 1  # not timed: they compile kernels and fill the allocator
+MAX_LEFT_BYTES = 64 * 2**20  # if a failed probe leaves more reserved memory than this, the next one gets a new process
 
 
 class Prober:
@@ -41,16 +41,17 @@ class Prober:
 
     def __init__(self, params: Params):
         logging.disable()
-        warnings.simplefilter("ignore")  # train logs these once; a probe need not
+        warnings.simplefilter("ignore")  # train shows them
         self.params = params
         self.processes = Processes()
         self.model: Any = None
         self.placement: Placement | None = None  # of self.model
-        self.reserved_bytes = 0  # after the last probe that ended well, with the workspaces that cuBLAS keeps
+        self.reserved_bytes = 0  # after the last successful probe; includes the workspaces that cuBLAS keeps
 
     def capabilities(self) -> Capabilities:
-        """Raises:
-        InputError: the settings ask for something that this machine cannot run.
+        """
+        Raises:
+            InputError: the settings need something that this machine cannot run.
         """
         quantization, config, dtype = self.params.quantization, read_config(BASE), compute_dtype(self.params.compute)
         kernels = choose_kernels(self.params.compute, quantization, self.params.lora, config)
@@ -76,11 +77,11 @@ class Prober:
         budget_gib: float,
         placement: Placement,
     ) -> Measurement | OutOfMemory:
-        """Peak of the fullest process, and throughput of all, of find_batch.steps optimizer steps."""
+        """Runs find_batch.steps optimizer steps. Measures the largest peak of a process, and the throughput of all."""
         limit_gpu_memory(budget_gib)
         if placement != self.placement:
             self.model, self.placement = None, placement
-            _reserved_bytes()  # gives back the memory of the earlier model
+            _reserved_bytes()  # frees the memory of the earlier model
         with suppress(torch.OutOfMemoryError):
             if self.model is None:
                 self.model = build_model(base, self.params, self.processes, placement)
@@ -96,7 +97,7 @@ class Prober:
     def _measure(self, base: Path, sequences: Sequences, gradient_checkpointing: str, batch: int) -> Measurement | None:
         params, processes = self.params, self.processes
         seq_length = params.compute.seq_length
-        rows = np.arange(batch * processes.count * params.find_batch.steps) % len(sequences)
+        indices = np.arange(batch * processes.count * params.find_batch.steps) % len(sequences)
         ends = []
         with PeakMemory() as peak:
             kernels = choose_kernels(params.compute, params.quantization, params.lora, read_config(base))
@@ -117,13 +118,13 @@ class Prober:
             buffer = learner.parameters.buffer
             failed = False
             try:
-                for step, step_rows in enumerate(rows.reshape(params.find_batch.steps, -1)):
-                    learner.step(sequences, step_rows, step)
+                for step, step_indices in enumerate(indices.reshape(params.find_batch.steps, -1)):
+                    learner.step(sequences, step_indices, step)
                     if processes.count > 1 and learner.parameters.loss.isnan():
                         failed = True
                         break
                     ends.append(_now())
-                if not learner.micro_batch.graph_obstacle:  # a graph keeps its memory while train validates
+                if not learner.micro_batch.graph_obstacle:  # train validates while the graph keeps its memory
                     learner.processes = Processes.alone(processes.device)
                     learner.validate(_windows(sequences, seq_length))
             except torch.OutOfMemoryError:
@@ -132,7 +133,7 @@ class Prober:
                     buffer.fill_(torch.nan)
                     processes.sum_(buffer)
             else:
-                if processes.count > 1 and not failed:  # a process that failed after its last reduction joins here
+                if processes.count > 1 and not failed:  # joins the all-reduce of a process that failed after its steps
                     buffer.zero_()
                     processes.sum_(buffer)
                     failed = bool(buffer.isnan().any())
@@ -157,7 +158,7 @@ def _now() -> float:
 
 
 def _reserved_bytes() -> int:
-    """What the GPU's allocator holds after all that is free has been given back."""
+    """Frees unused memory. Returns the bytes that the GPU's allocator still reserves."""
     if not torch.cuda.is_available():
         return 0
     gc.collect()
@@ -168,9 +169,9 @@ def _reserved_bytes() -> int:
 class PeakMemory:
     """Peak GiB of the tensors that exist inside the block, on the GPU or the CPU.
 
-    On a GPU: what the allocator handed out. On a CPU: the bytes of all tensors, counted as operations create them and
-    as they are freed. The resident size of the process would also hold libraries and scratch space of kernels, which
-    differ from one CPU to the next.
+    On a GPU: the memory that the allocator has allocated. On a CPU: the bytes of all tensors, counted when operations
+    create them and when they are freed. The resident memory of the process would also count libraries and temporary
+    memory of kernels, which differ between CPUs.
     """
 
     def __init__(self) -> None:
@@ -196,12 +197,12 @@ class PeakMemory:
 
     @property
     def reserved_gib(self) -> float:
-        """With the unused part of the pool of a CUDA graph, which nothing else can use."""
+        """Also counts the unused part of a CUDA graph's memory pool, because other operations cannot use it."""
         return float(torch.cuda.max_memory_reserved()) / 2**30
 
 
 class _TensorBytes(TorchDispatchMode):
-    """Sees every operation, also those of autograd, and follows the storages of their results."""
+    """Counts the bytes of the storages that operations read and create, those of autograd too."""
 
     def __init__(self) -> None:
         super().__init__()

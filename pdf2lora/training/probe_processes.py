@@ -1,7 +1,7 @@
-"""The processes in which find_batch measures: as many as train uses, each with one GPU.
+"""The processes in which find_batch measures. There are as many as in train, each with one GPU.
 
-A process can die of lack of memory without harm to the search. All are replaced together after a failed probe that left
-memory behind, so no probe meets the fragments of another.
+If a process dies because memory runs out, the search continues. If a failed probe did not free its memory, all
+processes are replaced, so that the next probe starts with unfragmented memory.
 """
 
 import multiprocessing
@@ -21,16 +21,16 @@ from pdf2lora.training.batch_search import Measurement
 
 BASE = Path("models/base")
 TOKENS = Path("data/tokens")
-ANSWER_S = 600.0  # the longest time for one answer, the import of torch included
-GRACE_S = 5.0  # after a first failure, for the answers of the others
-NUM_TRIES = 2  # a killed process may have been killed for another reason than memory
+ANSWER_S = 600.0  # longest time for one answer; the first one includes the import of torch
+GRACE_S = 5.0  # time that the other processes have to answer after the first failure
+NUM_TRIES = 2  # a process may have been killed for another reason than memory
 
 
 @dataclass(frozen=True)
 class Capabilities:
     """The kernels, settings and memory that train can use here.
 
-    reference_reason: why the kernels are the reference ones although there is a GPU; "" otherwise.
+    reference_reason: why the reference kernels run although there is a GPU; empty in all other cases.
     free_gib: of the GPU with the least free memory, before the model is loaded.
     placements: of the decoder layers; resident_gib: GPU memory of the whole model.
     """
@@ -54,20 +54,20 @@ class MeasureRequest:
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """The answer where memory ended; is_clean: the processes hold no more than before the probe."""
+    """The answer of a process that ran out of memory. is_clean: it has freed all memory of the probe."""
 
     is_clean: bool
 
 
 class Killed(Exception):
-    """A process was ended by SIGKILL: the kernel sends it where memory ends, but not only then."""
+    """A process was ended by SIGKILL. Usually the kernel sends it because memory ran out."""
 
 
 Answer = Capabilities | Measurement | OutOfMemory | Exception
 
 
 class ProbeProcesses:
-    """Asks all processes the same and combines their answers."""
+    """Sends each request to all processes and combines their answers."""
 
     def __init__(self, params: Params, count: int):
         self.params, self.count = params, count
@@ -82,13 +82,14 @@ class ProbeProcesses:
         self.end()
 
     def capabilities(self) -> Capabilities:
-        """Raises:
-        InputError: the settings ask for something that this machine cannot run, or memory ended.
+        """
+        Raises:
+            InputError: the settings need something that this machine cannot run, or memory ran out.
         """
         answer = self._ask_with_retry(None)
         if answer is None:
             raise InputError(
-                "find_batch: memory ended before the base model was loaded, while torch and transformers were "
+                "find_batch: memory ran out before the base model was loaded, while torch and transformers were "
                 "imported. Free some (free -h shows it) and run dvc repro again."
             )
         assert isinstance(answer, Capabilities)
@@ -97,7 +98,7 @@ class ProbeProcesses:
     def measure(
         self, gradient_checkpointing: str, batch: int, budget_gib: float, placement: Placement
     ) -> Measurement | None:
-        """A probe's result; None if a process ran out of memory."""
+        """The measurement of a probe; None if a process ran out of memory."""
         answer = self._ask_with_retry(MeasureRequest(gradient_checkpointing, batch, budget_gib, placement))
         assert answer is None or isinstance(answer, Measurement)
         return answer
@@ -126,20 +127,20 @@ class ProbeProcesses:
         if any(isinstance(answer, Killed) for answer in answers):
             self.end()
             raise Killed
-        if any(isinstance(answer, OutOfMemory) for answer in answers):  # the others may have failed because of it
+        if any(isinstance(answer, OutOfMemory) for answer in answers):  # it can have caused the other failures
             are_clean = [isinstance(answer, OutOfMemory) and answer.is_clean for answer in answers]
             if len(answers) < self.count or not all(are_clean):
                 self.end()
             return None
         if errors := [answer for answer in answers if isinstance(answer, Exception)]:
             self.end()
-            raise min(errors, key=lambda error: "PeerLost" in str(error))  # the cause, not what it caused
+            raise min(errors, key=lambda error: "PeerLost" in str(error))  # the cause before its consequences
         first = answers[0]
         assert isinstance(first, (Capabilities, Measurement))
         return first
 
     def _receive(self) -> list[Answer]:
-        """The answers of all processes. After a first failure the others have GRACE_S, because they may wait for it."""
+        """The answers of the processes. After a first failure it waits only GRACE_S, because the others may hang."""
         answers: dict[int, Answer] = {}
         timeout_s = ANSWER_S
         while waiting := [index for index in range(self.count) if index not in answers]:
@@ -162,7 +163,7 @@ class ProbeProcesses:
         return list(answers.values())
 
     def _death(self, index: int) -> Exception:
-        """Why a process has ended without an answer."""
+        """The exception for a process that ended without an answer."""
         process = self.processes[index]
         process.join()
         if process.exitcode == -signal.SIGKILL:
@@ -183,13 +184,13 @@ class ProbeProcesses:
 
 
 def _serve(pipe: Connection, params: Params, environment: dict[str, str]) -> None:
-    """The life of a probe process: answers until the pipe closes, or until an error."""
+    """The main loop of a probe process: it answers requests until the pipe closes or an error occurs."""
     os.environ |= environment
     os.environ.pop(PIPE, None)
     prober: Any = None
     while True:
         try:
-            if prober is None:  # the import starts at once, before the first request
+            if prober is None:  # imports torch at once, before the first request
                 from pdf2lora.training.probe import Prober
 
                 prober = Prober(params)

@@ -1,4 +1,4 @@
-"""Warm-up steps, and warnings about trainings whose schedule does not do what its settings seem to say."""
+"""Warm-up steps, and warnings about schedules that probably do something else than the user expects."""
 
 import math
 
@@ -14,9 +14,9 @@ def num_warmup_steps(warmup_steps: float, num_steps: int) -> int:
 
 
 def schedule_warnings(train: Train, *, num_sequences: int, effective_batch: int) -> list[str]:
-    """Plain sentences with numbers and remedy; an ordinary training has none.
+    """One sentence for each problem, with numbers and remedy. An ordinary training has none.
 
-    In a warm-up, step k, counted from 0, has k / num_warmup of the full learning rate: the first step has 0.
+    During the warm-up, step k (the first one is 0) has k / num_warmup of the full learning rate.
     """
     num_steps = DataOrder(num_sequences, effective_batch, train.num_train_epochs, train.seed).num_steps
     num_warmup = num_warmup_steps(train.warmup_steps, num_steps) if train.lr_scheduler_type in WITH_WARMUP else 0

@@ -1,7 +1,7 @@
-"""How much of the GPU's arithmetic a training step uses.
+"""Model FLOP utilization of a training step (Chowdhery et al. 2022, PaLM, appendix B).
 
-Model FLOP utilization (Chowdhery et al. 2022, PaLM, appendix B) counts what the mathematics of a step asks for, not
-what is recomputed to save memory, over what the GPU's data sheet promises.
+It is the share of the GPU's peak rate (from its data sheet) that a step uses. Recomputation, which saves memory, does
+not count.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # doctor reads the table and imports neither torch nor transformers
     from transformers import LlamaConfig
 
-# Dense bfloat16 FLOP/s of the vendors' data sheets, in 1e12, by whole words of the name that CUDA gives.
+# Dense bfloat16 FLOP/s of the vendors' data sheets, in 1e12. The keys are whole words of the GPU's name in CUDA.
 PEAK_TFLOPS = {
     "B200": 2250,
     "H200": 989,
@@ -33,10 +33,11 @@ PEAK_TFLOPS = {
 
 
 def flop_per_token(config: "LlamaConfig", seq_length: int) -> float:
-    """FLOP of one token in a LoRA training step: forward, and gradients of activations but not of frozen weights.
+    """FLOP of one token in a LoRA training step: forward pass and gradients of activations, not of frozen weights.
 
-    2 for each weight of a product forward and 2 backward; causal attention reads half a sequence on average, with two
-    products forward and four backward (Dao 2023, FlashAttention-2, section 4). Embeddings and LoRA count nothing.
+    Each weight of a matrix product costs 2 FLOP forward and 2 backward. Causal attention reads half a sequence on
+    average, with two products forward and four backward (Dao 2023, FlashAttention-2, section 4). Embeddings and LoRA
+    are not counted.
     """
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -47,7 +48,7 @@ def flop_per_token(config: "LlamaConfig", seq_length: int) -> float:
 
 
 def peak_flop_per_s(gpu: str) -> float | None:
-    """The data sheet's dense bfloat16 rate of a GPU that is known by name."""
+    """The dense bfloat16 rate of a GPU's data sheet; None for a GPU that is not in PEAK_TFLOPS."""
     return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", gpu)), None)
 
 

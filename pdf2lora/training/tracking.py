@@ -1,7 +1,8 @@
-"""What a training writes down: dvclive's curves, the log file, a progress bar and, on request, accelerate's trackers.
+"""The records of a training: dvclive's curves, the log file, a progress bar and, on request, accelerate's trackers.
 
-metrics/train holds what a repeated run gives again: losses, learning rates, the peak of allocated GPU memory. It is an
-output of the pipeline: the last values are in git, the curves in DVC's cache. Numbers of one machine are monitor.py's.
+metrics/train has the numbers that a repeated run gives again: losses, learning rates, the peak of allocated GPU memory.
+It is an output of the pipeline: the last values are in git, the curves in DVC's cache. runtime/monitor.py writes the
+numbers of one machine.
 """
 
 import importlib.util
@@ -29,7 +30,7 @@ log = logging.getLogger("train")
 
 
 def log_to_file(folder: Path) -> Path:
-    """Sends log records to logs/training_<timestamp>.log; returns the file."""
+    """Writes log records to logs/training_<timestamp>.log. Returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
     handler = logging.FileHandler(file, encoding="utf-8")
@@ -40,12 +41,13 @@ def log_to_file(folder: Path) -> Path:
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Raises:
-    InputError: the package of a tracker is not installed.
+    """
+    Raises:
+        InputError: the package of a tracker is not installed.
     """
     for name in names:
         package = importlib.util.find_spec(name)
-        if package is None or package.origin is None:  # no origin: a folder of this name, as trackers leave behind
+        if package is None or package.origin is None:  # no origin: only a folder of this name, which trackers make
             raise InputError(
                 f"train.report_to: the package of tracker {name!r} is not installed. Install it with "
                 f"pip install {name}, or choose none."
@@ -53,10 +55,10 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of accelerate that train.report_to names, with all of params.yaml as the run's configuration.
+    """accelerate's trackers in train.report_to. The configuration of their run is the whole of params.yaml.
 
-    The run has the name of the DVC experiment, or else of corpus and model. Files go to the main checkout, because a
-    temporary copy (`dvc exp run --temp`) is removed.
+    The run has the name of the DVC experiment; without one, the names of corpus and model. Its files are in the main
+    checkout, because DVC removes the temporary copy of `dvc exp run --temp`.
     """
 
     def __init__(self, params: Params, names: Sequence[str]):
@@ -64,7 +66,7 @@ class Trackers:
 
         run = os.environ.get("DVC_EXP_NAME", f"{params.corpus} on {params.model}")
         project = os.environ.get("WANDB_PROJECT", "pdf2lora")
-        folder = project_root() / "logs" / f"{datetime.now():%Y%m%d_%H%M%S} {run}"  # TensorBoard takes its name
+        folder = project_root() / "logs" / f"{datetime.now():%Y%m%d_%H%M%S} {run}"  # TensorBoard shows this name
         own: dict[str, dict[str, Any]] = {
             "wandb": {
                 "name": os.environ.get("WANDB_NAME", run),
@@ -94,7 +96,7 @@ class Trackers:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """{"lora": {"r": 8}} -> {"lora.r": 8}; lists become text, since not every tracker takes them."""
+    """{"lora": {"r": 8}} -> {"lora.r": 8}. Lists become text, because some trackers do not support them."""
     flat: dict[str, str | int | float | bool] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -105,10 +107,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | flo
 
 
 class Tracker:
-    """Writes log entries, in the main process only; measures the time of steps.
+    """Writes log entries in the main process, and measures the time of steps.
 
-    dvclive's own callbacks are not used: they rewrite dvc.yaml, and they lose the steps before a checkpoint, because
-    DVC removes the outputs of a stage before it runs. start() writes the checkpoint's history again.
+    dvclive's own callbacks are not used: they rewrite dvc.yaml, and after a resume they lack the earlier steps, because
+    DVC removes the outputs of a stage before it runs. start() writes the history of the checkpoint again.
     """
 
     def __init__(self, folder: Path, processes: Processes, trackers: Trackers | None, *, tokens_per_step: float):
@@ -117,7 +119,7 @@ class Tracker:
         self.tokens_per_step = tokens_per_step
         self.live: Any = None
         if self.is_main:
-            from dvclive import Live  # imports pandas, which the probes of find_batch and other processes do not need
+            from dvclive import Live  # imports pandas, which only the main process of train needs
 
             self.live = Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
         self.progress: Any = None
@@ -154,8 +156,10 @@ class Tracker:
         self.progress.update()
 
     def end(self, kept_step: int | None = None, replay_share: float | None = None) -> None:
-        """For metrics/train/metrics.json: the step whose adapter train kept, if it is not the last one, and the share
-        of the training tokens that were replay text, if there was any.
+        """Writes the last entries of metrics/train/metrics.json.
+
+        kept_step: the step whose adapter train kept, if it is not the last one.
+        replay_share: the share of the training tokens that were replay text, if there was any.
         """
         self.progress.close()
         if self.live:
@@ -170,12 +174,12 @@ class Tracker:
 
     @property
     def seconds(self) -> float:
-        """From the first step to now."""
+        """Time since the first step began."""
         return time.time() - self.first_step_at
 
     @property
     def median_step_s(self) -> float | None:
-        """Of all steps but the first, which compiles kernels; validation and checkpoints count in few of them."""
+        """Median time of a step without the first one, which compiles kernels. Few steps validate or save."""
         steps = np.diff(self.step_starts[1:])
         return float(np.median(steps)) if len(steps) else None
 

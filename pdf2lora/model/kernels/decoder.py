@@ -1,11 +1,11 @@
 """A decoder layer (pdf2lora/model/architectures.py) as one autograd function with a hand-written backward pass.
 
-Autograd would add the gradients of several readers of one tensor, keep activations that are cheap to recompute, and
-recompute too much under checkpointing. Here
+With autograd, gradients of one tensor from several projections need extra additions, activations that are cheap to
+recompute stay in memory, and checkpointing recomputes too much. Here
 - RMSNorm adds the residual, in both passes,
 - one product gives the gradient of the input of several projections,
 - gradients overwrite activations that are no longer needed,
-- `GradientCheckpointing` decides on the activations that stay in memory between the passes:
+- `GradientCheckpointing` selects the activations that stay in memory between the passes:
 
     value     bytes per token and layer (3B)   recomputed in the backward pass
     NONE      68 K                             nothing
@@ -33,7 +33,7 @@ from pdf2lora.model.layer_stream import LayerStream
 
 
 class Activations:
-    """Activations of one layer for its backward pass. An attribute exists from its computation until drop()."""
+    """Activations of one layer for its backward pass. An attribute exists until drop() deletes it."""
 
     total: Tensor  # residual + update, (tokens, hidden)
     rstd: Tensor  # 1 / RMS of total, (tokens,), float32
@@ -101,7 +101,7 @@ class DecoderLayer:
         return result
 
     def parts(self, context: ForwardContext, activations: Activations) -> attention.Parts:
-        """Rotated queries and keys, and values. With a head norm it computes them anew in each call."""
+        """Rotated queries and keys, and values. With a head norm, each call computes them again."""
         query, key, value = context.heads.split(activations.qkv)
         if self.head_norm is None:
             return query, key, value
@@ -187,7 +187,7 @@ class _Layer(torch.autograd.Function):
         down, activations.down_low_rank = layer.down.forward(layer.activate(context, activations), context)
         total_mlp = activations.total_mlp
         if training:
-            # Without detach() the tensors' history refers to ctx, and the reference cycle keeps the memory.
+            # Without detach(), the tensors' autograd history refers to ctx. This reference cycle would keep the memory.
             activations.total, activations.total_mlp = activations.total.detach(), total_mlp.detach()
             layer.drop_mlp(context, activations)
             ctx.layer, ctx.context, ctx.activations = layer, context, activations

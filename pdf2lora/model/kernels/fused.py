@@ -37,7 +37,7 @@ class FusedForward:
         """model: a PeftModel that fused_obstacle() accepts, with 4-bit layers. fp8: frozen products in training only.
 
         Raises:
-            InputError: the modules of the model are not those that the kernels compute.
+            InputError: the kernels do not support a module of the model.
         """
         self.model = model
         self.gradient_checkpointing = gradient_checkpointing
@@ -59,10 +59,10 @@ class FusedForward:
                 for projections in layer.projections:
                     projections.frozen.compute_fp8_scales()
 
-    def set_dropout(self, seed: int, first_row: int) -> None:
+    def set_dropout(self, seed: int, first_sequence: int) -> None:
         """See DropoutState.set."""
         if self.dropout_state is not None:
-            self.dropout_state.set(seed, first_row)
+            self.dropout_state.set(seed, first_sequence)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         batch, seq_length = input_ids.shape
@@ -113,16 +113,16 @@ OTHER_MODULES = frozenset(
 
 
 def _check_modules(model: Any, decoder: Any) -> None:
-    """A second guard behind fused_obstacle(): the modules that transformers and PEFT have built."""
+    """A second check after fused_obstacle(): of the modules that transformers and PEFT have built."""
     remedy = "Use compute.kernels: reference."
     package = type(decoder).__module__
     if package.split(".")[:2] != ["transformers", "models"] or package.split(".")[2] not in FUSED_RULES:
-        raise InputError(f"the fused kernels do not compute {type(decoder).__name__} of {package}. {remedy}")
+        raise InputError(f"the fused kernels do not support {type(decoder).__name__} of {package}. {remedy}")
     projections = []
     for layer in decoder.layers:
         for parent in (layer, layer.self_attn, layer.mlp):
             if unknown := [name for name, _ in parent.named_children() if name not in PROJECTIONS | OTHER_MODULES]:
-                raise InputError(f"the fused kernels do not compute the module {unknown[0]} of a layer. {remedy}")
+                raise InputError(f"the fused kernels do not support the module {unknown[0]} of a layer. {remedy}")
         block = layer.self_attn
         if abs(block.scaling * block.head_dim**0.5 - 1) > 1e-6:
             raise InputError(
@@ -133,8 +133,6 @@ def _check_modules(model: Any, decoder: Any) -> None:
     for module in projections:
         weight = getattr(module, "base_layer", module)
         if not isinstance(weight, bnb.nn.Linear4bit) or weight.weight.data.dtype != torch.uint8:
-            raise InputError(
-                f"the fused kernels need layers of 4 bits, the model has a {type(weight).__name__}. {remedy}"
-            )
+            raise InputError(f"the fused kernels need 4-bit layers, the model has a {type(weight).__name__}. {remedy}")
     if others := [module for module in lora_layers(model) if module not in projections]:
-        raise InputError(f"the fused kernels do not compute LoRA of {type(others[0]).__name__}. {remedy}")
+        raise InputError(f"the fused kernels do not support LoRA on {type(others[0]).__name__}. {remedy}")

@@ -17,13 +17,13 @@ from pdf2lora.model.dropout import DropoutRate
 from pdf2lora.model.kernels.dropout import FEATURES_PER_CALL, draw, unpack
 
 MAX_LORA_RANK = 256  # a tile must fit into registers and into 99 KiB of shared memory, the limit of consumer GPUs
-TOKENS_OF_A_SPLIT = 2048  # one program sums their share of A's gradient in a fixed order: the result does not vary
+TOKENS_OF_A_SPLIT = 2048  # one program sums their part of A's gradient in a fixed order, so the result is deterministic
 
 
 class DropoutCounter(NamedTuple):
     """Selects the random bits of the projections that read one x: see pdf2lora.model.dropout.
 
-    state: (2,), int64, [seed, first_row]; layer_index: of the first projection, the others follow it.
+    state: (2,), int64, [seed, first_sequence]; layer_index: of the first projection, the others follow it.
     """
 
     state: Tensor

@@ -89,7 +89,7 @@ class Projections:
         if x.fp8 is not None:
             return self.frozen.forward(x).addmm_(low_rank.values, self.b.t()), low_rank
         assert x.values is not None
-        # In this order the large product reads what it adds to, at almost no cost.
+        # The small product first: the large one then adds to it at almost no cost.
         small = self.frozen.add_bias(low_rank.values, self.b.t())
         return small.addmm_(x.values, self.frozen.weight().t()), low_rank
 
