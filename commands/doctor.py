@@ -1,7 +1,7 @@
 """doctor: checks params.yaml, the corpus, the source model and this machine, and forecasts the run
 
-It takes two seconds and changes nothing. It imports torch only if this machine may read back 4-bit weights wrongly,
-which takes five seconds more. The exit status is 1 if the run would fail.
+It takes two seconds and changes nothing. If this machine may read 4-bit weights back wrongly, it also imports torch for
+a check, which takes five seconds more. The exit status is 1 if the run would fail.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """train: models/base, data/tokens, metrics/batch.json -> models/adapter/, metrics/train/
 
-Runs in one process per GPU (compute.num_processes). accelerate launch and torchrun can start it, too.
+Runs in one process per GPU (compute.num_processes). accelerate launch and torchrun can also start it.
 """
 
 from pathlib import Path

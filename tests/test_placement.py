@@ -57,8 +57,13 @@ def test_the_needs_of_streamed_layers(params_with):
 @pytest.mark.parametrize(
     ("settings", "shape", "gib", "words"),
     [
-        ({}, OTHER_FAMILY, 6, ["needs 5.3 GiB", "budget is 5.0 GiB", "its layers cannot wait", "smaller base model"]),
-        ({"placement": "host"}, OTHER_FAMILY, 80, ["'host'", "its layers cannot wait", "Use 'auto'"]),
+        (
+            {},
+            OTHER_FAMILY,
+            6,
+            ["needs 5.3 GiB", "budget is 5.0 GiB", "its layers cannot be in host memory", "smaller base model"],
+        ),
+        ({"placement": "host"}, OTHER_FAMILY, 80, ["'host'", "its layers cannot be in host memory", "Use 'auto'"]),
         ({"placement": "host", "bits": 8}, SHAPE, 80, ["'host'", "quantization.bits 4", "Use 'auto'"]),
         ({"placement": "gpu"}, SHAPE, 6, ["needs 5.3 GiB", "Use quantization.placement auto"]),
         ({"bits": 16}, SHAPE, 12, ["needs 15.0 GiB", "fewer bits"]),

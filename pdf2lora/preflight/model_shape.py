@@ -21,7 +21,7 @@ class ModelShape:
     num_bytes: int
     """of the files of weights"""
     can_be_packed: bool = True
-    """Its layers can be packed in 4 bits and wait in host memory."""
+    """Whether its layers can be packed in 4 bits and be in host memory."""
 
     def lora_parameters(self, lora: Lora) -> int:
         """Number of LoRA parameters. A and B of each layer have r x (in + out); DoRA adds `out` magnitudes."""

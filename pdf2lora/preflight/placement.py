@@ -36,7 +36,7 @@ def placement(params: Params, shape: ModelShape, gpus: Sequence[Gpu]) -> Finding
     budget_gib = gpu_budget_gib(params, gpus)
     base_gib = shape.base_gib(quantization)
     if not streams_layers(params, shape, gpus):
-        streaming = "" if shape.can_be_packed else "; its layers cannot wait in host memory"
+        streaming = "" if shape.can_be_packed else "; its layers cannot be in host memory"
         if quantization.placement == "host":
             streaming = streaming or "; they need quantization.bits 4"
             return Finding("problem", "placement", f"quantization.placement is 'host'{streaming}. Use 'auto'.")
@@ -51,8 +51,8 @@ def placement(params: Params, shape: ModelShape, gpus: Sequence[Gpu]) -> Finding
     fixed_gib = base_gib - layers_gib + 2 * layers_gib / shape.num_layers
     copies_s = 2 * layers_gib / LINK_GIB_PER_S
     text = (
-        f"layers in host memory: {layers_gib:.1f} GiB pinned there, {fixed_gib:.1f} GiB and the activations on the "
-        f"GPU; copies take about {copies_s:.2g} s per micro-batch, hidden if it computes longer"
+        f"layers in host memory: {layers_gib:.1f} GiB there (pinned), {fixed_gib:.1f} GiB and the activations on the "
+        f"GPU; the copies of a micro-batch take about {copies_s:.2g} s, at no cost if its computation takes longer"
     )
     if fixed_gib > budget_gib:
         return Finding("problem", "placement", f"{text}. The budget is {budget_gib:.1f} GiB. Use a smaller base model.")
