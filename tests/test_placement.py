@@ -47,7 +47,10 @@ def test_the_needs_of_streamed_layers(params_with):
     """6.98 billion weights in 4.127 bits are 3.35 GiB; embeddings and head are 1.96 GiB, two layers 0.21 GiB."""
     fits = placement(params_with(), SHAPE, gpus(6))
     assert fits.level == "ok"
-    assert "3.4 GiB pinned there, 2.2 GiB and the activations on the GPU; copies take about 0.15 s" in fits.text
+    assert (
+        "3.4 GiB there (pinned), 2.2 GiB and the activations on the GPU; the copies of a micro-batch take about 0.15 s"
+        in fits.text
+    )
 
     too_small = placement(params_with(), SHAPE, gpus(3))
     assert too_small.level == "problem"

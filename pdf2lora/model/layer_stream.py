@@ -1,4 +1,4 @@
-"""Decoder layers that wait in host memory. Two buffers on the GPU hold the current layer and the next one.
+"""Decoder layers in host memory. Two buffers on the GPU hold the current layer and the next one.
 
 While layer n computes, the next layer is copied: layer n + 1 in the forward pass, layer n - 1 in the backward pass. A
 layer is copied twice per micro-batch. The copy costs no time if it is shorter than the computation of a layer: on a

@@ -58,7 +58,7 @@ class DecoderLayer:
     """One layer of a PeftModel's decoder. Refers to the PeftModel's weights and LoRA matrices."""
 
     def __init__(self, number: int, layer: Any, dtype: torch.dtype, stream: LayerStream | None = None):
-        """stream: of the frozen weights, if they wait in host memory."""
+        """stream: of the frozen weights, if they are in host memory."""
         block, mlp = layer.self_attn, layer.mlp
         self.number, self.stream = number, stream
         self.norm, self.norm_mlp = layer.input_layernorm, layer.post_attention_layernorm
