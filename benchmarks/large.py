@@ -1,6 +1,6 @@
 """Tokens/s and peak memory of a training step of an 8B or 70B Llama, its layers in GPU memory or in host memory.
 
-    python -m benchmarks.large <8b|70b> <kernels> <placement> <gradient_checkpointing>:<batch>[:<seq_length>] [...]
+    python -m benchmarks.large <3b|8b|70b> <kernels> <placement> <gradient_checkpointing>:<batch>[:<seq_length>] [...]
 
 The weights are random, and all layers share the packed weights of one layer: time and GPU memory of streamed layers do
 not depend on it, but `gpu` reports too little memory (it prints the sum that own layers would need as resident_gib).
