@@ -280,7 +280,8 @@ class Project:
                 event += f"; {seconds:.0f} s later: {error_line(work.with_suffix('.txt').read_text())!r}"
                 if seconds > END_S:
                     raise Failed(f"{delay:.1f} s after {event}; the job ended more than {END_S:.0f} s later")
-        if running and fault.after_checkpoint and fault.signum in (signal.SIGTERM, signal.SIGINT):
+        # Without a checkpoint, the training had just ended and removed them.
+        if running and newest and fault.after_checkpoint and fault.signum in (signal.SIGTERM, signal.SIGINT):
             psutil.wait_procs(running, TIMEOUT_S)
             require_newer(newest, valid_checkpoints(work), self.last_step)
         self.missed += not processes
