@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from pdf2lora.errors import InputError
+from pdf2lora.runtime import manifest
 from pdf2lora.runtime.manifest import MANIFEST, find_damage, read_manifest, require_intact, start_check, write_manifest
 
 
@@ -53,3 +54,20 @@ def test_check_in_a_thread_raises_where_its_result_is_needed(folder: Path) -> No
     wait = start_check(folder, made_by="convert")
     with pytest.raises(InputError, match=r"dvc repro --force convert"):
         wait()
+
+
+@pytest.mark.parametrize(("large_bytes", "num_threads"), [(2**20, 0), (1, 1)])
+def test_small_files_are_hashed_without_threads(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, large_bytes: int, num_threads: int
+) -> None:
+    started = []
+
+    class CountingPool(manifest.ThreadPoolExecutor):
+        def __enter__(self) -> "CountingPool":
+            started.append(self)
+            return self
+
+    monkeypatch.setattr(manifest, "ThreadPoolExecutor", CountingPool)
+    monkeypatch.setattr(manifest, "LARGE_BYTES", large_bytes)
+    assert find_damage(folder) is None
+    assert len(started) == num_threads

@@ -14,6 +14,7 @@ from pdf2lora.errors import InputError
 from pdf2lora.runtime.files import file_sha256, write_json
 
 MANIFEST = "manifest.json"
+LARGE_BYTES = 2**28
 
 
 def write_manifest(folder: Path, **metadata: object) -> None:
@@ -63,6 +64,12 @@ def start_check(folder: Path, *, made_by: str) -> Callable[[], None]:
 
 
 def _hash_files(folder: Path, names: Collection[str]) -> dict[str, str]:
-    """name -> SHA-256. In threads, because hashlib releases the GIL and one core hashes only 1 to 2 GB/s."""
+    """name -> SHA-256. Large files in threads, because hashlib releases the GIL and one core hashes only 1 to 2 GB/s.
+
+    Small files, such as a checkpoint's, without: Python 3.11 waits forever for a thread that finds no memory to start.
+    """
+    paths = [folder / name for name in names]
+    if sum(path.stat().st_size for path in paths) < LARGE_BYTES:
+        return dict(zip(names, map(file_sha256, paths), strict=True))
     with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(lambda name: file_sha256(folder / name), names), strict=True))
+        return dict(zip(names, pool.map(file_sha256, paths), strict=True))
