@@ -1,4 +1,4 @@
-"""Measures time and memory of split, tokenize and report on synthetic corpora of different sizes.
+"""Measures time and memory of split, tokenize and report, or of extract, on synthetic corpora of different sizes.
 
     python -m benchmarks.documents <results.json> [<number of documents> ...]
 
@@ -6,6 +6,9 @@ Writes data/documents.jsonl of a project in a temporary folder (--folder selects
 runs the stages there, each in a new process, and split and tokenize a second time with one more document. The documents
 are random phrases, 48,000 characters each; every twentieth one is an edited copy of the one before. `read` opens the
 tokens as find_batch, train and evaluate do, and reads each token once in a random order.
+
+With --extract it writes the texts as PDFs of 16 pages and runs extract, a second time with one more PDF. It needs
+reportlab (requirements-dev.txt).
 
 Needs the demo's outputs (make repro) for the base model and the report.
 """
@@ -18,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -41,6 +45,7 @@ NUM_CHARACTERS = 48_000
 NUM_WORDS = 50_000  # of the synthetic language
 NUM_PHRASES, PHRASE_WORDS = 200_000, 3
 COPY_EVERY = 20
+LINES_PER_PAGE = 41  # 16 pages
 EDITED_SHARE = 0.02
 EXTRAPOLATED = 100_000
 READ = """
@@ -61,6 +66,7 @@ def main() -> None:
     parser.add_argument("sizes", type=int, nargs="*", default=SIZES)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--split-only", action="store_true", help="leave out tokenize and report")
+    parser.add_argument("--extract", action="store_true", help="measure extract, and no other stage")
     arguments = parser.parse_args()
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
@@ -72,7 +78,8 @@ def main() -> None:
     for size in arguments.sizes:
         stages = results["sizes"][size] = {}
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            for name, numbers in measure(Path(folder), size, arguments.split_only):
+            measured = measure(Path(folder), size, arguments.split_only)
+            for name, numbers in measure_extract(Path(folder), size) if arguments.extract else measured:
                 stages[name] = numbers
                 print(size, name, numbers, flush=True)
                 write_json(arguments.results, results)
@@ -96,6 +103,34 @@ def measure(project: Path, size: int, split_only: bool) -> Iterator[tuple[str, d
     write_results(project)
     numbers = run(project, "-m", "stages.report")
     yield "report", numbers | {"page_mib": round((project / "reports/index.html").stat().st_size / 2**20, 2)}
+
+
+def measure_extract(project: Path, size: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same for extract."""
+    write_project(project)
+    corpus = project / "data/pdfs/synthetic"
+    corpus.mkdir()
+    params = (project / "params.yaml").read_text(encoding="utf-8")
+    (project / "params.yaml").write_text(params.replace("corpus: demo", "corpus: synthetic", 1), encoding="utf-8")
+    texts = synthetic_texts()
+    for num_texts, suffix in ((size, ""), (1, ", one document more")):
+        for text in islice(texts, num_texts):
+            write_pdf(corpus / f"{text_sha256(text)[:20]}.pdf", text)
+        yield "extract" + suffix, run(project, "-m", "stages.extract")
+
+
+def write_pdf(path: Path, text: str) -> None:
+    from reportlab.pdfgen.canvas import Canvas
+
+    canvas = Canvas(str(path))
+    lines = textwrap.wrap(text, 80)
+    for first in range(0, len(lines), LINES_PER_PAGE):
+        page = canvas.beginText(70, 780)
+        for line in lines[first : first + LINES_PER_PAGE]:
+            page.textLine(line)
+        canvas.drawText(page)
+        canvas.showPage()
+    canvas.save()
 
 
 def run(project: Path, *arguments: str) -> dict[str, Any]:
