@@ -14,8 +14,8 @@ from pdf2lora.runtime.locks import exclusive_lock
 from pdf2lora.token_files import TokenFile
 from pdf2lora.tokens import Tokens
 
-LOCK_TIMEOUT_S = 60.0  # experiments that run at the same time have one cache
-ROW = np.dtype([("text", "S64"), ("tokens", "S64")])  # SHA-256 of the tokenizer's key and the text; of the tokens
+LOCK_TIMEOUT_S = 60.0  # experiments that run at the same time share the cache
+ROW = np.dtype([("text", "S64"), ("tokens", "S64")])  # SHA-256 of the key and the text; SHA-256 of the tokens
 ROWS = "_rows.npy"
 
 Row = tuple[bytes, bytes]
@@ -25,7 +25,7 @@ class TokenCache:
     """A copy of data/tokens of the last run, and a row for each document in it."""
 
     def __init__(self, folder: Path, key: str):
-        """folder: an existing folder. key: changes with everything that can change the tokens of a text."""
+        """folder: an existing folder. key: differs if something differs that can change the tokens of a text."""
         self.folder, self.key = folder, key
         self.num_new = 0  # texts that were encoded
         self._rows: dict[str, list[Row]] = {}  # of this run
@@ -67,7 +67,7 @@ class TokenCache:
         yield from known()
 
     def replace(self, tokens: Path) -> None:
-        """Keeps the files of this run instead.
+        """Replaces the copy of the last run by one of this run.
 
         tokens: the folder data/tokens that was written with the results of encode().
         """

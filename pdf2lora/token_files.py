@@ -1,4 +1,4 @@
-"""data/tokens: the token ids of each split in files that are memory-mapped, so that no stage holds the corpus.
+"""data/tokens: the token ids of each split. The files are memory-mapped, so no stage holds all tokens in memory.
 
 <split>.npy            (num_tokens,) int32: bos, document, eos, bos, document, eos, ...; no bos if the model has none
 <split>_documents.npy  (num_documents, 2) int64: begin and end of each document's tokens in this array
@@ -23,7 +23,7 @@ EncodeBatches = Callable[[Callable[[list[str]], list[Tokens]], Iterable[list[str
 
 @dataclass(frozen=True)
 class TokenFile:
-    """The tokens of one split. The arrays are memory-mapped: only the parts that are read are in memory."""
+    """The tokens of one split. The arrays are memory-mapped: only the parts in use are in memory."""
 
     stream: Tokens
     bounds: NDArray[np.int64]
@@ -50,7 +50,7 @@ class TokenFile:
 
 
 def encode_texts(encoder: Encoder, texts: Iterable[str], run: EncodeBatches = map) -> Iterator[Tokens]:
-    """The tokens of each text, int32. Reads one batch of texts at a time.
+    """Yields the int32 tokens of each text. Reads one batch of texts at a time.
 
     run: like `map`, for a function and batches of texts; it can compute on other machines.
     """
@@ -63,7 +63,7 @@ def _encode_batch(encoder: Encoder, texts: Sequence[str]) -> list[Tokens]:
 
 
 def write_tokens(folder: Path, split: str, documents: Iterable[Tokens], encoder: Encoder) -> dict[str, int]:
-    """Writes the files of one split. The memory does not grow with the number of tokens.
+    """Writes the files of one split. Its memory does not grow with the number of tokens.
 
     documents: the int32 tokens of each document.
 

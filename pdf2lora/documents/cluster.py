@@ -18,7 +18,7 @@ from pdf2lora.documents.sources import Source
 from pdf2lora.errors import InputError
 from pdf2lora.runtime.cluster import WorkersDied, open_cluster
 
-NUM_WAITING = 2000  # PDFs at the scheduler at a time, enough for 500 cores
+NUM_WAITING = 2000  # names of PDFs at the scheduler at a time, enough for 500 cores
 
 
 def extract_on_cluster(
@@ -29,8 +29,8 @@ def extract_on_cluster(
     scheduler, shared_corpus: the settings `cluster.scheduler` and `cluster.corpus`.
 
     Raises:
-        InputError: a PDF changed; the scheduler does not answer; a worker is missing or cannot read PDFs as this
-            machine does.
+        InputError: a PDF changed; the scheduler does not answer or has no worker; a worker cannot read the PDFs, or
+            has other code or packages.
     """
     if not sources:
         return

@@ -1,4 +1,4 @@
-"""The PDFs of a corpus -> one record per PDF. PDFs that were extracted before are read from a cache."""
+"""The PDFs of a corpus -> one Document per PDF. The results of earlier runs are read from a cache."""
 
 import json
 from collections import Counter
@@ -26,7 +26,7 @@ Extract = Callable[[Path, Mapping[Source, str], Mapping[str, Any]], Iterator[tup
 def extract_corpus(
     folder: Path, sources: Sequence[Source], cache: Path, settings: Mapping[str, Any], run: Extract
 ) -> Iterator[Document]:
-    """Yields one Document per source, in the order of `sources`. Holds no text but the current one.
+    """Yields one Document per source, in the order of `sources`. Only the current text is in memory.
 
     folder: the corpus folder.
     cache: a folder of finished extractions, by SHA-256 of the PDF. A PDF in the cache is not read again.
@@ -72,10 +72,10 @@ def _hash_all(folder: Path, sources: Sequence[Source]) -> dict[Source, str | Rea
 def _fill_cache(
     folder: Path, hashes: Mapping[Source, str | Reason], cache: Path, settings: Mapping[str, Any], run: Extract
 ) -> dict[str, Extraction]:
-    """Extracts the PDFs that are not in the cache. Writes each one at once: an interrupted stage loses nothing.
+    """Extracts the PDFs that are not in the cache. Writes each result at once, so an interrupted stage keeps it.
 
-    Returns SHA-256 -> extraction of the PDFs that crashed an engine. They are not cached, because the machine can be
-    the cause.
+    Returns SHA-256 -> extraction of the PDFs that crashed an engine. They are not cached, because the cause can be the
+    machine.
     """
     missing: dict[str, Source] = {}  # the first source of each content
     for source, sha256 in hashes.items():

@@ -1,4 +1,4 @@
-"""Text of many PDFs, in parallel. The unit of work is one PDF, read by worker processes that can be killed."""
+"""Reads the text of many PDFs in parallel. A task is one PDF; worker processes that can be killed read it."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,13 +18,13 @@ from pdf2lora.documents.worker import Worker
 from pdf2lora.runtime.files import file_sha256
 from pdf2lora.runtime.parallel import num_cores
 
-PACKAGES = ("PyPDF2", "pypdfium2", "py3langid")  # another version can read another text
+PACKAGES = ("PyPDF2", "pypdfium2", "py3langid")  # another version can give another text or language
 WAITING_PER_CORE = 4  # tasks that are submitted before the first one has finished
 POLL_S = 10
 
 
 class Reader:
-    """Reads PDFs with the settings of the section `extract` of params.yaml. Each thread needs its own one."""
+    """Reads PDFs with the settings of the section `extract` of params.yaml. Each thread needs its own Reader."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Reader:
 
 
 def _read(worker: Worker, file: Path, engine: str, pages: Sequence[int]) -> Attempt:
-    """The machine can be the cause of a crash (memory, kill -9), so a crash is tried once more."""
+    """The machine can be the cause of a crash (memory, kill -9), so after a crash the file is read once more."""
     attempt = worker.read(file, engine, pages)
     return worker.read(file, engine, pages) if attempt.outcome == Reason.CRASHED else attempt
 
@@ -70,8 +70,9 @@ def extract(
 ) -> Iterator[tuple[Source, Extraction]]:
     """Yields (source, extraction) as they finish. The results do not depend on num_workers.
 
-    sources: each PDF with the SHA-256 of its bytes. settings: the section `extract` of params.yaml. num_workers: None
-    starts one worker per core.
+    sources: each PDF with the SHA-256 of its bytes.
+    settings: the section `extract` of params.yaml.
+    num_workers: None means one worker per core.
 
     Raises:
         InputError: a PDF changed.
@@ -95,7 +96,8 @@ def run_all(
 ) -> Iterator[tuple[Source, Future[Extraction]]]:
     """Submits all sources, at most num_waiting at a time. Yields the futures as they finish.
 
-    num_waiting: 1 or more. poll: is called when no task finishes for POLL_S seconds.
+    num_waiting: 1 or more.
+    poll: is called if no task finishes for POLL_S seconds.
     """
     waiting: dict[Future[Extraction], Source] = {}
     finished: SimpleQueue[Future[Extraction]] = SimpleQueue()

@@ -11,16 +11,16 @@ from pdf2lora.documents.word_hashes import Hashes, ngram_hashes, word_hashes
 from pdf2lora.runtime.parallel import Workers, batches
 
 NGRAM_WORDS = 13  # as in Brown et al. 2020, Language Models are Few-Shot Learners, appendix C
-MAX_TEST_NGRAMS = 2**24  # that are held in memory, 8 bytes each
+MAX_TEST_NGRAMS = 2**24  # in memory, 8 bytes each
 
 
 def leakage(train: Iterable[str], test: Iterable[str], folder: Path, workers: Workers) -> float | None:
     """Returns the share of the word 13-grams of `test` that are also in `train`; None if `test` has no 13-gram.
 
-    Exact up to MAX_TEST_NGRAMS, about 2,000 test documents of 48,000 characters. Of more, a random part is compared:
-    those whose hash is small.
+    The share is exact up to MAX_TEST_NGRAMS (about 2,000 test documents of 48,000 characters). If there are more, only
+    the 13-grams with a small hash are compared, which is a random part.
 
-    folder: for a temporary file, which other processes read.
+    folder: for a temporary file that the workers read.
     """
     ngrams, max_hash = _collect(test, workers)
     if not len(ngrams):
@@ -38,7 +38,10 @@ def leakage(train: Iterable[str], test: Iterable[str], folder: Path, workers: Wo
 
 
 def _collect(test: Iterable[str], workers: Workers) -> tuple[Hashes, np.uint64]:
-    """The hashes of the 13-grams of `test`, or those of at most the second value."""
+    """Returns the hashes of the 13-grams of `test` that are at most max_hash, and max_hash.
+
+    max_hash is halved until at most MAX_TEST_NGRAMS remain.
+    """
     max_hash = np.uint64(2**64 - 1)
     kept = [np.empty(0, dtype=np.uint64)]
     num_kept = 0
@@ -57,9 +60,9 @@ def _ngrams(texts: Sequence[str]) -> Hashes:
 
 
 def _places_in(file: Path, max_hash: np.uint64, texts: Sequence[str]) -> NDArray[np.intp]:
-    """Where the 13-grams of the texts are in the sorted hashes of a file; of equal hashes the first place."""
+    """Returns the places of the texts' 13-grams in the sorted hashes of a file: the first place of equal hashes."""
     ngrams = np.load(file, mmap_mode="r")
     hashes = _ngrams(texts)
-    hashes = np.sort(hashes[hashes <= max_hash])  # sorted ones are found faster
+    hashes = np.sort(hashes[hashes <= max_hash])  # searchsorted finds sorted hashes faster
     places = np.minimum(np.searchsorted(ngrams, hashes), len(ngrams) - 1)
     return np.asarray(places[ngrams[places] == hashes])

@@ -10,15 +10,17 @@ from pdf2lora.documents.word_hashes import Hashes, mix, ngram_hashes
 
 SHINGLE_WORDS = 5
 NUM_PERMUTATIONS = 128
-MAX_MISSED = 0.01  # largest probability that a pair of the wanted similarity is not compared
+MAX_MISSED = 0.01  # largest probability that a pair with the given similarity is not compared
 
 Sketch = NDArray[np.uint32]  # (NUM_PERMUTATIONS,)
 
 
 def sketch(words: Hashes) -> Sketch:
-    """The MinHash of a text's 5-word shingles. Equal entries of two sketches estimate their Jaccard similarity.
+    """The MinHash of a text's 5-word shingles.
 
-    words: see word_hashes. A text with fewer words is one shingle. The permutations are seeded.
+    The share of equal entries of two sketches estimates the Jaccard similarity of the texts.
+
+    words: see word_hashes. A text with fewer than 5 words is one shingle.
     """
     shingles = ngram_hashes(words, min(SHINGLE_WORDS, len(words)))
     smallest = np.empty(NUM_PERMUTATIONS, dtype=np.uint64)
@@ -30,13 +32,13 @@ def sketch(words: Hashes) -> Sketch:
 
 
 def near_duplicate_groups(sketches: NDArray[np.uint32], similarity: float) -> list[list[int]]:
-    """Groups the texts with these sketches, (num_texts, NUM_PERMUTATIONS). Returns the numbers of the texts.
+    """Groups texts by their sketches. Returns the numbers of the texts in each group.
 
+    sketches: (num_texts, NUM_PERMUTATIONS).
     similarity: the smallest Jaccard similarity of near-duplicates.
 
-    Only texts with an equal band of entries are compared. The time is nearly linear in the number of texts. The groups
-    do not depend on the order of the texts. Near-duplication is transitive here: if a ~ b and b ~ c, then a, b and c
-    are one group.
+    Only texts with an equal band of entries are compared, so the time is nearly linear in the number of texts. The
+    groups do not depend on the order of the texts. If a is similar to b and b to c, then all three are one group.
     """
     group_of = np.arange(len(sketches))
     width = band_width(similarity)
@@ -50,9 +52,9 @@ def near_duplicate_groups(sketches: NDArray[np.uint32], similarity: float) -> li
 
 
 def band_width(similarity: float) -> int:
-    """The widest band with which a pair of this similarity is missed with a probability of at most MAX_MISSED.
+    """The widest band that misses a pair with this similarity with a probability of at most MAX_MISSED.
 
-    A band is equal with probability similarity ** width. Wide bands compare few pairs in vain.
+    A band of two sketches is equal with probability similarity ** width. Wide bands cause few needless comparisons.
     """
     widths = range(NUM_PERMUTATIONS, 1, -1)
     return next((w for w in widths if (1 - similarity**w) ** (NUM_PERMUTATIONS // w) <= MAX_MISSED), 1)
@@ -77,7 +79,7 @@ def _join_similar(
     for position, number in enumerate(numbers):
         others = numbers[position + 1 :]
         others = others[group_of[others] != group_of[number]]
-        if not len(others):  # all later ones are in one group
+        if not len(others):  # all later texts are in this group
             return
         similar = others[(sketches[others] == sketches[number]).mean(axis=1) >= similarity]
         if len(similar):

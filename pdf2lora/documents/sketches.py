@@ -19,7 +19,7 @@ SketchBatches = Callable[[Callable[[list[str]], Rows], Iterable[list[str]]], Ite
 
 
 def sketch_texts(texts: Iterable[str], cache: Path, run: SketchBatches) -> tuple[Rows, int]:
-    """Returns a row for each text, in the order of the texts, and the number of texts that the cache did not have.
+    """Returns a row for each text, in the order of the texts, and the number of texts that were not in the cache.
 
     cache: a file that keeps the rows of these texts for the next run.
     run: Workers.map, or a function that does the same on other machines.

@@ -1,7 +1,7 @@
-"""A function on the workers of a Dask cluster (requirements-cluster.txt). The results are those of this machine alone.
+"""Runs a function on the workers of a Dask cluster (requirements-cluster.txt). The results are the same as without it.
 
-A task is one item. It runs in a thread of a Dask worker. Before it, the worker compares the code and the packages of
-its machine with those of the client. A task whose Dask worker dies runs on another one.
+A task is the function and one item. It runs in a thread of a Dask worker. Before each task, the worker compares the
+code and the packages of its machine with those of the client. If a Dask worker dies, its tasks run on another one.
 """
 
 import json
@@ -25,8 +25,8 @@ from pdf2lora.runtime.scratch import fingerprint, stage_code
 SCHEDULER_TIMEOUT_S = 30
 WORKERS_TIMEOUT_S = 60
 POLL_S = 10
-NUM_WAITING = 50  # items of map_on_cluster at the scheduler at a time; batches of texts have 1 to 12 MB each
-MAX_INLINE_BYTES = 100_000  # of a function that is sent with each task; a larger one is sent once to each worker
+NUM_WAITING = 50  # items of map_on_cluster at the scheduler at a time; a batch of texts has 1 to 12 MB
+MAX_INLINE_BYTES = 100_000  # a larger pickled function is not sent with each task, but once to each worker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -38,7 +38,7 @@ class WorkersDied(InputError):
 
 @dataclass(frozen=True)
 class Cluster:
-    """A function of this project that the workers of a scheduler can run."""
+    """The connection to a scheduler whose workers run one function."""
 
     scheduler: str
     client: Any
@@ -60,7 +60,7 @@ class Cluster:
         """Waits for a task.
 
         Raises:
-            WorkersDied: see there.
+            WorkersDied: several workers died in this task.
             InputError: the connection was lost; all workers ended; a worker has other code or packages.
         """
         from distributed import KilledWorker
@@ -111,7 +111,7 @@ def map_on_cluster(
 ) -> Iterator[Result]:
     """Yields function(item) for each item, in their order. Reads at most NUM_WAITING items ahead.
 
-    See open_cluster for the other arguments and the errors. Without an item, no scheduler is needed.
+    See open_cluster for the other arguments and the errors. If there is no item, no scheduler is needed.
     """
     items = iter(items)
     first = list(islice(items, 1))
@@ -139,8 +139,8 @@ def open_cluster(
 
     Args:
         scheduler: the setting `cluster.scheduler`.
-        stage, packages: the worker must have the same code of this stage, and the same versions of these packages.
-        function: of a module. It can have large constants (functools.partial).
+        stage, packages: the workers must have the same code of this stage, and the same versions of these packages.
+        function: a function that pickle can find by its name. It can have large constants (functools.partial).
 
     Raises:
         InputError: the scheduler does not answer; it has no worker.
@@ -165,7 +165,7 @@ def open_cluster(
 
 @contextmanager
 def _without_logs() -> Iterator[None]:
-    """distributed logs tracebacks of a lost connection; the error message is enough."""
+    """Hides the tracebacks that distributed logs when a connection is lost; the error message is enough."""
     logging.disable()
     try:
         yield
@@ -208,7 +208,7 @@ def _read_address(scheduler_file: Path) -> str:
 
 @cache
 def environment(stage: str, packages: tuple[str, ...]) -> Mapping[str, str]:
-    """Everything on a machine that can change a result of this stage's code."""
+    """The versions of everything on this machine that can change a result of the stage."""
     result = {"the code": fingerprint(*stage_code(stage)), "Python": "{}.{}".format(*sys.version_info[:2])}
     return result | {package: _version(package) for package in packages}
 
@@ -221,7 +221,7 @@ def _version(package: str) -> str:
 
 
 def run_on_worker(constants: bytes, function: bytes, item: bytes) -> Any:
-    """The task. The messages of its errors reach the user of the client."""
+    """Runs one task. The client reports the message of an InputError to its user."""
     from distributed import get_worker
 
     stage, packages, expected = pickle.loads(constants)
