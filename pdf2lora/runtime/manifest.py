@@ -64,9 +64,10 @@ def start_check(folder: Path, *, made_by: str) -> Callable[[], None]:
 
 
 def _hash_files(folder: Path, names: Collection[str]) -> dict[str, str]:
-    """name -> SHA-256. Large files in threads, because hashlib releases the GIL and one core hashes only 1 to 2 GB/s.
+    """Returns name -> SHA-256.
 
-    Small files, such as a checkpoint's, without: Python 3.11 waits forever for a thread that finds no memory to start.
+    Large files are hashed in threads: hashlib releases the GIL, and one core hashes only 1 to 2 GB/s. Small files (those
+    of a checkpoint) are not: if there is no memory for a thread, Python 3.11 waits for its start forever.
     """
     paths = [folder / name for name in names]
     if sum(path.stat().st_size for path in paths) < LARGE_BYTES:
