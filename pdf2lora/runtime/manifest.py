@@ -66,8 +66,8 @@ def start_check(folder: Path, *, made_by: str) -> Callable[[], None]:
 def _hash_files(folder: Path, names: Collection[str]) -> dict[str, str]:
     """Returns name -> SHA-256.
 
-    Large files are hashed in threads: hashlib releases the GIL, and one core hashes only 1 to 2 GB/s. Small files (as in
-    a checkpoint) are not: if there is no memory for a thread, Python 3.11 waits for its start forever.
+    Large files are hashed in threads: hashlib releases the GIL, and one core hashes only 1 to 2 GB/s. Small files (of a
+    checkpoint) are not: if there is no memory for a thread, Python 3.11 waits for its start forever.
     """
     paths = [folder / name for name in names]
     if sum(path.stat().st_size for path in paths) < LARGE_BYTES:
