@@ -135,7 +135,7 @@ class DecoderLayer:
         if context.recomputes_attention:
             activations.drop("total_mlp", "rstd_mlp")
             if activations.down_low_rank is not None and activations.down_low_rank.mask is not None:
-                activations.drop("down_low_rank")  # the mask takes memory
+                activations.drop("down_low_rank")  # because its dropout mask needs memory
         if context.gradient_checkpointing is GradientCheckpointing.OFFLOAD:
             context.offload.put(self.number, activations.total)
             activations.drop("total")

@@ -16,7 +16,7 @@ BLOCK_TOKENS, BLOCK_FEATURES = 16, 256
 def draw(state, layer_index, token, seq_length, block, threshold, BLOCK: tl.constexpr):
     """Packed mask of BLOCK features from block * BLOCK on: (tokens, BLOCK / 8), int32, each with 8 bits.
 
-    state: pointer to seed and first row; token: indices in the micro-batch.
+    state: pointer to seed and first sequence; token: indices in the micro-batch.
     """
     seed = tl.load(state)
     index = tl.load(state + 1) * seq_length + token
@@ -42,7 +42,7 @@ def _two_bits(random, threshold):
 
 @triton.jit
 def unpack(packed, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Packed mask -> which of BLOCK_TOKENS x BLOCK elements are kept."""
+    """Packed mask -> whether each of BLOCK_TOKENS x BLOCK elements is kept."""
     bits = (packed[:, :, None] >> tl.arange(0, FEATURES_PER_CALL)[None, None, :]) & 1
     return tl.reshape(bits, (BLOCK_TOKENS, BLOCK)) != 0
 

@@ -3,7 +3,7 @@
 A product of t tokens with n x k weights costs 2 t n k FLOP, and so does the gradient of x. Weights get no gradient.
 - bfloat16: dequantizes the weights before each product. Moves 2.5 bytes per weight.
 - fp8: converts the 4-bit weights to e4m3 before each product. A scale must not vary along the sum, so each direction
-  has its own scales, which are computed once. Moves 1.5 bytes per weight and holds none.
+  has its own scales, which are computed once. Moves 1.5 bytes per weight and keeps no e4m3 weight in memory.
 """
 
 from collections.abc import Sequence
@@ -139,7 +139,7 @@ class Frozen:
         self.rows = [linear.out_features for linear in linears]
         self.shape = (sum(self.rows), linears[0].in_features)
         self.fp8_scales: Fp8Scales | None = None
-        self.bias: Tensor | None = None  # (features out,); zeros for a layer without
+        self.bias: Tensor | None = None  # (features out,); zeros for a layer without a bias
         if any(linear.bias is not None for linear in linears):
             weight = linears[0].weight
             self.bias = torch.zeros(self.shape[0], dtype=dtype, device=weight.device)

@@ -23,7 +23,7 @@ class FusedForward:
     """input_ids (batch, seq_length) -> hidden states (batch, seq_length, hidden), as transformers' decoder.
 
     The PeftModel owns weights, LoRA matrices and gradients; its train() and disable_adapter() also work here.
-    Attention is causal over the whole row. Rows have no padding on the left.
+    Attention is causal over the whole sequence. Sequences have no padding on the left.
     A CUDA graph can capture forward and backward pass, except with GradientCheckpointing.OFFLOAD.
     """
 

@@ -132,7 +132,7 @@ def _add_gradient_of_x(
 def _down_tile(rank: int, dropout: bool) -> dict[str, int]:
     if rank > 64:
         return {"BLOCK_TOKENS": 16, "BLOCK": 64, "num_warps": 4}
-    if dropout:  # few warps do not wait for each other
+    if dropout:  # fewer warps wait less for each other
         return {"BLOCK_TOKENS": 16, "BLOCK": 128, "num_warps": 2}
     return {"BLOCK_TOKENS": 64, "BLOCK": 64, "num_warps": 4}
 
