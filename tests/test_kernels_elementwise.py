@@ -76,6 +76,18 @@ def test_rows_of_the_kernels_are_quantized_like_finished_rows():
     assert pairs[0][0].values is pairs[2][0].values is pairs[3][0].values is None
 
 
+@pytest.mark.parametrize("width", [64, 88])
+def test_fp8_takes_the_memory_of_the_gradient(width):
+    grad, gate_up = random(7, width).bfloat16(), random(7, 2 * width, seed=1).bfloat16()
+    expected = quantize(present(swiglu_backward_(grad.clone(), gate_up.float().clone()).values))
+
+    found = swiglu_backward_(grad, gate_up, values=False, fp8=True)
+
+    assert present(found.fp8).data_ptr() == grad.data_ptr()
+    assert torch.equal(present(found.fp8).view(torch.uint8), present(expected.fp8).view(torch.uint8))
+    assert torch.equal(present(found.scale), present(expected.scale))
+
+
 def test_gate_and_up_do_not_change_if_only_fp8_is_requested():
     gate_up = random(5, 40)
     before = gate_up.clone()

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdf2lora.model.kernels.rows import Rows, block_and_warps, store_fp8
+from pdf2lora.model.kernels.rows import FP8, Rows, block_and_warps, store_fp8
 
 
 @triton.jit
@@ -159,10 +159,14 @@ def swiglu_backward_(
     """Gradient of (gate, up) from the gradient of silu(gate) * up. Overwrites `gate_up` with the values.
 
     grad: (tokens, width); gate_up: (tokens, 2 * width). Reads 6 bytes per feature of grad and writes 4.
-    result: overwrites `grad` with silu(gate) * up, for 2 more bytes.
+    result: overwrites `grad` with silu(gate) * up, for 2 more bytes. Without it, fp8 overwrites `grad`: its row of gate
+    and up takes the bytes of a row of grad, and the kernel has read the row before it writes.
     """
     tokens, width = grad.shape
-    both = Rows.empty(gate_up, 2 * width, values=False, fp8=fp8)
+    takes_memory_of_grad = fp8 and not result and grad.element_size() == 2
+    both = Rows.empty(gate_up, 0 if takes_memory_of_grad else 2 * width, values=False, fp8=fp8)
+    if takes_memory_of_grad:
+        both = both._replace(fp8=grad.view(FP8))
     block, warps = block_and_warps(width)
     _swiglu_backward[(tokens,)](
         grad, gate_up, both.fp8, both.scale, width,
