@@ -39,8 +39,9 @@ repro: setup
 	@python -m commands.mend_dvc
 	dvc repro
 
+# the processes of the tests share compiled modules, also where PYTHONDONTWRITEBYTECODE is set
 test: setup-dev
-	OMP_NUM_THREADS=1 pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: setup-dev
 	ruff check .

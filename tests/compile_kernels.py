@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
@@ -35,8 +36,12 @@ from pdf2lora.model.kernels.rows import FP8, quantize
 
 FEATURES, INTERMEDIATE, VOCABULARY = 3072, 8192, 128_256  # of Llama-3.2-3B
 TOKENS = 64
-RANKS = (16, 64, lora.MAX_LORA_RANK)
-WITH_ALL_RANKS = (80, 90)  # 89 and 120 have the matrix instructions of 80, so one rank shows that all compile
+RANKS = {
+    80: (16, MAX_FUSED_ROTARY_RANK, lora.MAX_LORA_RANK),
+    90: (16, lora.MAX_LORA_RANK),
+    120: (16,),  # it has the matrix instructions of 80, so one rank shows that all compile
+}
+BINARY_OF_80 = 89  # it runs what is compiled for 80; only the kernels with fp8 need 89
 
 
 def compile_for(capability: int) -> None:
@@ -48,18 +53,28 @@ def compile_for(capability: int) -> None:
             get_current_target=lambda: target,
         )
     )
-    JITFunction.__getitem__ = lambda kernel, grid: (
-        lambda *args, **options: report(capability, kernel.run(*args, grid=grid, warmup=True, **options), options)
-    )
-    elementwise(fp8=False)
+    compiled = set()
+
+    def compile_once(kernel, grid, *args, **options) -> None:
+        """Skips a kernel that differs from a compiled one in a number of heads or ranks only."""
+        counts = {"FIRST_HEAD": 0, "NUM_HEADS": 1, "FIRST_RANK": min(0, options.get("FIRST_RANK", 0))}
+        dtypes = tuple(getattr(value, "dtype", type(value)) for value in args)
+        variant = kernel, dtypes, frozenset((options | counts).items())
+        if variant not in compiled:
+            compiled.add(variant)
+            report(capability, kernel.run(*args, grid=grid, warmup=True, **options), options)
+
+    JITFunction.__getitem__ = lambda kernel, grid: partial(compile_once, kernel, grid)
+    if capability != BINARY_OF_80:
+        elementwise(fp8=False)
+        for rank in RANKS[capability]:
+            adapter(rank)
     if capability >= 89:
         elementwise(fp8=True)
         quantize(torch.zeros(TOKENS, FEATURES, dtype=torch.bfloat16))
         for transposed in (False, True):
             out = torch.zeros(128, 128, dtype=FP8)
             frozen.convert_to_fp8(small_linear().weight, torch.ones(128), out, transposed=transposed)
-    for rank in RANKS if capability in WITH_ALL_RANKS else RANKS[:1]:
-        adapter(rank)
 
 
 def report(capability, kernel, options) -> None:

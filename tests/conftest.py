@@ -25,6 +25,8 @@ from pdf2lora.documents.sources import Source
 from pdf2lora.runtime.files import file_sha256
 from pdf2lora.runtime.gpus import has_cuda_driver
 
+# As runtime/startup.py does for the stages, before torch is imported: bitsandbytes would import torch's compiler.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # Without a CUDA driver, Triton's interpreter runs the kernels. Triton reads this variable when it is imported, and
 # bitsandbytes imports Triton, so it must be set before all tests.
 if not has_cuda_driver():
@@ -47,8 +49,18 @@ VOCABULARY = (
 )
 
 
+# These files start first, so that the two processes of `make test` end at the same time.
+SLOW_FILES = (
+    "test_torture", "test_kernels_compiled", "test_job", "test_kernels_fused", "test_loop", "test_cluster",
+    "test_families", "test_launcher", "test_layer_stream", "test_probe_processes", "test_extraction", "test_privacy",
+    "test_find_batch", "test_faults", "test_startup", "test_probe",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests with the marker gpu on a machine without a GPU."""
+    """Sorts the files. Skips the tests with the marker gpu on a machine without a GPU."""
+    order = {name: number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if item.get_closest_marker("gpu") and not has_cuda_driver():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import prose
+from dvc.repo import Repo
 from example_run import write_run
 from safetensors.torch import load_file
 from tiny_adapter import write_tiny_models
@@ -99,8 +98,8 @@ def test_needs_an_adapter(project):
 
 def test_needs_an_adapter_of_the_current_settings(project):
     (project / "dvc.yaml").write_text("stages:\n  evaluate:\n    cmd: 'true'\n    deps: [params.yaml]\n")
-    for arguments in (["init", "--no-scm", "-q"], ["repro", "-q"]):
-        subprocess.run([sys.executable, "-m", "dvc", *arguments], check=True)
+    with Repo.init(no_scm=True) as repo:
+        repo.reproduce()
     export.require_current_adapter()
 
     (project / "params.yaml").write_text("changed")

@@ -131,9 +131,9 @@ def test_training_generate_and_export_work(
     monkeypatch.setattr("sys.argv", ["generate"])
     monkeypatch.setenv("PROMPT", "The sea")
     monkeypatch.setattr(export, "require_current_adapter", lambda: None)
-    write_params({"sample.max_new_tokens": 8, "compute.seq_length": 32, "evaluate.stride": 16})
+    write_params({"sample.max_new_tokens": 3, "compute.seq_length": 32, "evaluate.stride": 32})
     write_run(tmp_path)
-    write_split(tmp_path, "test", [prose(1, 30)], base)
+    write_split(tmp_path, "test", [prose(1, 10)], base)
     (tmp_path / "models/base").symlink_to(base)
     learner.model.save_pretrained("models/adapter")
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from interpreted import NEAR, attention_forward, cpu_kernels, needs_interpreter, relative_error, scaled_product  # noqa: F401
-from tiny_families import write_tiny_family
+from tiny_families import CHANGES, write_tiny_family
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, quiet, write_tiny_llama
 from torch import nn
 from torch.nn import functional
@@ -36,14 +36,17 @@ YARN = {"rope_theta": 1e4, "original_max_position_embeddings": 8}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Hidden size and head dimension are not powers of two. Three query heads share a key head."""
+    """Hidden size and head dimension are not powers of two. Three query heads share a key head.
+
+    So small that one program of a kernel computes a whole weight: the interpreter's time grows with the programs.
+    """
     return write_tiny_llama(
         tmp_path_factory.mktemp("base"),
-        hidden_size=72,
+        hidden_size=36,
         head_dim=12,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        intermediate_size=88,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        intermediate_size=44,
         num_hidden_layers=2,
     )
 
@@ -84,22 +87,22 @@ def hidden_and_gradients(forward, ids, *, seed=0, first_sequence=0):
 
 
 @pytest.mark.parametrize(
-    ("targets", "r", "batch", "seq_length"),
+    ("targets", "r", "modes", "batch", "seq_length"),
     [
-        (ATTENTION, 8, 2, 9),
-        (ALL_LINEAR, 20, 1, 11),
-        (["v_proj", "down_proj"], 8, 2, 7),
-        (["q_proj", "v_proj", "up_proj"], 20, 1, 16),
-        (["k_proj", "gate_proj"], 1, 3, 5),
-        (ATTENTION, 100, 1, 5),  # more than MAX_FUSED_ROTARY_RANK
+        (ATTENTION, 8, MODES, 2, 5),
+        (ALL_LINEAR, 20, MODES, 1, 7),
+        (["v_proj", "down_proj"], 8, ["mlp"], 2, 3),
+        (["q_proj", "v_proj", "up_proj"], 20, ["full"], 1, 8),
+        (["k_proj", "gate_proj"], 1, ["none", "mlp"], 3, 3),
+        (ATTENTION, 100, ["none"], 1, 5),  # more than MAX_FUSED_ROTARY_RANK
     ],
 )
-def test_fused_layers_equal_the_reference(base, targets, r, batch, seq_length):
+def test_fused_layers_equal_the_reference(base, targets, r, modes, batch, seq_length):
     model = adapted(base, target_modules=targets, r=r)
     ids = some_ids(batch, seq_length)
     expected_hidden, expected = hidden_and_gradients(build_forward(model, "reference"), ids)
 
-    for mode in MODES:
+    for mode in modes:
         hidden, found = hidden_and_gradients(build_forward(model, "fused", mode), ids)
 
         assert relative_error(hidden, expected_hidden) < NEAR, mode
@@ -112,25 +115,31 @@ def test_fused_layers_equal_the_reference(base, targets, r, batch, seq_length):
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     family.model_type: (family.architecture, family.model_type, {}) for family in FAMILIES.values() if family.is_fused
 } | {
+    "weights of several programs": (
+        "LlamaForCausalLM", "llama", {"hidden_size": 72, "head_dim": 24, "intermediate_size": 88}
+    ),
     "attention and MLP biases": ("LlamaForCausalLM", "llama", {"attention_bias": True, "mlp_bias": True}),
     "no key heads to share": ("LlamaForCausalLM", "llama", {"num_key_value_heads": 4}),
     "heads of 24 features": ("MistralForCausalLM", "mistral", {"head_dim": 24}),
     "norms over 24 features": ("Qwen3ForCausalLM", "qwen3", {"head_dim": 24}),
     "llama3 angles": ("LlamaForCausalLM", "llama", {"rope_parameters": LLAMA3}),
     "yarn angles": ("LlamaForCausalLM", "llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **YARN}}),
-}
+}  # fmt: skip
+SMALL = {"hidden_size": 32, "intermediate_size": 48}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_fused_layers_of_each_family_equal_the_reference(name, tmp_path):
     """Hidden states, gradients of A and B, and of the embeddings: the gradient of x of the first layer."""
     architecture, model_type, changes = MODELS[name]
-    folder = write_tiny_family(tmp_path / "base", architecture, model_type, **changes)
+    has_equal_layers = not {"layer_types", "no_rope_layers"} & CHANGES[architecture].keys()
+    sizes = SMALL | {"num_hidden_layers": 1 if has_equal_layers else 2}
+    folder = write_tiny_family(tmp_path / "base", architecture, model_type, **(sizes | changes))
     write_manifest(folder)
     model = adapted(folder, target_modules=ALL_LINEAR)
     assert fused_obstacle(model.config, 16) == ""
     embeddings = model.get_input_embeddings().weight.requires_grad_()
-    ids = some_ids(1, 9)
+    ids = some_ids(1, 5)
     expected_hidden, expected = hidden_and_gradients(build_forward(model, "reference"), ids)
 
     hidden, found = hidden_and_gradients(build_forward(model, "fused", "full"), ids)
@@ -156,7 +165,7 @@ def test_modules_that_the_kernels_do_not_compute_are_refused(base):
         layer.self_attn.scaling = 0.1
 
     def replace_layer(layer):
-        layer.mlp.up_proj = nn.Linear(72, 88)
+        layer.mlp.up_proj = nn.Linear(36, 44)
 
     assert "the module post_feedforward_layernorm" in refusal(add_norm)
     assert "not by 0.1" in refusal(change_scaling)
@@ -191,7 +200,7 @@ def test_dropout_depends_on_the_seed_and_is_off_in_evaluation(base):
 
 def test_fused_layers_draw_the_dropout_of_the_reference(base):
     model = adapted(base, lora_dropout=0.3, target_modules=ALL_LINEAR)
-    ids = some_ids(2, 9)
+    ids = some_ids(2, 4)
     hidden, found = hidden_and_gradients(build_forward(model, "fused"), ids, seed=3, first_sequence=5)
 
     expected_hidden, expected = hidden_and_gradients(build_forward(model, "reference"), ids, seed=3, first_sequence=5)
@@ -203,7 +212,7 @@ def test_fused_layers_draw_the_dropout_of_the_reference(base):
 def test_accumulated_batches_are_one_batch(base):
     model = adapted(base)
     forward = build_forward(model, "fused", "mlp")
-    ids = some_ids(2, 8)
+    ids = some_ids(2, 4)
     _, expected = hidden_and_gradients(forward, ids)
 
     model.zero_grad()
@@ -217,10 +226,10 @@ def test_accumulated_batches_are_one_batch(base):
 def test_gradient_of_a_scaled_loss_is_scaled(base):
     model = adapted(base)
     forward = build_forward(model, "fused")
-    _, expected = hidden_and_gradients(forward, some_ids(1, 8))
+    _, expected = hidden_and_gradients(forward, some_ids(1, 5))
 
     model.zero_grad()
-    backward(forward, some_ids(1, 8), scale=0.25)
+    backward(forward, some_ids(1, 5), scale=0.25)
 
     found = gradients(model)
     assert max(relative_error(4 * found[name], expected[name]) for name in expected) < NEAR
@@ -229,7 +238,7 @@ def test_gradient_of_a_scaled_loss_is_scaled(base):
 def test_next_step_uses_changed_matrices(base):
     """Each forward pass copies them to compute precision."""
     model = adapted(base)
-    forward, ids = build_forward(model, "fused"), some_ids(1, 8)
+    forward, ids = build_forward(model, "fused"), some_ids(1, 5)
     hidden_and_gradients(forward, ids)
     with torch.no_grad():
         for value in model.parameters():
@@ -259,7 +268,7 @@ def test_disabled_adapter_gives_the_base_model(base):
 def test_fp8_layers_are_near_and_for_training_only(base, monkeypatch):
     monkeypatch.setattr(frozen, "_product_fp8", scaled_product)
     model = adapted(base, target_modules=ALL_LINEAR)
-    ids = some_ids(1, 9)
+    ids = some_ids(1, 5)
     expected_hidden, expected = hidden_and_gradients(build_forward(model, "fused"), ids)
     forward = FusedForward(model, fp8=True)
 
@@ -282,7 +291,7 @@ def test_backward_pass_frees_the_activations(base, monkeypatch):
         return attention_forward(parts, heads)
 
     monkeypatch.setattr(attention, "forward", note)
-    hidden_and_gradients(forward, some_ids(1, 8))
+    hidden_and_gradients(forward, some_ids(1, 5))
 
     assert len(products) == 2 * 2  # forward, and again in the backward pass
     assert not [reference for reference in products if reference() is not None]

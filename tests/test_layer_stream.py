@@ -28,16 +28,17 @@ pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels"), quiet]
 def base(tmp_path, monkeypatch):
     """Three layers, in two buffers. With biases, which are not packed."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    folder = write_tiny_family(tmp_path / "base", "Qwen2ForCausalLM", "qwen2", num_hidden_layers=3)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    folder = write_tiny_family(tmp_path / "base", "Qwen2ForCausalLM", "qwen2", **sizes)
     write_manifest(folder)
     return folder
 
 
-def adapted(base, placement, *, double=True, **changes):
+def adapted(base, placement, *, double=True):
     torch.manual_seed(0)
     quantization = changed(QUANTIZATION, bnb_4bit_use_double_quant=double)
     causal_lm = load_base(base, quantization, COMPUTE, placement=placement)
-    model = add_lora(causal_lm, changed(NO_DROPOUT, target_modules=ALL_LINEAR, **changes))
+    model = add_lora(causal_lm, changed(NO_DROPOUT, target_modules=["q_proj", "down_proj"]))
     for name, value in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(value, std=0.05)

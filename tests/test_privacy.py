@@ -20,6 +20,7 @@ SETTINGS = {
     "corpus": "reports",
     "extract.min_characters": 50,
     "evaluate.stride": 16,
+    "sample.max_new_tokens": 4,
 }
 SECRET = "s3cr3t-0f-th3-t3st"
 SECRETS = {name: SECRET for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
@@ -37,6 +38,13 @@ def watch(event, arguments):
 
 sys.addaudithook(watch)
 open(os.path.dirname(os.environ["EVENTS"]) + "/pids", "a").write(f"{os.getpid()}\\n")
+"""
+
+# One process for all stages: the imports of torch take most of the time.
+STAGES = """
+import runpy
+for stage in ("extract", "split", "tokenize", "train", "evaluate"):
+    runpy.run_module(f"stages.{stage}", run_name="__main__")
 """
 
 
@@ -61,26 +69,24 @@ def test_no_stage_uses_the_network_or_writes_a_secret(
     for number in range(4):
         write_pdf(tmp_path / f"data/pdfs/reports/{number}.pdf", [prose(number)])
     shutil.copytree(base, tmp_path / "models/base")
-    shutil.copytree(REPOSITORY / "data/general", tmp_path / "data/general")
+    (tmp_path / "data/general").mkdir()
+    (tmp_path / "data/general/text.txt").write_text(prose(5))
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics/batch.json").write_text(
         '{"device": "cpu", "memory_gib": "auto", "placement": "gpu", "gradient_checkpointing": "full", '
         '"per_device_batch": 2, "gradient_accumulation_steps": 1, "effective_batch": 2}'
     )
-    printed = ""
 
-    for stage in ("extract", "split", "tokenize", "train", "evaluate"):
-        ended = run_watched(tmp_path, f"import runpy; runpy.run_module('stages.{stage}', run_name='__main__')")
-        assert ended.returncode == 0, ended.stderr
-        printed += ended.stdout + ended.stderr
+    ended = run_watched(tmp_path, STAGES)
 
+    assert ended.returncode == 0, ended.stderr
     assert not (tmp_path / "events").exists(), (tmp_path / "events").read_text()
-    assert len(set((tmp_path / "pids").read_text().split())) > 4  # the stages and their workers
+    assert len(set((tmp_path / "pids").read_text().split())) > 1  # the stages and their workers
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"eval.json", "adapter_model.safetensors"} <= {path.name for path in written}
     assert any("training_" in path.name for path in written)
     assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
-    assert SECRET not in printed
+    assert SECRET not in ended.stdout + ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,37 +1,33 @@
-"""The short form of tests/long/same_bytes.py. The long form is `make same-bytes`."""
+"""The check of tests/long/same_bytes.py. Its short form is in test_torture.py, the long one is `make same-bytes`."""
 
 from pathlib import Path
 
 import pytest
 
 from pdf2lora.runtime import parallel
-from tests.long import same_bytes
 from tests.long.clones import Failed
+from tests.long.same_bytes import require_same
 
 
-def test_extract_split_and_convert_give_the_same_bytes_in_two_clones(tmp_path: Path) -> None:
-    summary = same_bytes.compare(tmp_path, ["split", "convert"], short=True, seed=1)
+def write_lock(clone: Path, md5: str, wdir: str = ".") -> Path:
+    clone.mkdir()
+    outs = f"[{{path: x, md5: '1'}}, {{path: y, md5: '{md5}'}}]"
+    (clone / "dvc.lock").write_text(f"schema: '2.0'\nstages: {{a: {{cmd: 'cd {wdir}', outs: {outs}}}}}\n")
+    return clone
 
-    assert summary.startswith("same_bytes: dvc.lock is the same, ")
 
-
-def test_different_output_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces the runs by two lock files with one different output."""
-
-    def make_clone(clone: Path, *, short: bool) -> None:
-        for name in ("data/pdfs", "models/source"):
-            (clone / name).mkdir(parents=True)
-
-    def run(command: list[str], clone: Path, **settings: object) -> str:
-        md5 = "1" if clone.name == "one" else "2"
-        lock = f"schema: '2.0'\nstages: {{a: {{outs: [{{path: x, md5: '1'}}, {{path: y, md5: '{md5}'}}]}}}}\n"
-        (clone / "dvc.lock").write_text(lock)
-        return ""
-
-    monkeypatch.setattr(same_bytes, "make_clone", make_clone)
-    monkeypatch.setattr(same_bytes, "run", run)
+def test_different_output_is_found(tmp_path: Path) -> None:
+    one, same, other, elsewhere = (
+        write_lock(tmp_path / "one", "1"),
+        write_lock(tmp_path / "same", "1"),
+        write_lock(tmp_path / "other", "2"),
+        write_lock(tmp_path / "elsewhere", "1", wdir=".."),
+    )
+    assert require_same(one, same) == 2
     with pytest.raises(Failed, match="different bytes in y"):
-        same_bytes.compare(tmp_path, ["split"], short=True, seed=1)
+        require_same(one, other)
+    with pytest.raises(Failed, match="all outputs are the same, but dvc"):
+        require_same(one, elsewhere)
 
 
 def test_number_of_workers_is_the_number_of_cores_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

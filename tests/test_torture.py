@@ -1,5 +1,6 @@
-"""The short form of tests/long/torture.py: two rounds with stages before find_batch."""
+"""The short forms of tests/long/torture.py and same_bytes.py, with stages before find_batch and one undisturbed run."""
 
+import os
 import random
 import signal
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.long.clones import Failed
+from tests.long.same_bytes import make_other_clone, require_same, run_stages
 from tests.long.torture import (
     SAVE_STEPS,
     STAGES,
@@ -22,12 +24,26 @@ from tests.long.torture import (
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return Project(tmp_path_factory.mktemp("torture"), targets=("split", "convert"))
+    """The undisturbed run has one core and one thread."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        return Project(tmp_path_factory.mktemp("torture"), targets=("split", "convert"))
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 @pytest.mark.parametrize(("stage", "target"), [("extract", "dvc"), ("convert", "all")])
 def test_after_kill_9_the_next_run_gives_the_same_hashes(project: Project, stage: str, target: str) -> None:
     assert "hashes equal" in project.repro(stage, Fault(target), random.Random(1))
+
+
+def test_a_clone_under_other_conditions_has_the_same_bytes(project: Project, tmp_path: Path) -> None:
+    other = tmp_path / "in another/folder"
+    make_other_clone(other, short=True, seed=1, settings={"compute.num_processes": 1})
+    run_stages(other, project.targets, num_threads=2)
+
+    assert require_same(project.folder / "undisturbed", other) == len(project.expected)
 
 
 def test_different_hashes_are_found(project: Project) -> None:
