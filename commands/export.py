@@ -20,7 +20,7 @@ from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.evaluation.metrics import Metrics, model_metrics
 from pdf2lora.evaluation.scoring import nats_per_document
-from pdf2lora.evaluation.sizes import text_sizes
+from pdf2lora.evaluation.sizes import text_size
 from pdf2lora.evaluation.unquantized import load_unquantized
 from pdf2lora.model.device import device
 from pdf2lora.model.forward import build_forward
@@ -126,7 +126,8 @@ def copy_files(files: list[Path], folder: Path) -> None:
 def measure(model: Path, params: Params) -> Metrics:
     """The test metrics of an unquantized model, computed as in evaluate."""
     tokens = TokenFile.open(TOKENS, "test")
-    sizes = text_sizes((document.text for document in read_documents(TEST)), tokens.documents())
+    documents = zip(read_documents(TEST), tokens.documents(), strict=True)
+    sizes = [text_size(document.text, encoded) for document, encoded in documents]
     windows = tokens.windows(seq_length=params.compute.seq_length, stride=params.evaluate.stride)
     with tqdm(total=len(windows), desc="perplexity", unit="window", disable=None) as progress:
         nats = nats_per_document(

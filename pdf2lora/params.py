@@ -219,6 +219,11 @@ class FindBatch(Section):
     gpu_headroom_gib: Annotated[float, Field(ge=0)]
     """Part of the GPU budget that stays free for CUDA and for fragmentation, in GiB."""
 
+    def gpu_budget_gib(self, available_gib: float) -> float:
+        """Memory of a training step on a GPU with so much memory. Not positive if the headroom is too large."""
+        allowed_gib = available_gib if self.memory_gib == "auto" else min(self.memory_gib, available_gib)
+        return allowed_gib - self.gpu_headroom_gib
+
 
 class Train(Section):
     """Training. Only effective_batch, gradient_checkpointing and optim change the memory or the time of a step."""

@@ -25,7 +25,6 @@ from pdf2lora.training.batch_search import AS_FAST, Choice, Measurement, Mode, c
 from pdf2lora.training.probe_processes import Capabilities, ProbeProcesses
 
 BASE = Path("models/base")
-TRAIN = Path("data/tokens/train.npy")
 METRICS = Path("metrics/batch.json")
 PROGRESS = "{desc}: probe {n}, {elapsed}{postfix}"  # the number of probes is not known in advance
 
@@ -147,15 +146,14 @@ def memory_budget_gib(settings: FindBatch, capabilities: Capabilities) -> float:
     """
     if capabilities.device == "cpu":
         return settings.cpu_memory_gib
-    free = capabilities.free_gib
-    allowed = free if settings.memory_gib == "auto" else min(settings.memory_gib, free)
-    if allowed <= settings.gpu_headroom_gib:
+    budget_gib = settings.gpu_budget_gib(capabilities.free_gib)
+    if budget_gib <= 0:
         raise InputError(
-            f"find_batch.memory_gib: {allowed:.1f} GiB of the GPU are free or allowed, and "
-            f"find_batch.gpu_headroom_gib ({settings.gpu_headroom_gib}) must be less. Free the GPU (nvidia-smi) or "
+            f"find_batch.memory_gib: {budget_gib + settings.gpu_headroom_gib:.1f} GiB of the GPU are free or allowed, "
+            f"and find_batch.gpu_headroom_gib ({settings.gpu_headroom_gib}) must be less. Free the GPU (nvidia-smi) or "
             "change one of them."
         )
-    return round(allowed - settings.gpu_headroom_gib, 1)
+    return round(budget_gib, 1)
 
 
 def batch_json(

@@ -1,5 +1,6 @@
 """Fixtures for all tests: generated PDFs, params.yaml with changes, Python in another process."""
 
+import ctypes
 import logging
 import os
 import random
@@ -23,7 +24,16 @@ from pdf2lora.documents.extraction import extract
 from pdf2lora.documents.records import Extraction
 from pdf2lora.documents.sources import Source
 from pdf2lora.runtime.files import file_sha256
-from pdf2lora.runtime.gpus import has_cuda_driver
+
+
+def has_cuda_driver() -> bool:
+    """True if a CUDA driver is installed. The machine may still have no usable GPU."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
 
 # As runtime/startup.py does for the stages, before torch is imported: bitsandbytes would import torch's compiler.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

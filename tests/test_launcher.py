@@ -11,9 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPOSITORY
-
-from pdf2lora.runtime.gpus import has_cuda_driver
+from conftest import REPOSITORY, has_cuda_driver
 
 pytestmark = pytest.mark.skipif(has_cuda_driver(), reason="the launcher would wait for as many GPUs as processes")
 

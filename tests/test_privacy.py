@@ -62,6 +62,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
+@pytest.mark.timeout(300)  # another process imports torch
 def test_no_stage_uses_the_network_or_writes_a_secret(
     tmp_path: Path, base: Path, write_params: Callable[..., Path]
 ) -> None:

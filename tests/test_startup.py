@@ -47,7 +47,7 @@ def imports() -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-c", IMPORTS], env=environment, capture_output=True, text=True, check=True)
 
 
-@pytest.mark.timeout(300)  # it imports torch and transformers
+@pytest.mark.timeout(300)  # the other process imports torch and transformers
 def test_convert_does_not_import_transformers(imports):
     names = set(imports.stdout.splitlines()[0].split())
 

@@ -21,6 +21,8 @@ from tests.long.torture import (
     valid_checkpoints,
 )
 
+pytestmark = pytest.mark.timeout(600)  # the first test also makes the undisturbed run
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,7 +14,7 @@ from pdf2lora.evaluation.metrics import Scores, document_table, evaluation_metri
 from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
 from pdf2lora.evaluation.samples import continue_openings, read_openings, sample_entries
 from pdf2lora.evaluation.scoring import Nats, nats_per_document
-from pdf2lora.evaluation.sizes import text_sizes
+from pdf2lora.evaluation.sizes import text_size
 from pdf2lora.evaluation.unquantized import load_unquantized
 from pdf2lora.model.forward import Forward, build_forward
 from pdf2lora.model.initialization import restore_trained_base
@@ -58,9 +58,14 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
     require_context(BASE, seq_length)
     require_context(BASE, samples.prompt_tokens + samples.max_new_tokens, key="sample.max_new_tokens")
     encoder, general_texts = Encoder.load(BASE), read_general()
-    ids = [document.id for document in read_documents(TEST)]
-    encoded = [*TokenFile.open(TOKENS, "test").documents(), *encoder.encode(general_texts)]
-    sizes = text_sizes(chain((document.text for document in read_documents(TEST)), general_texts), encoded)
+    ids, sizes, encoded = [], [], []
+    for document, tokens in zip(read_documents(TEST), TokenFile.open(TOKENS, "test").documents(), strict=True):
+        ids.append(document.id)
+        sizes.append(text_size(document.text, tokens))
+        encoded.append(tokens)
+    general_tokens = encoder.encode(general_texts)
+    sizes += map(text_size, general_texts, general_tokens)
+    encoded += general_tokens
     all_windows = windows(encoded, bos=encoder.start, seq_length=seq_length, stride=settings.stride)
     first_documents = list(islice(read_documents(TEST), samples.num_documents))
     openings = read_openings(first_documents, encoder, samples)

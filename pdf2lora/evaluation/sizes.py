@@ -1,6 +1,5 @@
 """The sizes of texts. The metrics divide nats by them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pdf2lora.tokens import Tokens
@@ -15,9 +14,6 @@ class TextSize:
     words: int  # separated by white space
 
 
-def text_sizes(texts: Iterable[str], encoded: Iterable[Tokens]) -> list[TextSize]:
-    """The size of each text. encoded: their tokens."""
-    return [
-        TextSize(tokens=len(tokens), bytes=len(text.encode()), words=len(text.split()))
-        for text, tokens in zip(texts, encoded, strict=True)
-    ]
+def text_size(text: str, tokens: Tokens) -> TextSize:
+    """tokens: those of the text."""
+    return TextSize(tokens=len(tokens), bytes=len(text.encode()), words=len(text.split()))

@@ -92,9 +92,6 @@ class CounterDropout(nn.Module):
         mask = keep_mask(self.state.tensor, self.layer_index, x.numel() // x.shape[-1], seq_length, x.shape[-1], rate)
         return x * mask.view(x.shape) * rate.scale
 
-    def extra_repr(self) -> str:
-        return f"p={self.p}, layer_index={self.layer_index}"
-
 
 def install_counter_dropout(model: nn.Module) -> None:
     """Replaces the nn.Dropout of each LoRA layer of a PeftModel. LoRA layers are numbered in the order of modules()."""

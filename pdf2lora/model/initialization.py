@@ -24,12 +24,12 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear
 from peft.utils.integrations import dequantize_bnb_weight
 from peft.utils.loftq_utils import _low_rank_decomposition
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pdf2lora.errors import InputError
+from pdf2lora.model.base_weights import BaseWeights
 from pdf2lora.model.dropout import lora_layers
 from pdf2lora.model.layer_stream import layer_stream
 from pdf2lora.params import Lora
@@ -60,7 +60,7 @@ def initialize(model: PeftModel, base: Path, lora: Lora, *, seed: int, folder: P
         for name, weight in unquantized_weights(base, names):
             with torch.random.fork_rng():
                 torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
-                a, b = _initial_pair(_layer(model, name), weight.to(_layer(model, name).weight.device), lora, name)
+                a, b = _initial_pair(_layer(model, name), weight, lora, name)
             part |= {f"{PREFIX}{name}.lora_A.weight": a.cpu(), f"{PREFIX}{name}.lora_B.weight": b.cpu()}
         matrices = {key: value for parts in processes.gather(part) for key, value in parts.items()}
         if processes.is_main:
@@ -105,19 +105,14 @@ def unquantized_weights(base: Path, names: Sequence[str]) -> Iterator[tuple[str,
     Raises:
         InputError: the files have no unquantized weight of a layer.
     """
-    missing = set(names)
-    for file in sorted(base.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            for key in sorted(weights.keys()):
-                name = key.removesuffix(".weight")
-                if name in missing and weights.get_slice(key).get_dtype() in ("F32", "F16", "BF16"):
-                    missing.remove(name)
-                    yield name, weights.get_tensor(key).float()
-    if missing:
-        raise InputError(
-            f"lora.init_lora_weights needs the unquantized weights of the base; {base} has none for {min(missing)}. "
-            "Use true, or an unquantized source model."
-        )
+    weights = BaseWeights(base)
+    for name in names:
+        if not weights.is_unquantized(f"{name}.weight"):
+            raise InputError(
+                f"lora.init_lora_weights needs the unquantized weights of the base; {base} has none for {name}. "
+                "Use true, or an unquantized source model."
+            )
+        yield name, weights.read(f"{name}.weight", torch.float32)
 
 
 def _layer(model: PeftModel, name: str) -> Any:
@@ -148,10 +143,9 @@ def _initial_pair(layer: nn.Module, weight: Tensor, lora: Lora, name: str) -> tu
 @torch.no_grad()
 def _change_base(model: PeftModel, base: Path, matrices: Matrices) -> None:
     """Replaces Q(W) by Q(W - s B0 A0) in each layer with LoRA matrices."""
-    for name, stored in unquantized_weights(base, layer_names(model)):
+    for name, weight in unquantized_weights(base, layer_names(model)):
         lora_layer = model.get_submodule(f"{PREFIX}{name}")
         layer = lora_layer.base_layer
-        weight = stored.to(layer.weight.device)
         a, b = (matrices[f"{PREFIX}{name}.lora_{part}.weight"].to(weight) for part in "AB")
         product = lora_layer.scaling["default"] * b @ a
         weight -= product.T if isinstance(layer, Conv1D) else product

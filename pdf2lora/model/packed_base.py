@@ -11,12 +11,12 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from pdf2lora.errors import InputError
 from pdf2lora.model.architectures import FUSED_RULES
+from pdf2lora.model.base_weights import BaseWeights
 from pdf2lora.model.device import NO_CUDA_GPU, device
 from pdf2lora.model.layer_stream import LayerStream
 from pdf2lora.model.packed_layers import LayerLayout, packed_file
@@ -75,12 +75,11 @@ def possible_placements(
 def resident_gib(base: Path, quantization: Quantization, dtype: torch.dtype) -> float:
     """GPU memory of the whole model with packed layers, in GiB. Reads only the headers of the files."""
     num_bytes = 0.0
-    for file in base.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118, it is not a dict
-                shape = weights.get_slice(name).get_shape()
-                is_packed = ".layers." in name and len(shape) == 2
-                num_bytes += prod(shape) * (quantization.bits_per_weight / 8 if is_packed else dtype.itemsize)
+    weights = BaseWeights(base)
+    for name in weights.files:
+        shape = weights.shape(name)
+        is_packed = ".layers." in name and len(shape) == 2
+        num_bytes += prod(shape) * (quantization.bits_per_weight / 8 if is_packed else dtype.itemsize)
     return num_bytes / GIB
 
 
@@ -106,13 +105,13 @@ def load_packed_base(
             replace_linears(layer, quantization, dtype)
     layers = model.model.layers
     layouts = [LayerLayout(layer, quantization) for layer in layers]
-    weights = BaseWeights(base, dtype)
+    weights = BaseWeights(base)
 
     def read_layer(number: int) -> list[Tensor]:
-        return [weights.read(f"model.layers.{number}.{name}.weight") for name in layouts[number].names]
+        return [weights.read(f"model.layers.{number}.{name}.weight", dtype) for name in layouts[number].names]
 
     file = packed_file(base, quantization, dtype, layouts, read_layer)
-    _load_others(model, weights, base)
+    _load_others(model, weights, dtype, base)
     if placement == "gpu":
         for layer, layout, buffer in zip(layers, layouts, _read_buffers(file, layouts), strict=True):
             layout.attach(layer, layout.views(buffer.to(device())), dtype)
@@ -125,21 +124,6 @@ def load_packed_base(
         model.layer_stream.memory = memory  # the split parts do not keep it pinned
     model.is_loaded_in_4bit = True  # PEFT then adds LoRA to Linear4bit
     return model.eval()
-
-
-class BaseWeights:
-    """Reads single weights of models/base to the device."""
-
-    def __init__(self, base: Path, dtype: torch.dtype):
-        self.dtype = dtype
-        self.files: dict[str, Any] = {}
-        for path in sorted(base.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
-            self.files |= dict.fromkeys(file.keys(), file)
-
-    def read(self, name: str) -> Tensor:
-        tensor: Tensor = self.files[name].get_tensor(name)
-        return tensor.to(device=device(), dtype=self.dtype)
 
 
 def replace_linears(layer: nn.Module, quantization: Quantization, dtype: torch.dtype) -> None:
@@ -157,7 +141,7 @@ def replace_linears(layer: nn.Module, quantization: Quantization, dtype: torch.d
             layer.set_submodule(name, linear)
 
 
-def _load_others(model: PreTrainedModel, weights: BaseWeights, base: Path) -> None:
+def _load_others(model: PreTrainedModel, weights: BaseWeights, dtype: torch.dtype, base: Path) -> None:
     """Reads all parameters that are not packed, and moves the buffers (RoPE frequencies) to the device.
 
     Raises:
@@ -166,7 +150,7 @@ def _load_others(model: PreTrainedModel, weights: BaseWeights, base: Path) -> No
     for name, parameter in list(model.named_parameters()):
         if not isinstance(parameter, bnb.nn.Params4bit) and name in weights.files:
             module = model.get_submodule(name.rpartition(".")[0])
-            setattr(module, name.rpartition(".")[2], nn.Parameter(weights.read(name), requires_grad=False))
+            setattr(module, name.rpartition(".")[2], nn.Parameter(weights.read(name, dtype), requires_grad=False))
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device()))

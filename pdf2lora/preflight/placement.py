@@ -12,10 +12,7 @@ LINK_GIB_PER_S = 45.0  # PCIe 5 with 16 lanes, measured on one H200; PCIe 4 has 
 
 def gpu_budget_gib(params: Params, gpus: Sequence[Gpu]) -> float:
     """GPU memory of a training step, on the smallest GPU."""
-    settings = params.find_batch
-    smallest_gib = min(gpu.memory_gib for gpu in gpus)
-    allowed_gib = smallest_gib if settings.memory_gib == "auto" else min(settings.memory_gib, smallest_gib)
-    return allowed_gib - settings.gpu_headroom_gib
+    return params.find_batch.gpu_budget_gib(min(gpu.memory_gib for gpu in gpus))
 
 
 def streams_layers(params: Params, shape: ModelShape, gpus: Sequence[Gpu]) -> bool:

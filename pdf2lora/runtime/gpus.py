@@ -18,15 +18,6 @@ LOCKS = Path(tempfile.gettempdir()) / f"pdf2lora-gpus-{os.getuid()}"
 UUID_BYTES = 96  # NVML_DEVICE_UUID_V2_BUFFER_SIZE
 
 
-def has_cuda_driver() -> bool:
-    """True if a CUDA driver is installed. The machine may still have no usable GPU."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as UUIDs or other names that CUDA_VISIBLE_DEVICES accepts.
 
