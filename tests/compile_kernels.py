@@ -36,11 +36,9 @@ from pdf2lora.model.kernels.rows import FP8, quantize
 
 FEATURES, INTERMEDIATE, VOCABULARY = 3072, 8192, 128_256  # of Llama-3.2-3B
 TOKENS = 64
-RANKS = {
-    80: (16, MAX_FUSED_ROTARY_RANK, lora.MAX_LORA_RANK),
-    90: (16, lora.MAX_LORA_RANK),
-    120: (16,),  # it has the matrix instructions of 80, so one rank shows that all compile
-}
+# Capability -> LoRA ranks of the products with A, and of the rotation. 120 has the matrix instructions of 80.
+RANKS = {80: (16, lora.MAX_LORA_RANK), 90: (16, lora.MAX_LORA_RANK), 120: (16,)}
+ROTARY_RANKS = {80: (16, MAX_FUSED_ROTARY_RANK, lora.MAX_LORA_RANK), 90: (16, lora.MAX_LORA_RANK), 120: (16,)}
 BINARY_OF_80 = 89  # it runs what is compiled for 80; only the kernels with fp8 need 89
 
 
@@ -68,7 +66,9 @@ def compile_for(capability: int) -> None:
     if capability != BINARY_OF_80:
         elementwise(fp8=False)
         for rank in RANKS[capability]:
-            adapter(rank)
+            products(rank, (1, 3) if rank == 16 else (3,))
+        for rank in ROTARY_RANKS[capability]:
+            rotation(rank)
     if capability >= 89:
         elementwise(fp8=True)
         quantize(torch.zeros(TOKENS, FEATURES, dtype=torch.bfloat16))
@@ -105,13 +105,16 @@ def small_linear() -> bnb.nn.Linear4bit:
     return bnb.nn.Linear4bit(128, 128, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
 
 
-def adapter(rank: int) -> None:
-    for projections in (1, 3):
+def products(rank: int, numbers_of_projections: tuple[int, ...]) -> None:
+    for projections in numbers_of_projections:
         x, a = (torch.zeros(rows, FEATURES, dtype=torch.bfloat16) for rows in (TOKENS, projections * rank))
         counter = lora.DropoutCounter(torch.zeros(2, dtype=torch.int64), 0, TOKENS, DropoutRate(0.1))
         low_rank, mask = lora.down(x, a, rank, counter)
         lora.gradient_of_a(x, low_rank, rank, mask, 1.1)
         lora.add_gradient_of_x_(x, a, low_rank, rank, mask, 1.1)
+
+
+def rotation(rank: int) -> None:
     heads = Heads(num_queries=24, num_keys=8, head_dim=128, seq_length=TOKENS)
     rows = torch.zeros(TOKENS, heads.width, dtype=torch.bfloat16)
     angles = Angles(torch.zeros(TOKENS, 64), torch.zeros(TOKENS, 64))

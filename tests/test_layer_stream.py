@@ -38,7 +38,7 @@ def adapted(base, placement, *, double=True):
     torch.manual_seed(0)
     quantization = changed(QUANTIZATION, bnb_4bit_use_double_quant=double)
     causal_lm = load_base(base, quantization, COMPUTE, placement=placement)
-    model = add_lora(causal_lm, changed(NO_DROPOUT, target_modules=["q_proj", "down_proj"]))
+    model = add_lora(causal_lm, changed(NO_DROPOUT, target_modules=["q_proj"]))
     for name, value in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(value, std=0.05)
