@@ -8,7 +8,8 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -202,12 +203,18 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield file
 
 
+@cache
+def params_of_the_demo() -> dict[str, Any]:
+    """The content of params.yaml; hundreds of tests write it with changes."""
+    return dict(YAML(typ="safe").load(REPOSITORY / "params.yaml"))
+
+
 @pytest.fixture
 def write_params(tmp_path: Path) -> Callable[..., Path]:
     """Writes params.yaml with changes to tmp_path: write_params({"lora.r": 16}, without=["train.seed"])."""
 
     def write(changes: dict[str, Any] | None = None, without: list[str] | None = None) -> Path:
-        values = YAML(typ="safe").load(REPOSITORY / "params.yaml")
+        values = deepcopy(params_of_the_demo())
         for key, value in (changes or {}).items():
             section, name = _section_of(values, key)
             section[name] = value

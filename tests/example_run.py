@@ -1,13 +1,24 @@
 """The files of a finished run with invented numbers, for the tests of report and export."""
 
 import json
-import shutil
+from functools import cache
 from pathlib import Path
 
 from conftest import REPOSITORY
+from ruamel.yaml import YAML
 from tiny_llama import make_document
 
 from pdf2lora.documents.records import write_documents
+
+
+@cache
+def lock_of_the_data() -> str:
+    """The demo's dvc.lock without code and params. It is a tenth of the file, and each report parses it."""
+    stages = YAML(typ="safe").load(REPOSITORY / "dvc.lock")["stages"]
+    for stage in stages.values():
+        stage["deps"] = [entry for entry in stage["deps"] if entry["path"].startswith(("data/", "models/"))]
+        stage.pop("params", None)
+    return json.dumps({"schema": "2.0", "stages": stages})
 
 
 def write_run(folder: Path, *, num_test: int = 4, num_validation: int = 1, improvement: float = 0.25) -> Path:
@@ -71,7 +82,7 @@ def write_run(folder: Path, *, num_test: int = 4, num_validation: int = 1, impro
     ]
     sample = {"document": names[0], "prompt": "Sea", "truth": " <i>", "base": " is <script>", "adapted": " rises"}
     (folder / "data/samples.json").write_text(json.dumps([sample | {"tokens": tokens}]))
-    shutil.copy(REPOSITORY / "dvc.lock", folder / "dvc.lock")
+    (folder / "dvc.lock").write_text(lock_of_the_data())
     return folder
 
 
