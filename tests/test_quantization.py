@@ -25,7 +25,7 @@ def test_failure_of_bitsandbytes_is_reported(monkeypatch, bits, function):
     name = device().type
     assert str(caught.value) == (
         f"quantization.bits is {bits}, which does not work here: bitsandbytes {bnb.__version__} fails on {name} with "
-        "'no kernel image'. Install a bitsandbytes that is built for this machine, or use 16."
+        "'no kernel image'. Install a build of bitsandbytes for this machine, or use 16."
     )
     require_quantization(16)
 

@@ -35,9 +35,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands.export import measure
 from pdf2lora.documents.records import read_documents
+from pdf2lora.model.initialization import INITIAL
 from pdf2lora.params import read_params
 from pdf2lora.runtime.files import write_json
 from pdf2lora.weights.merge import merge
+from pdf2lora.weights.plain_adapter import write_plain_adapter
 from tests.long.clones import ROOT, Failed, environment
 
 LORA: dict[str, dict[str, Any]] = {
@@ -241,7 +243,12 @@ def check_merged(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     with chdir(folder):
         params = read_params()
         merged.mkdir()
-        merge(Path("models/base"), Path("models/adapter"), merged)
+        adapter = Path("models/adapter")
+        if params.lora.reads_weights:  # as export does
+            adapter = Path("models/plain_adapter")
+            adapter.mkdir()
+            write_plain_adapter(Path("models/adapter"), Path("models/adapter") / INITIAL, adapter)
+        merge(Path("models/base"), adapter, merged)
         exported = measure(merged, params)["perplexity"]
         texts = [document.text for document in read_documents(Path("data/split/test.jsonl"))]
         plain = plain_perplexity(merged, texts, params.compute.seq_length, params.evaluate.stride)
