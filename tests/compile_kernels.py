@@ -39,7 +39,7 @@ TOKENS = 64
 # Capability -> LoRA ranks of the products with A, and of the rotation. 120 has the matrix instructions of 80.
 RANKS = {80: (16, lora.MAX_LORA_RANK), 90: (16, lora.MAX_LORA_RANK), 120: (16,)}
 ROTARY_RANKS = {80: (16, MAX_FUSED_ROTARY_RANK, lora.MAX_LORA_RANK), 90: (16, lora.MAX_LORA_RANK), 120: (16,)}
-BINARY_OF_80 = 89  # it runs what is compiled for 80; only the kernels with fp8 need 89
+BINARY_OF_80 = 89  # it runs binaries for 80; only the kernels with fp8 need 89
 
 
 def compile_for(capability: int) -> None:

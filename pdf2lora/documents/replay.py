@@ -30,7 +30,7 @@ def read_replay(folder: Path) -> Iterator[str]:
 
 
 def require_unseen(replay: Iterable[str], scored: Iterable[str], name: str, folder: Path, workers: Workers) -> None:
-    """Refuses replay text that evaluate scores: its perplexity would only show what the model memorized.
+    """Refuses replay text that evaluate scores: a low perplexity would then only mean that the model has memorized it.
 
     name: of the scored text, for the error message; folder, workers: see leakage().
 

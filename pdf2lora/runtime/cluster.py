@@ -111,7 +111,7 @@ def map_on_cluster(
 ) -> Iterator[Result]:
     """Yields function(item) for each item, in their order. Reads at most NUM_WAITING items ahead.
 
-    See open_cluster for the other arguments and the errors. If there is no item, no scheduler is needed.
+    See open_cluster for the other arguments and the errors. An empty `items` needs no scheduler.
     """
     items = iter(items)
     first = list(islice(items, 1))

@@ -67,7 +67,7 @@ def _hash_files(folder: Path, names: Collection[str]) -> dict[str, str]:
     """Returns name -> SHA-256.
 
     Large files are hashed in threads: hashlib releases the GIL, and one core hashes only 1 to 2 GB/s. Small files (of a
-    checkpoint) are not: if there is no memory for a thread, Python 3.11 waits for its start forever.
+    checkpoint) are not: if a new thread gets no memory, Python 3.11 waits forever for its start.
     """
     paths = [folder / name for name in names]
     if sum(path.stat().st_size for path in paths) < LARGE_BYTES:

@@ -63,7 +63,7 @@ class Workers:
 
 
 def batches(texts: Iterable[str], max_characters: int = MAX_BATCH_CHARACTERS) -> Iterator[list[str]]:
-    """Groups texts into batches of at most max_characters. A longer text is a batch of its own."""
+    """Groups texts into batches of at most max_characters. A longer text is the only one in its batch."""
     batch: list[str] = []
     num_characters = 0
     for text in texts:
