@@ -78,8 +78,11 @@ def main() -> None:
     for size in arguments.sizes:
         stages = results["sizes"][size] = {}
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            measured = measure(Path(folder), size, arguments.split_only)
-            for name, numbers in measure_extract(Path(folder), size) if arguments.extract else measured:
+            project = Path(folder)
+            measured = (
+                measure_extract(project, size) if arguments.extract else measure(project, size, arguments.split_only)
+            )
+            for name, numbers in measured:
                 stages[name] = numbers
                 print(size, name, numbers, flush=True)
                 write_json(arguments.results, results)

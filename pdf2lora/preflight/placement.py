@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pdf2lora.params import Params
+from pdf2lora.params import Params, Quantization
 from pdf2lora.preflight.environment import Gpu
 from pdf2lora.preflight.findings import Finding
 from pdf2lora.preflight.model_shape import ModelShape
@@ -25,27 +25,17 @@ def streams_layers(params: Params, shape: ModelShape, gpus: Sequence[Gpu]) -> bo
 
 
 def placement(params: Params, shape: ModelShape, gpus: Sequence[Gpu]) -> Finding | None:
-    """The memory and time of streamed layers, or why the model cannot run. None: the whole model fits into the GPU.
-
-    Two buffers, each with one layer, are on the GPU. A micro-batch copies each layer twice.
-    """
-    quantization = params.quantization
+    """The memory and time of streamed layers, or why the model cannot run. None: the whole model fits into the GPU."""
     budget_gib = gpu_budget_gib(params, gpus)
-    base_gib = shape.base_gib(quantization)
-    if not streams_layers(params, shape, gpus):
-        streaming = "" if shape.can_be_packed else "; its layers cannot be in host memory"
-        if quantization.placement == "host":
-            streaming = streaming or "; they need quantization.bits 4"
-            return Finding("problem", "placement", f"quantization.placement is 'host'{streaming}. Use 'auto'.")
-        if base_gib <= budget_gib:
-            return None
-        text = f"the base model needs {base_gib:.1f} GiB on the GPU, and the budget is {budget_gib:.1f} GiB{streaming}"
-        remedy = "Use a smaller base model or fewer bits"
-        if quantization.bits == 4:
-            remedy = "Use quantization.placement auto" if shape.can_be_packed else "Use a smaller base model"
-        return Finding("problem", "placement", f"{text}. {remedy}.")
+    if streams_layers(params, shape, gpus):
+        return _streamed_layers(params.quantization, shape, budget_gib)
+    return _obstacle(params.quantization, shape, budget_gib)
+
+
+def _streamed_layers(quantization: Quantization, shape: ModelShape, budget_gib: float) -> Finding:
+    """Two buffers, each with one layer, are on the GPU. A micro-batch copies each layer twice."""
     layers_gib = shape.layers_gib(quantization)
-    fixed_gib = base_gib - layers_gib + 2 * layers_gib / shape.num_layers
+    fixed_gib = shape.base_gib(quantization) - layers_gib + 2 * layers_gib / shape.num_layers
     copies_s = 2 * layers_gib / LINK_GIB_PER_S
     text = (
         f"layers in host memory: {layers_gib:.1f} GiB there (pinned), {fixed_gib:.1f} GiB and the activations on the "
@@ -54,3 +44,20 @@ def placement(params: Params, shape: ModelShape, gpus: Sequence[Gpu]) -> Finding
     if fixed_gib > budget_gib:
         return Finding("problem", "placement", f"{text}. The budget is {budget_gib:.1f} GiB. Use a smaller base model.")
     return Finding("ok", "placement", text)
+
+
+def _obstacle(quantization: Quantization, shape: ModelShape, budget_gib: float) -> Finding | None:
+    """Why the model cannot run with all layers on the GPU; None if it can."""
+    not_streamed = "" if shape.can_be_packed else "; its layers cannot be in host memory"
+    if quantization.placement == "host":
+        reason = not_streamed or "; layers in host memory need quantization.bits 4"
+        return Finding("problem", "placement", f"quantization.placement is 'host'{reason}. Use 'auto'.")
+    base_gib = shape.base_gib(quantization)
+    if base_gib <= budget_gib:
+        return None
+    if quantization.bits != 4:
+        remedy = "Use a smaller base model or fewer bits"
+    else:
+        remedy = "Use quantization.placement auto" if shape.can_be_packed else "Use a smaller base model"
+    text = f"the base model needs {base_gib:.1f} GiB on the GPU, and the budget is {budget_gib:.1f} GiB{not_streamed}"
+    return Finding("problem", "placement", f"{text}. {remedy}.")
