@@ -49,8 +49,8 @@ def test_it_is_used_as_it_is(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"intermediate_size": 64}, "gate_proj.weight must have shape"),
-        ({"attention_bias": True}, "lack the weight model.layers.0.self_attn.q_proj.bias"),
+        ({"intermediate_size": 64}, "down_proj.weight must have shape"),
+        ({"attention_bias": True}, "lack the weight model.layers.0.self_attn.k_proj.bias"),
     ],
 )
 def test_sizes_that_contradict_the_weights_are_refused(

@@ -18,7 +18,7 @@ from commands import export
 from pdf2lora.model.initialization import initialize
 from pdf2lora.model.loading import add_lora, load_base
 from pdf2lora.runtime.distributed import Processes
-from pdf2lora.runtime.manifest import MANIFEST, find_damage, read_manifest
+from pdf2lora.runtime.manifest import MANIFEST, find_damage
 
 pytestmark = quiet
 SETTINGS = {"compute.seq_length": 32, "evaluate.stride": 16}
@@ -71,7 +71,8 @@ def test_the_merged_model_has_a_manifest(project, current):
 
     merged = project / "models/merged"
     assert find_damage(merged) is None
-    assert set(read_manifest(merged)["files"]) == {file.name for file in merged.iterdir()} - {MANIFEST}
+    files = json.loads((merged / MANIFEST).read_text())["files"]
+    assert set(files) == {file.name for file in merged.iterdir()} - {MANIFEST}
 
 
 def test_the_licence_is_copied(project, current):

@@ -269,21 +269,6 @@ def test_quantized_source_model_is_used_as_it_is(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"quant_method": "gptq", "bits": 4}, "models/base is quantized by gptq; only bitsandbytes is supported"),
-        ({"quant_method": "awq"}, "models/base is quantized by awq"),
-    ],
-)
-def test_other_quantization_methods_are_refused(base, tmp_path, settings, reason):
-    config = json.loads((base / "config.json").read_text()) | {"quantization_config": settings}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-
-    with pytest.raises(InputError, match=reason):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize(
     ("model_type", "reason"),
     [("t5", "'t5', which is not a causal language model"), ("no_such_model", "transformers cannot read it")],
 )

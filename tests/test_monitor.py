@@ -93,7 +93,7 @@ def gpu(monkeypatch):
         nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=97),
         nvmlDeviceGetPowerUsage=lambda handle: 652_300,
     )
-    monkeypatch.setattr(monitor, "this_gpu", lambda: gpu)
+    monkeypatch.setattr(monitor, "Gpu", lambda: gpu)
     return gpu
 
 

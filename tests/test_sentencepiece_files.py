@@ -1,6 +1,6 @@
 """Llama 1's and 2's tokenizer.model against sentencepiece."""
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +105,17 @@ def test_unsupported_settings_are_refused(tmp_path: Path, options: dict[str, Any
         convert_sentencepiece(path.read_bytes(), path)
 
 
-def test_missing_package(llama2_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(InputError, match="pip install sentencepiece"):
-        read_tokenizer(llama2_model, "2")
+def cut(content: bytes) -> bytes:
+    return content[:1000]
 
 
-def test_damaged_file(llama2_model: Path, tmp_path: Path) -> None:
+def with_a_piece_that_is_not_utf8(content: bytes) -> bytes:
+    return content.replace("\u2581the".encode(), b"\xff" * 6)
+
+
+@pytest.mark.parametrize("damage", [cut, with_a_piece_that_is_not_utf8])
+def test_damaged_file(llama2_model: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(llama2_model.read_bytes()[:1000])
+    path.write_bytes(damage(llama2_model.read_bytes()))
     with pytest.raises(InputError, match=rf"{path}: this is not a sentencepiece model"):
         read_tokenizer(path, "2")

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from pdf2lora.errors import InputError
+from pdf2lora.families import is_target
 from pdf2lora.model.attention_choice import choose_attention
 from pdf2lora.model.device import compute_dtype, device
 from pdf2lora.model.dropout import install_counter_dropout
@@ -140,25 +141,19 @@ def _disable_dropout(model: PreTrainedModel) -> None:
 def _quantization_config(
     config: PreTrainedConfig, quantization: Quantization, ours: BitsAndBytesConfig | None
 ) -> BitsAndBytesConfig | None:
-    """Returns `ours`, or None if the source model is already quantized: transformers then reads the model's settings.
+    """Returns `ours`, or None if the source model is stored in 4 bits: transformers then reads the model's settings.
+
+    convert refuses all other quantized source models.
 
     Raises:
-        InputError: the source model has another number of bits than quantization.bits.
+        InputError: the source model is stored in 4 bits, and quantization.bits is another number.
     """
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
+    if getattr(config, "quantization_config", None) is None:
         return ours
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
-    method = settings.get("quant_method", "unknown")
-    bits = 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
-    if method != "bitsandbytes" or bits is None:
+    if quantization.bits != 4:
         raise InputError(
-            f"models/base is quantized by {method}; only bitsandbytes is supported. Use the unquantized model."
-        )
-    if bits != quantization.bits:
-        raise InputError(
-            f"quantization.bits is {quantization.bits}; the source model is quantized to {bits} bits. Use {bits} or "
-            "the unquantized model."
+            f"quantization.bits is {quantization.bits}; the source model is quantized to 4 bits. Use 4 or the "
+            "unquantized model."
         )
     return None
 
@@ -206,7 +201,7 @@ def target_modules(model: PreTrainedModel, lora: Lora) -> list[str]:
     if lora.target_modules == ALL_LINEAR:
         return names
     for target in lora.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
+        if not any(is_target(name, target) for name in linear):
             raise InputError(
                 f"lora.target_modules has {target!r}; the model has no linear layer of that name. Use "
                 f"{', '.join(names)} or all-linear."

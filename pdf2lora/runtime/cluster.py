@@ -8,7 +8,6 @@ import json
 import logging
 import pickle
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pdf2lora.errors import InputError
+from pdf2lora.runtime.parallel import results_in_order
 from pdf2lora.runtime.scratch import fingerprint, stage_code
 
 SCHEDULER_TIMEOUT_S = 30
@@ -118,17 +118,7 @@ def map_on_cluster(
     if not first:
         return
     with open_cluster(scheduler, stage, packages, function) as cluster:
-        pending: deque[Future[Result]] = deque()
-        try:
-            for item in chain(first, items):
-                pending.append(cluster.submit(item))
-                if len(pending) >= NUM_WAITING:
-                    yield cluster.result(pending.popleft())
-            while pending:
-                yield cluster.result(pending.popleft())
-        finally:
-            for future in pending:
-                future.cancel()
+        yield from results_in_order(cluster.submit, chain(first, items), NUM_WAITING, cluster.result)
 
 
 @contextmanager
@@ -234,6 +224,4 @@ def run_on_worker(constants: bytes, function: bytes, item: bytes) -> Any:
     return _load(function)(pickle.loads(item))
 
 
-@lru_cache(maxsize=4)
-def _load(function: bytes) -> Callable[[Any], Any]:
-    return pickle.loads(function)  # type: ignore[no-any-return]
+_load: Callable[[bytes], Callable[[Any], Any]] = lru_cache(maxsize=4)(pickle.loads)

@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn
 
 from pdf2lora.errors import InputError, user_message
 from pdf2lora.runtime.gpus import reserve_gpus, visible_gpus
+from pdf2lora.runtime.parallel import num_cores
 
 PIPE = "PDF2LORA_STATUS_PIPE"  # the environment variable that holds the file descriptor
 HEARTBEAT_S = 1.0
@@ -70,11 +71,15 @@ def run_in_processes(module: str, work: Callable[[], None], num_processes: int |
     with allot_devices(num_processes) as (count, locks):
         if count > 1:
             _launch(module, count, locks)
-            return
-        try:
-            work()
-        except Stopped as stopped:
-            sys.exit(str(stopped))
+        else:
+            _work_alone(work)
+
+
+def _work_alone(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except Stopped as stopped:
+        sys.exit(str(stopped))
 
 
 def _require_all_processes() -> None:
@@ -120,13 +125,12 @@ def job_environment(count: int) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, num_cores() // count))),
     }
 
 
@@ -274,10 +278,7 @@ def _raise_cause(name: str, workers: list[_Worker], signals: list[tuple[float, i
 def _work_and_report(work: Callable[[], None]) -> None:
     """Runs `work`. Sends heartbeats while it runs, and its error if it fails."""
     if PIPE not in os.environ:  # started by torchrun or accelerate launch
-        try:
-            work()
-        except Stopped as stopped:
-            sys.exit(str(stopped))
+        _work_alone(work)
         return
     pipe = int(os.environ.pop(PIPE))
     threading.Thread(target=_heartbeat, args=(pipe,), daemon=True).start()
@@ -285,8 +286,7 @@ def _work_and_report(work: Callable[[], None]) -> None:
         work()
         _end(0)
     except Stopped as error:
-        kind: Kind = "stopped"
-        message = str(error)
+        kind, message = "stopped", str(error)
     except PeerLost as error:
         kind, message = "lost_peer", str(error)
     except KeyboardInterrupt:

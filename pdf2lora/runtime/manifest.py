@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from pdf2lora.errors import InputError
 from pdf2lora.runtime.files import file_sha256, write_json
@@ -17,15 +16,11 @@ MANIFEST = "manifest.json"
 LARGE_BYTES = 2**28
 
 
-def write_manifest(folder: Path, **metadata: object) -> None:
-    """Writes manifest.json. metadata: further entries of the JSON object."""
+def write_manifest(folder: Path) -> None:
+    """Writes manifest.json."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     names = [str(path.relative_to(folder)) for path in files]
-    write_json(folder / MANIFEST, metadata | {"files": _hash_files(folder, names)})
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    write_json(folder / MANIFEST, {"files": _hash_files(folder, names)})
 
 
 def find_damage(folder: Path) -> str | None:
@@ -33,7 +28,7 @@ def find_damage(folder: Path) -> str | None:
     if not (folder / MANIFEST).exists():
         return f"it is incomplete (no {MANIFEST})"
     try:
-        expected: dict[str, str] = read_manifest(folder)["files"]
+        expected: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, sha256 in _hash_files(folder, expected).items():
             if sha256 != expected[name]:
                 return f"{name} is corrupt (SHA-256 mismatch)"
@@ -43,10 +38,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def require_intact(folder: Path, *, made_by: str) -> None:
-    """Checks a stage's output folder against its manifest.
-
-    Args:
-        made_by: the stage that writes the folder.
+    """Checks the output folder of the stage `made_by` against its manifest.
 
     Raises:
         InputError: a file is missing or corrupt.

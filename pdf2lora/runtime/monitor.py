@@ -5,7 +5,6 @@ Two runs never measure the same numbers. Therefore metrics/machine.json and metr
 torch is imported inside functions: find_batch measures in a child process and imports torch while the child works.
 """
 
-import functools
 import json
 import logging
 import os
@@ -31,22 +30,20 @@ log = logging.getLogger(__name__)
 
 
 class ResourceMonitor:
-    """Samples memory and GPU sensors every SAMPLE_S seconds in a thread, from start() to stop()."""
+    """Samples memory and GPU sensors every SAMPLE_S seconds in a thread, until stop()."""
 
     def __init__(self) -> None:
-        self.gpu = this_gpu()  # in this thread, because it imports torch
+        self.gpu = Gpu()  # in this thread, because it imports torch
         self.started = time.monotonic()
         self.samples: list[dict[str, float]] = []
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     @property
     def seconds(self) -> float:
         """Seconds since the monitor was created."""
         return time.monotonic() - self.started
-
-    def start(self) -> None:
-        self._thread.start()
 
     def stop(self) -> None:
         self._stopped.set()
@@ -85,7 +82,6 @@ def machine_metrics(stage: str) -> Iterator[dict[str, Any]]:
     """
     metrics: dict[str, Any] = {}
     monitor = ResourceMonitor()
-    monitor.start()
     try:
         yield metrics
     finally:
@@ -102,14 +98,8 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-@functools.cache
-def this_gpu() -> "Gpu":
-    """The GPU of this process. Cached, so that a missing sensor library is logged once."""
-    return Gpu()
-
-
 class Gpu:
-    """Reads GPU sensors with NVML. A sensor that does not answer is left out; it never stops a training.
+    """Reads the sensors of this process's GPU with NVML. A sensor that does not answer is left out.
 
     dvclive's monitor is not used: it prints a traceback on a machine without an NVIDIA driver.
     """

@@ -12,7 +12,6 @@ from typing import TypeVar
 from pdf2lora.errors import InputError
 
 ITEMS_PER_WORKER = 3  # items that wait or are in work
-
 MAX_BATCH_CHARACTERS = 1_000_000
 
 Item = TypeVar("Item")
@@ -45,21 +44,35 @@ class Workers:
         if len(first) < 2 and self.pool is None:
             yield from map(function, first)
             return
-        if self.pool is None:
-            self.pool = ProcessPoolExecutor(num_cores(), multiprocessing.get_context("spawn"))
-        pending: deque[Future[Result]] = deque()
+        self.pool = pool = self.pool or ProcessPoolExecutor(num_cores(), multiprocessing.get_context("spawn"))
         try:
-            for item in chain(first, items):
-                pending.append(self.pool.submit(function, item))
-                if len(pending) >= ITEMS_PER_WORKER * num_cores():
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            num_waiting = ITEMS_PER_WORKER * num_cores()
+            yield from results_in_order(lambda item: pool.submit(function, item), chain(first, items), num_waiting)
         except BrokenProcessPool as error:
             raise InputError(
                 "A worker process was killed, probably because memory ran out (free -h shows it). Free some memory, "
                 "then run again."
             ) from error
+
+
+def results_in_order(
+    submit: Callable[[Item], Future[Result]],
+    items: Iterable[Item],
+    num_waiting: int,
+    result: Callable[[Future[Result]], Result] = Future.result,
+) -> Iterator[Result]:
+    """Submits the items, at most num_waiting at a time. Yields result(future) of each one, in their order."""
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(submit(item))
+            if len(pending) >= num_waiting:
+                yield result(pending.popleft())
+        while pending:
+            yield result(pending.popleft())
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 def batches(texts: Iterable[str], max_characters: int = MAX_BATCH_CHARACTERS) -> Iterator[list[str]]:

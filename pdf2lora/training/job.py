@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -99,14 +99,8 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
         )
         if batch["memory_gib"] != "auto":
             limit_gpu_memory(batch["memory_gib"])
-        order = DataOrder(
-            len(corpus),
-            plan.effective_batch,
-            params.train.num_train_epochs,
-            params.train.seed,
-            len(replay),
-            params.train.replay_share,
-        )
+        epochs, seed, replay_share = params.train.num_train_epochs, params.train.seed, params.train.replay_share
+        order = DataOrder(len(corpus), plan.effective_batch, epochs, seed, len(replay), replay_share)
         if processes.is_main:
             warnings = schedule_warnings(
                 params.train, num_sequences=order.num_in_epoch, effective_batch=plan.effective_batch
@@ -115,7 +109,7 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
         model = build_model(BASE, params, processes, batch["placement"])
         if params.lora.reads_weights:
             folder = checkpoints / INITIAL
-            initialize(model, BASE, params.lora, seed=params.train.seed, folder=folder, processes=processes)
+            initialize(model, BASE, params.lora, seed=seed, folder=folder, processes=processes)
         learner = Learner(
             model,
             train=params.train,
@@ -127,7 +121,9 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
         first_epoch = np.concatenate([order.indices(step) for step in range(order.steps_per_epoch)])
         tokens_per_step = sequences.num_targets(first_epoch) / order.steps_per_epoch  # a mean: some steps are smaller
         tracker = Tracker(METRICS, processes, trackers, tokens_per_step=tokens_per_step)
-        log_start(params, batch, model, processes)
+        log.info("settings: %s", params.model_dump_json())
+        log.info("processes: %d; batch: %s", processes.count, batch)
+        log.info("trainable parameters: %s", model.get_nb_trainable_parameters())
         interrupt = stack.enter_context(Interrupt())
         try:
             result = train(
@@ -223,13 +219,6 @@ def measurements(
         numbers["peak_allocated_gib"] = round(allocated / 2**30, 2)
         numbers["peak_reserved_gib"] = round(reserved / 2**30, 2)
     return numbers
-
-
-def log_start(params: Params, batch: Mapping[str, Any], model: PeftModel, processes: Processes) -> None:
-    log.info("settings: %s", params.model_dump_json())
-    log.info("batch: %s", batch)
-    log.info("processes: %d", processes.count)
-    log.info("trainable parameters: %s", model.get_nb_trainable_parameters())
 
 
 def out_of_memory(checkpoints: Path, error: torch.OutOfMemoryError, processes: Processes) -> str:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pdf2lora.errors import InputError
 from pdf2lora.params import Params, Placement
@@ -44,8 +44,7 @@ class Capabilities:
     reference_reason: str = ""
 
 
-@dataclass(frozen=True)
-class MeasureRequest:
+class MeasureRequest(NamedTuple):
     gradient_checkpointing: str
     batch: int
     budget_gib: float
@@ -187,35 +186,22 @@ def _serve(pipe: Connection, params: Params, environment: dict[str, str]) -> Non
     """The main loop of a probe process: it answers requests until the pipe closes or an error occurs."""
     os.environ |= environment
     os.environ.pop(PIPE, None)
-    prober: Any = None
-    while True:
-        try:
-            if prober is None:  # imports torch at once, before the first request
-                from pdf2lora.training.probe import Prober
+    try:
+        from pdf2lora.training.probe import Prober  # imports torch, before the first request
 
-                prober = Prober(params)
-            request = pipe.recv()
-            if request is None:
+        prober = Prober(params)
+        while True:
+            if (request := pipe.recv()) is None:
                 pipe.send(prober.capabilities())
             else:
                 sequences = TokenFile.open(TOKENS, "train").sequences(params.compute.seq_length)
-                pipe.send(
-                    prober.measure(
-                        BASE,
-                        sequences,
-                        request.gradient_checkpointing,
-                        request.batch,
-                        request.budget_gib,
-                        request.placement,
-                    )
-                )
-        except EOFError:
-            return None
-        except (InputError, ModuleNotFoundError) as error:
-            return pipe.send(error)
-        except MemoryError:
-            return pipe.send(OutOfMemory(is_clean=False))
-        except Exception as error:
-            if "DefaultCPUAllocator" in str(error):  # torch has no exception class for it
-                return pipe.send(OutOfMemory(is_clean=False))
-            return pipe.send(RuntimeError(f"find_batch: a probe failed: {type(error).__name__}: {error}"))
+                pipe.send(prober.measure(BASE, sequences, *request))
+    except EOFError:
+        return
+    except (InputError, ModuleNotFoundError) as error:
+        pipe.send(error)
+    except Exception as error:
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # torch has no class for it
+            pipe.send(OutOfMemory(is_clean=False))
+        else:
+            pipe.send(RuntimeError(f"find_batch: a probe failed: {type(error).__name__}: {error}"))

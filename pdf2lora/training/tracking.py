@@ -129,7 +129,6 @@ class Tracker:
 
     def start(self, history: Sequence[Entry], step: int, num_steps: int) -> None:
         """history: the entries up to `step`, from the checkpoint."""
-        log.info("starts from %s", f"checkpoint-{step}" if step else "the base model")
         for entry in history:
             self._write(entry)
         self.progress = tqdm(

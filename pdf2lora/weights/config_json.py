@@ -54,22 +54,23 @@ def read_sizes(config: Mapping[str, Any], path: Path) -> ConfigSizes:
     )
 
 
-def summarize(config: Mapping[str, Any]) -> dict[str, object]:
+def summarize(config: Any, dtype: str) -> dict[str, object]:
     """The model's sizes for metrics/convert.json.
 
-    config: with the keys of the rotary embedding of transformers 5 (rope_parameters) or 4 (rope_scaling, rope_theta).
+    config: an object with the attributes of a transformers configuration; dtype: of the stored weights.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = getattr(config, "rope_parameters", None) or {}
+    num_heads = getattr(config, "num_attention_heads", None)
     return {
-        "hidden_size": config.get("hidden_size"),
-        "num_layers": config["num_hidden_layers"],
-        "num_heads": config.get("num_attention_heads"),
-        "num_kv_heads": config.get("num_key_value_heads", config.get("num_attention_heads")),
-        "intermediate_size": config.get("intermediate_size"),
-        "vocab_size": config["vocab_size"],
-        "tied": config["tie_word_embeddings"],
-        "dtype": config["dtype"],
-        "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
+        "hidden_size": getattr(config, "hidden_size", None),
+        "num_layers": getattr(config, "num_hidden_layers", None),
+        "num_heads": num_heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
+        "intermediate_size": getattr(config, "intermediate_size", None),
+        "vocab_size": config.vocab_size,
+        "tied": config.tie_word_embeddings,
+        "dtype": dtype,
+        "rope_theta": rope.get("rope_theta"),
         "rope_factor": rope.get("factor"),
-        "context_length": config.get("max_position_embeddings"),
+        "context_length": config.max_position_embeddings,
     }

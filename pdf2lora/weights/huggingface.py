@@ -12,7 +12,8 @@ from typing import Any
 from pdf2lora.errors import InputError
 from pdf2lora.runtime.disk_space import require_disk_space
 from pdf2lora.runtime.files import write_json
-from pdf2lora.weights.huggingface_files import HuggingFaceFiles, read_huggingface
+from pdf2lora.weights.config_json import summarize
+from pdf2lora.weights.huggingface_files import read_huggingface
 from pdf2lora.weights.huggingface_tokenizer import read_huggingface_tokenizer
 from pdf2lora.weights.safetensors_files import Progress
 from pdf2lora.weights.special_tokens import find_bos, find_eos
@@ -53,7 +54,13 @@ def copy_huggingface(source: Path, target: Path, llama_version: str | None, prog
         done += path.stat().st_size
         progress(done, total)
     tokenizer.write(target)
-    return _summary(files, model)
+    return {
+        "layout": "huggingface",
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_shards": len(files.weight_files),
+        "num_files": len(files.weight_files),
+        **summarize(model.config, files.dtype),
+    }
 
 
 def _context_length(source: Path, config: Mapping[str, Any], model_config: Any) -> int:
@@ -65,26 +72,3 @@ def _context_length(source: Path, config: Mapping[str, Any], model_config: Any) 
         f"{source / 'config.json'}: max_position_embeddings is missing, and transformers has no default for "
         f"{config['model_type']}. Add the number of tokens that the model can read."
     )
-
-
-def _summary(files: HuggingFaceFiles, model: Any) -> dict[str, object]:
-    config = model.config
-    rope = getattr(config, "rope_parameters", None) or {}
-    num_heads = getattr(config, "num_attention_heads", None)
-    return {
-        "layout": "huggingface",
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "num_shards": len(files.weight_files),
-        "num_files": len(files.weight_files),
-        "hidden_size": getattr(config, "hidden_size", None),
-        "num_layers": getattr(config, "num_hidden_layers", None),
-        "num_heads": num_heads,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
-        "intermediate_size": getattr(config, "intermediate_size", None),
-        "vocab_size": config.vocab_size,
-        "tied": config.tie_word_embeddings,
-        "dtype": files.dtype,
-        "rope_theta": rope.get("rope_theta"),
-        "rope_factor": rope.get("factor"),
-        "context_length": config.max_position_embeddings,
-    }

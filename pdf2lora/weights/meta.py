@@ -7,6 +7,7 @@ convert_llama_weights_to_hf.py; Su et al. 2021, arXiv:2104.09864 (rotary embeddi
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from torch import Tensor
 
@@ -61,7 +62,7 @@ def convert_meta(
         "num_parameters": sum(math.prod(weight.shape) for weight in weights.values()),
         "num_shards": len(shards),
         "num_files": len(files),
-        **summarize(config),
+        **summarize(SimpleNamespace(**config), str(config["dtype"])),
     }
 
 

@@ -4,7 +4,8 @@ transformers decides which weights a model needs and which it ignores. The model
 allocates no memory. Its names and shapes are compared with the headers of the files.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,81 +23,45 @@ def load_without_weights(source: Path, files: HuggingFaceFiles) -> Any:
     Raises:
         InputError: transformers cannot load the model, or config.json and the weights contradict each other.
     """
-    with _quiet_transformers():
-        return _load_4bit(source, files) if files.is_4bit else _load(source)
-
-
-def _load(source: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            device_map={"": "meta"},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        with _quiet_transformers():
+            config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+            if files.is_4bit:  # bitsandbytes cannot load 4-bit weights on the meta device
+                del config.quantization_config
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
     except Exception as error:  # transformers raises many types
         raise InputError(_cannot_load(source, error)) from None
     for name, stored, expected in sorted(report["mismatched_keys"]):
-        raise InputError(_wrong_shape(source, name, tuple(stored), tuple(expected)))
+        if not (files.is_4bit and _is_packed(files.weights[name], expected)):
+            raise InputError(
+                f"{source / 'config.json'}: with the sizes in this file, {name} must have shape {tuple(expected)}, but "
+                f"it has {tuple(stored)}. Use the files of one source model."
+            )
     for name in sorted(report["missing_keys"]):
-        raise InputError(_missing(source, name))
+        raise InputError(f"{source}: *.safetensors lack the weight {name}. Download all files of the source model.")
     for name in sorted(report["unexpected_keys"]):
-        raise InputError(_unexpected(source, name, type(model).__name__))
+        if not (files.is_4bit and QUANT_STATE.search(name)):
+            raise InputError(
+                f"{source}: the weight {name} is not part of a {type(model).__name__} with this config.json. "
+                "Use the files of one source model."
+            )
     model.tie_weights()  # so a stored copy of a tied head does not count twice
     return model
 
 
-def _load_4bit(source: Path, files: HuggingFaceFiles) -> Any:
-    """Builds the model without quantization, because bitsandbytes cannot load 4-bit weights on the meta device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        del config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:
-        raise InputError(_cannot_load(source, error)) from None
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    stored = {name: weight for name, weight in files.weights.items() if not QUANT_STATE.search(name)}
-    for name, shape in expected.items():
-        if name not in stored:
-            raise InputError(_missing(source, name))
-        if not _has_shape(stored[name], shape):
-            raise InputError(_wrong_shape(source, name, stored[name].shape, shape))
-    for name in stored:
-        if name not in expected and name not in model.state_dict():  # a stored copy of a tied head
-            raise InputError(_unexpected(source, name, type(model).__name__))
-    return model
-
-
-def _has_shape(weight: StoredWeight, shape: tuple[int, ...]) -> bool:
-    if weight.dtype != "U8":
-        return weight.shape == shape
-    return len(shape) == 2 and weight.num_bytes * 2 == shape[0] * shape[1]  # two weights in a byte
-
-
-def _missing(source: Path, name: str) -> str:
-    return f"{source}: *.safetensors lack the weight {name}. Download all files of the source model."
-
-
-def _wrong_shape(source: Path, name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    return (
-        f"{source / 'config.json'}: with the sizes in this file, {name} must have shape {expected}, but it has "
-        f"{stored}. Use the files of one source model."
-    )
-
-
-def _unexpected(source: Path, name: str, model_class: str) -> str:
-    return (
-        f"{source}: the weight {name} is not part of a {model_class} with this config.json. "
-        "Use the files of one source model."
-    )
+def _is_packed(weight: StoredWeight, shape: Sequence[int]) -> bool:
+    """Whether the bytes are a matrix of this shape, with two 4-bit weights in each byte."""
+    return weight.dtype == "U8" and len(shape) == 2 and weight.num_bytes * 2 == math.prod(shape)
 
 
 def _cannot_load(source: Path, error: Exception) -> str:
