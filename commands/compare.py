@@ -9,7 +9,6 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pandas as pd
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.evaluation.comparison import Comparison, compare, parse_table
 from pdf2lora.evaluation.revisions import DOCUMENTS, is_evaluated, read_at
-from pdf2lora.params import Params, read_params
+from pdf2lora.params import read_params
 
 NO_TERMINAL = (10_000, 24)  # columns and lines: a table that goes to a file is not cut
 FINISHED = (None, "Success")  # State in exp_show; None is a commit, or an experiment that ran in the workspace
@@ -29,13 +28,12 @@ Row = dict[str, Any]  # of exp_show
 
 @report_input_errors
 def main() -> None:
-    params = read_params()
     commit, *experiments = dvc.api.exp_show()[1:]  # the first row is the workspace
     if not experiments:
         raise InputError("This commit has no experiments. Run one, for example: dvc exp run -S lora.r=16")
     tables = {row["rev"]: read_table(row) for row in (commit, *experiments)}
     baseline = tables[commit["rev"]]
-    settings = [name for name in setting_names(params) if name in commit]
+    settings = [name for name in map(str, pd.json_normalize(read_params().model_dump())) if name in commit]
     noise = seed_noise([row for row in (commit, *experiments) if tables[row["rev"]] is not None], settings)
 
     rows = [("experiment", "perplexity", "improvement", "95% interval", "", "changed settings")]
@@ -54,15 +52,6 @@ def main() -> None:
     print(format_table(rows, shutil.get_terminal_size(NO_TERMINAL).columns))
     if noise is not None:
         print(f"seed noise: {noise:.1%} is the largest difference between runs that differ only in train.seed")
-
-
-def setting_names(params: Params) -> list[str]:
-    """Every setting as DVC names it: lora.r, compute.seq_length, ..."""
-    sections = params.model_dump(exclude={"models"}).items()
-    nested = [
-        [f"{section}.{key}" for key in keys] if isinstance(keys, dict) else [section] for section, keys in sections
-    ]
-    return list(chain.from_iterable(nested))
 
 
 def read_table(row: Row) -> pd.DataFrame | None:

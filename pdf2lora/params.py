@@ -26,9 +26,8 @@ def _unquoted(value: object) -> object:
     return str(value) if type(value) in (int, float) else value
 
 
-Name = Annotated[
-    str, BeforeValidator(_unquoted), Field(pattern=r"^[A-Za-z0-9_-]+$")
-]  # a folder, and a word that `dvc exp run -S` can parse
+# A folder, and a word that `dvc exp run -S` can parse.
+Name = Annotated[str, BeforeValidator(_unquoted), Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
@@ -295,7 +294,7 @@ class Sample(Section):
     """Largest number of tokens that a model generates."""
     temperature: Annotated[float, Field(ge=0)]
     """0 takes the most probable token each time. A higher temperature draws less probable tokens more often."""
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
     """Seed of the draws."""
 
 
@@ -427,11 +426,8 @@ def _merge_union_errors(lines: list[str]) -> list[str]:
         else:
             merged[key_and_value] = line
     keys = [line.partition(" ")[0] for line in merged.values()]
-    return [line for line, key in zip(merged.values(), keys, strict=True) if not _has_deeper(key, keys)]
-
-
-def _has_deeper(key: str, keys: list[str]) -> bool:
-    return any(other.startswith(f"{key}.") for other in keys)
+    is_parent = [any(other.startswith(f"{key}.") for other in keys) for key in keys]
+    return [line for line, has_entry in zip(merged.values(), is_parent, strict=True) if not has_entry]
 
 
 def _suggest(path: tuple[int | str, ...]) -> str:

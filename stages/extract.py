@@ -4,7 +4,6 @@ Writes one record per PDF: its text, or the reason why it is left out.
 """
 
 import time
-from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,9 +33,7 @@ def main() -> None:
     folder = CORPORA / params.corpus
     listing = list_corpus(folder)
     require_sources(folder, listing)
-    print(
-        f"extract: {len(listing.sources)} PDFs in {folder}", flush=True
-    )  # first, because the extraction can take long
+    print(f"extract: {len(listing.sources)} PDFs in {folder}", flush=True)
     for sentence in listing.unread:
         print(f"extract: {sentence}")
 
@@ -50,7 +47,7 @@ def main() -> None:
     documents = extract_corpus(folder, listing.sources, cache, settings, run)
     with atomic_write(DOCUMENTS) as partial_file:
         metrics = summarize(write_through(partial_file, documents))
-        left_out = describe(metrics["left_out"])
+        left_out = ", ".join(f"{count} {reason}" for reason, count in metrics["left_out"].items()) or "none"
         if not metrics["kept"]:
             raise InputError(
                 f"{folder}: none of the {metrics['documents']} PDFs is usable ({left_out}). Add PDFs with a text layer."
@@ -82,10 +79,6 @@ def require_ocr(setting: str) -> str | None:
     if setting == "auto" and versions is None:
         print("extract: OCR is off, scanned pages have no text (pip install -r requirements-ocr.txt turns it on)")
     return versions
-
-
-def describe(left_out: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
 
 
 if __name__ == "__main__":

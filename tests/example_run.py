@@ -5,10 +5,9 @@ from functools import cache
 from pathlib import Path
 
 from conftest import REPOSITORY
+from helpers import write_documents
 from ruamel.yaml import YAML
 from tiny_llama import make_document
-
-from pdf2lora.documents.records import write_documents
 
 
 @cache

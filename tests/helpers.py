@@ -4,17 +4,24 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from pdf2lora.documents.records import Document, write_through
 from pdf2lora.runtime.distributed import Processes
 
 Result = TypeVar("Result")
+
+
+def write_documents(file: Path, documents: Iterable[Document]) -> None:
+    for _ in write_through(file, documents):
+        pass
 
 
 def free_port() -> int:

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from conftest import EXTRACT_SETTINGS, prose, write_pdf
 from dask_processes import REPOSITORY, start_scheduler, wait_until, worker
+from helpers import write_documents
 from test_worker import slow_pdf
 
 from pdf2lora.documents import ocr, sketches
 from pdf2lora.documents.cluster import extract_on_cluster
 from pdf2lora.documents.corpus import extract_corpus
 from pdf2lora.documents.extraction import extract
-from pdf2lora.documents.records import write_documents
 from pdf2lora.documents.sources import list_corpus
 from pdf2lora.errors import InputError
 from pdf2lora.runtime import cluster

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from conftest import EXTRACT_SETTINGS, prose, write_pdf
 from dask_processes import REPOSITORY, end_process, start_scheduler, wait_for_workers, wait_until, worker
+from helpers import write_documents
 from tiny_llama import BOS, EOS, byte_tokenizer, make_document, write_tiny_llama
 
 from pdf2lora.documents import sketches
 from pdf2lora.documents.cluster import extract_on_cluster
-from pdf2lora.documents.records import write_documents
 from pdf2lora.documents.sketches import sketch_texts
 from pdf2lora.documents.sources import Source
 from pdf2lora.errors import InputError

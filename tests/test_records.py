@@ -2,8 +2,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import write_documents
 
-from pdf2lora.documents.records import Document, read_documents, write_documents
+from pdf2lora.documents.records import Document, read_documents
 from pdf2lora.documents.text import text_sha256
 
 

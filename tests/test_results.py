@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from conftest import REPOSITORY
 from example_run import write_run
+from helpers import write_documents
 from ruamel.yaml import YAML
 from tiny_llama import make_document
 
-from pdf2lora.documents.records import write_documents
 from pdf2lora.report import results
 from pdf2lora.report.results import find_licences, read_artifacts, read_columns, read_results
 

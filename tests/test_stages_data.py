@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, prose, write_pdf
+from helpers import write_documents
 
 from pdf2lora.documents import ocr
 from pdf2lora.documents.extraction import extract as extract_pdfs
-from pdf2lora.documents.records import SPLITS, Document, Extraction, read_documents, write_documents
+from pdf2lora.documents.records import SPLITS, Document, Extraction, read_documents
 from pdf2lora.documents.sources import Source
 from pdf2lora.errors import InputError
 from stages import check, extract, split

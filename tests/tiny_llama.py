@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
+from helpers import write_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pdf2lora.documents.records import Document, write_documents
+from pdf2lora.documents.records import Document
 from pdf2lora.documents.text import text_sha256
 from pdf2lora.params import Compute, Lora, Quantization, Section, Train
 from pdf2lora.runtime.manifest import write_manifest

@@ -19,7 +19,6 @@ from pdf2lora.runtime.parallel import num_cores
 
 SUMMED = ("pages_unreadable", "pages_ocr", "pages_reordered", "characters_raw", "characters")  # fields of a Document
 
-
 Extract = Callable[[Path, Mapping[Source, str], Mapping[str, Any]], Iterator[tuple[Source, Extraction]]]
 
 
@@ -47,7 +46,7 @@ def extract_corpus(
         if isinstance(sha256, Reason):
             yield Document(source.id, "", None, 0, None, {}, 0, 0, sha256, "")
             continue
-        extraction = crashed.get(sha256) or _read_cache(cache, sha256)
+        extraction = crashed.get(sha256) or Extraction(**json.loads((cache / f"{sha256}.json").read_bytes()))
         reason, text = extraction.reason, extraction.text
         if reason is None:
             key = text_sha256(text)
@@ -91,10 +90,6 @@ def _fill_cache(
         with atomic_write(cache / f"{tasks[source]}.json") as partial_file:
             partial_file.write_text(json.dumps(asdict(extraction), ensure_ascii=False), encoding="utf-8")
     return crashed
-
-
-def _read_cache(cache: Path, sha256: str) -> Extraction:
-    return Extraction(**json.loads((cache / f"{sha256}.json").read_text(encoding="utf-8")))
 
 
 def summarize(documents: Iterable[Document]) -> dict[str, Any]:

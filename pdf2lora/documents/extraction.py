@@ -7,14 +7,15 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
-from pdf2lora.documents import ocr as ocr_package
+from pdf2lora.documents import ocr
 from pdf2lora.documents.archives import DamagedMember
 from pdf2lora.documents.records import Attempt, Extraction, Reason
 from pdf2lora.documents.selection import add_ocr, best_attempt, judge, pages_for_ocr
 from pdf2lora.documents.sources import Source, changed, local_file
 from pdf2lora.documents.worker import Worker
+from pdf2lora.params import Extract
 from pdf2lora.runtime.files import file_sha256
 from pdf2lora.runtime.parallel import num_cores
 
@@ -24,39 +25,29 @@ POLL_S = 10
 
 
 class Reader:
-    """Reads PDFs with the settings of the section `extract` of params.yaml. Each thread needs its own Reader."""
+    """Reads PDFs. Each thread needs its own Reader."""
 
-    def __init__(
-        self,
-        *,
-        engines: list[str],
-        max_pages: int,
-        timeout_s: float,
-        memory_gib: float,
-        clean: bool,
-        min_characters: int,
-        ocr: Literal["auto", "rapidocr", "none"],
-        ocr_timeout_s: float,
-        ocr_memory_gib: float,
-    ):
-        self.engines, self.max_pages, self.clean, self.min_characters = engines, max_pages, clean, min_characters
-        self.has_ocr = ocr != "none" and ocr_package.installed_version() is not None
-        self.worker = Worker(timeout_s=timeout_s, memory_gib=memory_gib)
-        self.ocr_worker = Worker(timeout_s=ocr_timeout_s, memory_gib=ocr_memory_gib, timeout_per_page=True)
+    def __init__(self, settings: Extract):
+        self.settings = settings
+        self.has_ocr = settings.ocr != "none" and ocr.installed_version() is not None
+        self.worker = Worker(timeout_s=settings.timeout_s, memory_gib=settings.memory_gib)
+        self.ocr_worker = Worker(
+            timeout_s=settings.ocr_timeout_s, memory_gib=settings.ocr_memory_gib, timeout_per_page=True
+        )
 
     def read(self, file: Path) -> Extraction:
         """Each engine reads the file; the best text is kept. OCR then reads the pages without readable text."""
-        pages = range(self.max_pages)
-        attempts = [_read(self.worker, file, engine, pages) for engine in self.engines]
+        settings = self.settings
+        attempts = [_read(self.worker, file, engine, range(settings.max_pages)) for engine in settings.engines]
         best = best_attempt(attempts)
         num_ocr = 0
-        if self.has_ocr and (numbers := pages_for_ocr(attempts, best, self.max_pages)):
+        if self.has_ocr and (numbers := pages_for_ocr(attempts, best, settings.max_pages)):
             attempt = _read(self.ocr_worker, file, "ocr", numbers)
             num_ocr = sum(map(bool, map(str.strip, attempt.pages)))
             if num_ocr:
                 attempts.append(attempt)
                 best = add_ocr(best, attempt, numbers)
-        return judge(attempts, best, pages_ocr=num_ocr, clean=self.clean, min_characters=self.min_characters)
+        return judge(attempts, best, pages_ocr=num_ocr, clean=settings.clean, min_characters=settings.min_characters)
 
 
 def _read(worker: Worker, file: Path, engine: str, pages: Sequence[int]) -> Attempt:
@@ -132,7 +123,7 @@ def extract_source(folder: str, settings: Mapping[str, Any], source: Source, sha
         InputError: the PDF does not have this SHA-256 any more.
     """
     if getattr(_thread, "settings", None) != settings:
-        _thread.settings, _thread.reader = settings, Reader(**settings)
+        _thread.settings, _thread.reader = settings, Reader(Extract.model_construct(**settings))
     try:
         with local_file(folder, source) as file:
             extraction: Extraction = _thread.reader.read(file)

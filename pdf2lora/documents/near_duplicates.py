@@ -90,6 +90,5 @@ def _join_similar(
 @cache
 def _factors() -> Hashes:
     """Odd factors: multiplication by one of them, modulo 2**64, permutes the hashes."""
-    return np.random.default_rng(1).integers(2**63, size=NUM_PERMUTATIONS, dtype=np.uint64) * np.uint64(2) + np.uint64(
-        1
-    )
+    numbers = np.random.default_rng(1).integers(2**63, size=NUM_PERMUTATIONS, dtype=np.uint64)
+    return numbers * np.uint64(2) + np.uint64(1)

@@ -80,14 +80,8 @@ class Document:
     language: str | None = None  # code of ISO 639-1; None: no text
 
 
-def write_documents(file: Path, documents: Iterable[Document]) -> None:
-    """Writes one JSON object per line, in UTF-8."""
-    for _ in write_through(file, documents):
-        pass
-
-
 def write_through(file: Path, documents: Iterable[Document]) -> Iterator[Document]:
-    """Writes documents as write_documents does. Yields each document after it is written."""
+    """Writes one JSON object per line, in UTF-8. Yields each document after it is written."""
     with file.open("w", encoding="utf-8", newline="\n") as out:
         for document in documents:
             out.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")

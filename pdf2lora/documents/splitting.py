@@ -26,7 +26,13 @@ def split(
     Raises:
         InputError: there are fewer groups than splits.
     """
-    _require_groups(len(groups), len(hashes), validation_fraction > 0)
+    names = [name for name in SPLITS if name != "validation" or validation_fraction > 0]
+    if len(groups) < len(names):
+        remedy = " or set split.validation_fraction to 0" if validation_fraction > 0 and len(groups) > 1 else ""
+        raise InputError(
+            f"split: the corpus has {len(hashes)} usable documents in {len(groups)} groups of near-duplicates; "
+            f"{', '.join(names)} need at least {len(names)} groups. Add PDFs{remedy}."
+        )
 
     def seeded_hash(group: Sequence[int]) -> str:
         return hashlib.sha256(f"{seed} {min(hashes[number] for number in group)}".encode()).hexdigest()
@@ -42,13 +48,3 @@ def split(
             splits[name] += sorted(remaining.pop(0), key=hashes.__getitem__)
     splits["train"] = [number for group in remaining for number in sorted(group, key=hashes.__getitem__)]
     return splits
-
-
-def _require_groups(num_groups: int, num_documents: int, has_validation: bool) -> None:
-    names = [name for name in SPLITS if name != "validation" or has_validation]
-    if num_groups < len(names):
-        remedy = " or set split.validation_fraction to 0" if has_validation and num_groups > 1 else ""
-        raise InputError(
-            f"split: the corpus has {num_documents} usable documents in {num_groups} groups of near-duplicates; "
-            f"{', '.join(names)} need at least {len(names)} groups. Add PDFs{remedy}."
-        )

@@ -1,9 +1,9 @@
 """A forecast of a run before it starts: sequences, steps, memory, time, disk space, and the source of each number."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pdf2lora.params import Params
 from pdf2lora.preflight.environment import Gpu
@@ -86,17 +86,15 @@ def schedule_notes(previous: PreviousRun, params: Params, num_sequences: int) ->
 
 def memory_estimate(previous: PreviousRun, params: Params, shape: ModelShape) -> Estimate:
     """The peak memory of the last batch search if its params and model were the same; else base and adapter alone."""
-    if previous.ran_with_same_params("find_batch") and previous.has_current_base:
-        peak_gib = _measured_peak_gib(previous)
-        if peak_gib is not None:
-            batch = previous.batch
-            return Estimate(
-                "memory",
-                f"up to {peak_gib:.2f} GiB for {batch['per_device_batch']} sequences, "
-                f"budget {batch['budget_gib']:.2f} GiB",
-                "measured",
-                f"metrics/batch.json, device: {batch['device']}",
-            )
+    batch = previous.batch
+    if batch and previous.ran_with_same_params("find_batch") and previous.has_current_base:
+        return Estimate(
+            "memory",
+            f"up to {_measured_peak_gib(batch):.2f} GiB for {batch['per_device_batch']} sequences, "
+            f"budget {batch['budget_gib']:.2f} GiB",
+            "measured",
+            f"metrics/batch.json, device: {batch['device']}",
+        )
     num_parameters = shape.lora_parameters(params.lora)
     fixed_gib = shape.base_gib(params.quantization) + num_parameters * ADAPTER_BYTES_PER_PARAMETER / GIB
     return Estimate(
@@ -107,17 +105,16 @@ def memory_estimate(previous: PreviousRun, params: Params, shape: ModelShape) ->
     )
 
 
-def _measured_peak_gib(previous: PreviousRun) -> float | None:
+def _measured_peak_gib(batch: Mapping[str, Any]) -> float:
     """The peak of the smallest probe that had at least the chosen batch."""
-    batch = previous.batch
-    peaks = [
+    peaks: list[float] = [
         probe["peak_gib"]
-        for probe in batch.get("probes", ())
+        for probe in batch["probes"]
         if probe["fits"]
-        and probe.get("gradient_checkpointing") == batch.get("gradient_checkpointing")
+        and probe["gradient_checkpointing"] == batch["gradient_checkpointing"]
         and probe["batch"] >= batch["per_device_batch"]
     ]
-    return min(peaks, default=None)
+    return min(peaks)
 
 
 def time_estimate(

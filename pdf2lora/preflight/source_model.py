@@ -1,5 +1,6 @@
 """The source model: its files, the settings that must fit it, its licence."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from pdf2lora.errors import InputError
@@ -22,15 +23,13 @@ def source_model(params: Params) -> tuple[list[Finding], HuggingFaceFiles | Mode
         files = inspect_for(params)
     except InputError as error:
         return [Finding("problem", "source model", str(error))], None
-    if isinstance(files, ModelArgs):
-        text = f"{source}: Meta's layout, {_gib(source, '*.pth'):.2f} GiB of weights"
-        return [Finding("ok", "source model", text), _licence(source)], files
-    architecture = files.config["architectures"][0]
-    text = f"{source}: {architecture}, {_gib(source, '*.safetensors'):.2f} GiB of weights"
-    if architecture not in FAMILIES:
-        text += "; this family was not compared with transformers"
-        return [Finding("note", "source model", text), _licence(source)], files
-    return [Finding("ok", "source model", text), _licence(source)], files
+    is_meta = isinstance(files, ModelArgs)
+    kind = "Meta's layout" if isinstance(files, ModelArgs) else files.config["architectures"][0]
+    num_bytes = sum(file.stat().st_size for file in source.glob("*.pth" if is_meta else "*.safetensors"))
+    finding = Finding("ok", "source model", f"{source}: {kind}, {num_bytes / GIB:.2f} GiB of weights")
+    if not is_meta and kind not in FAMILIES:
+        finding = replace(finding, level="note", text=f"{finding.text}; this family was not compared with transformers")
+    return [finding, _licence(source)], files
 
 
 def inspect_for(params: Params) -> HuggingFaceFiles | ModelArgs:
@@ -69,10 +68,6 @@ def _require_same_quantization(params: Params, files: HuggingFaceFiles) -> None:
                 f"quantization.{key} is {current}, but the source model {params.model} is stored with {value}. "
                 f"Set it to {value}, or use the unquantized model."
             )
-
-
-def _gib(folder: Path, pattern: str) -> float:
-    return sum(file.stat().st_size for file in folder.glob(pattern)) / GIB
 
 
 def _licence(folder: Path) -> Finding:

@@ -35,11 +35,14 @@ def over_steps(title: str, y_label: str, curves: Mapping[str, Curve], kept_step:
 
 
 def batch_memory(probes: Sequence[dict[str, Any]], models: Mapping[str, dict[str, float]], budget_gib: float) -> Figure:
-    """Draws the peak memory of each probe over its batch, the memory models and the budget."""
+    """Draws the peak memory of each probe over its batch, the memory models and the budget.
+
+    models: value of gradient_checkpointing -> fixed_gib and gib_per_sequence, if it has a memory model.
+    """
     with axes("Memory of a training step", "sequences in the batch", "peak GiB") as (figure, area):
-        names = list(dict.fromkeys(_checkpointing(probe) for probe in probes))
+        names = dict.fromkeys(probe["gradient_checkpointing"] for probe in probes)
         for name, colour in zip(names, cycle(LINE_COLOURS), strict=False):
-            of_name = [probe for probe in probes if _checkpointing(probe) == name]
+            of_name = [probe for probe in probes if probe["gradient_checkpointing"] == name]
             measured = [probe for probe in of_name if probe["peak_gib"] is not None]
             out_of_memory = [probe["batch"] for probe in of_name if probe["peak_gib"] is None]
             area.scatter(
@@ -52,15 +55,15 @@ def batch_memory(probes: Sequence[dict[str, Any]], models: Mapping[str, dict[str
             area.scatter(
                 out_of_memory, [budget_gib] * len(out_of_memory), s=36, marker="x", color=LIGHT["bad"], zorder=3
             )
-            model = models.get(name, {})
-            if "fixed_gib" in model and "gib_per_sequence" in model:
+            model = models[name]
+            if "fixed_gib" in model:
                 fixed, slope = model["fixed_gib"], model["gib_per_sequence"]
                 largest = max(probe["batch"] for probe in of_name)
                 limit = (MAX_BUDGETS * budget_gib - fixed) / slope if slope > 0 else largest
                 ends = [0, max(0.0, min(largest, limit))]
                 line = [fixed + slope * batch for batch in ends]
-                area.plot(ends, line, color=colour, linestyle=":", label=name or "memory model")
-            elif name:
+                area.plot(ends, line, color=colour, linestyle=":", label=name)
+            else:
                 area.scatter([], [], s=28, color=colour, label=name)
         area.axhline(budget_gib, color=LIGHT["ink"], linewidth=1, linestyle="--", label="budget")
         area.set_xlim(left=0)
@@ -72,7 +75,7 @@ def batch_memory(probes: Sequence[dict[str, Any]], models: Mapping[str, dict[str
 
 def batch_bounds(probes: Sequence[dict[str, Any]], gradient_checkpointing: str) -> Figure:
     """Draws the probes with this gradient_checkpointing in their order, and the bounds of the search after each."""
-    probes = [probe for probe in probes if _checkpointing(probe) == gradient_checkpointing]
+    probes = [probe for probe in probes if probe["gradient_checkpointing"] == gradient_checkpointing]
     ceiling = max(probe["batch"] for probe in probes) + 1
     low, high, lows, highs = 0, ceiling, [], []
     for probe in probes:
@@ -175,7 +178,3 @@ def shortened(name: str, length: int = 30) -> str:
         name = name.partition("/")[2]
     half = length // 2
     return name if len(name) <= length else f"{name[: length - half - 1]}…{name[-half:]}"
-
-
-def _checkpointing(probe: Mapping[str, Any]) -> str:
-    return str(probe.get("gradient_checkpointing", ""))

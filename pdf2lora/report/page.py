@@ -5,7 +5,6 @@ machine are on another page (machine.py).
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from markupsafe import Markup
 
@@ -33,10 +32,8 @@ def result_figures(results: Results) -> figures.Figures:
     ):
         if name in curves:
             drawings[name] = figures.over_steps(title, y_label, {name: curves[name]})
-    probes = batch.get("probes", [])
-    if probes:
-        drawings["batch_memory"] = figures.batch_memory(probes, memory_models(batch), batch["budget_gib"])
-        drawings["batch_bounds"] = figures.batch_bounds(probes, chosen_checkpointing(batch))
+    drawings["batch_memory"] = figures.batch_memory(batch["probes"], batch["modes"], batch["budget_gib"])
+    drawings["batch_bounds"] = figures.batch_bounds(batch["probes"], batch["gradient_checkpointing"])
     drawings["test_perplexity"] = figures.perplexities("Test documents", results.evaluation)
     drawings["general_perplexity"] = figures.perplexities("General text", results.evaluation["general"])
     drawings["documents"] = figures.documents(results.test_documents)
@@ -51,16 +48,6 @@ def model_rows(results: Results, params: Params) -> list[tuple[str, str, str]]:
     if "base_unquantized" in results.evaluation:
         rows.insert(0, ("base_unquantized", "unquantized base", "muted"))
     return rows
-
-
-def memory_models(batch: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Value of gradient_checkpointing -> fixed_gib, gib_per_sequence, largest_batch."""
-    return {name: dict(model) for name, model in batch.get("modes", {}).items()}
-
-
-def chosen_checkpointing(batch: Mapping[str, Any]) -> str:
-    """The value of gradient_checkpointing that train uses; empty if the probes have no such entry."""
-    return str(batch["gradient_checkpointing"]) if "gradient_checkpointing" in batch["probes"][0] else ""
 
 
 def render_page(results: Results, params: Params, svgs: Mapping[str, str]) -> str:
@@ -80,7 +67,6 @@ def render_page(results: Results, params: Params, svgs: Mapping[str, str]) -> st
             models=model_rows(results, params),
             figures={name: Markup(svg) for name, svg in svgs.items()},
             palette=style.palette(),
-            memory_models=memory_models(results.batch),
             best=rows[:NUM_EXTREMES],
             worst=rows[max(NUM_EXTREMES, len(rows) - NUM_EXTREMES) :][::-1],
             num_steps=int(max(max(steps) for steps, _ in results.curves.values())) if results.curves else None,
