@@ -10,7 +10,6 @@ import json
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,9 +17,8 @@ from tqdm import tqdm
 
 from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
-from pdf2lora.evaluation.metrics import Metrics, model_metrics
+from pdf2lora.evaluation.metrics import Metrics, model_metrics, text_size
 from pdf2lora.evaluation.scoring import nats_per_document
-from pdf2lora.evaluation.sizes import text_size
 from pdf2lora.evaluation.unquantized import load_unquantized
 from pdf2lora.model.device import device
 from pdf2lora.model.forward import build_forward
@@ -51,12 +49,12 @@ GGUF_COMMANDS = f"""\
 def main() -> None:
     params = read_params()
     require_current_adapter()
-    adapter = ADAPTER
-    with ExitStack() as stack:
-        if params.lora.reads_weights:  # models/adapter belongs to a changed base, or corrects the quantization
-            adapter = Path(stack.enter_context(TemporaryDirectory()))
-            write_plain_adapter(ADAPTER, ADAPTER / INITIAL, adapter)
-        export(params, adapter)
+    if not params.lora.reads_weights:
+        export(params, ADAPTER)
+        return
+    with TemporaryDirectory() as folder:  # models/adapter belongs to a changed base, or corrects the quantization
+        write_plain_adapter(ADAPTER, ADAPTER / INITIAL, Path(folder))
+        export(params, Path(folder))
 
 
 def export(params: Params, adapter: Path) -> None:

@@ -48,11 +48,12 @@ def main(root: Path = Path(".")) -> None:
 
 def damaged_paths(root: Path) -> list[Path]:
     """Files and folders of DVC that are half-written."""
-    checks = ((root / ".dvc/tmp/rwlock", _is_json), (root / "dvc.lock", _is_lock))
-    damaged = [path for path, is_valid in checks if path.exists() and not is_valid(path)]
+    rwlock, lock = root / ".dvc/tmp/rwlock", root / "dvc.lock"
+    damaged = [rwlock] if rwlock.exists() and not _is_json(rwlock) else []
+    damaged += [lock] if lock.exists() and not _has_keys(lock, "schema") else []
     for entry in (root / ".dvc/cache/runs").glob("*/*"):
         runs = list(entry.iterdir())
-        if not runs or not all(_is_run(run) for run in runs):
+        if not runs or not all(_has_keys(run, "cmd", "outs") for run in runs):
             damaged.append(entry)
     return damaged + [file.parent for file in (root / EXPERIMENTS).glob("*/*.run") if not _is_json(file)]
 
@@ -96,21 +97,13 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def _is_lock(path: Path) -> bool:
-    value = _read_yaml(path)
-    return isinstance(value, dict) and "schema" in value
-
-
-def _is_run(path: Path) -> bool:
-    value = _read_yaml(path)
-    return isinstance(value, dict) and {"cmd", "outs"} <= value.keys()
-
-
-def _read_yaml(path: Path) -> object:
+def _has_keys(path: Path, *keys: str) -> bool:
+    """Whether the file is YAML with these keys."""
     try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        value = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except (YAMLError, UnicodeDecodeError):
-        return None
+        return False
+    return isinstance(value, dict) and value.keys() >= set(keys)
 
 
 if __name__ == "__main__":

@@ -432,14 +432,9 @@ def _merge_union_errors(lines: list[str]) -> list[str]:
 
 def _suggest(path: tuple[int | str, ...]) -> str:
     """The most similar key of the same section, or all its keys."""
-    section: Any
-    match path:
-        case (_,):
-            section = Params
-        case ("models", _, _):
-            section = SourceModel
-        case _:
-            section = Params.model_fields[str(path[0])].annotation
+    section: Any = Params
+    if len(path) > 1:
+        section = SourceModel if path[0] == "models" else Params.model_fields[str(path[0])].annotation
     keys = list(section.model_fields)
     similar = difflib.get_close_matches(str(path[-1]), keys, n=1)
     return f"Did you mean {similar[0]}?" if similar else f"Known keys: {', '.join(keys)}."

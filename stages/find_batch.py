@@ -157,11 +157,7 @@ def memory_budget_gib(settings: FindBatch, capabilities: Capabilities) -> float:
 
 
 def batch_json(
-    params: Params,
-    capabilities: Capabilities,
-    num_processes: int,
-    budget_gib: float,
-    outcome: Outcome,
+    params: Params, capabilities: Capabilities, num_processes: int, budget_gib: float, outcome: Outcome
 ) -> dict[str, Any]:
     """The content of metrics/batch.json."""
     placement, searched, choice = outcome

@@ -7,6 +7,7 @@ import pytest
 
 from pdf2lora.evaluation.metrics import (
     Scores,
+    TextSize,
     document_table,
     evaluation_metrics,
     format_improvement,
@@ -14,7 +15,6 @@ from pdf2lora.evaluation.metrics import (
     summary_lines,
 )
 from pdf2lora.evaluation.rounding import rounded
-from pdf2lora.evaluation.sizes import TextSize
 
 SIZES = [TextSize(tokens=2, bytes=10, words=1), TextSize(tokens=7, bytes=26, words=2)]
 BITS = np.array([6, 12])

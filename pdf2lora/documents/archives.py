@@ -94,14 +94,9 @@ def _zip_members(stream: BinaryIO) -> Iterator[Member]:
             else:
                 is_link = info.external_attr >> 16 & _FILE_TYPE == _LINK
                 reason = _fault(info.filename, info.file_size, info.compress_size, is_file=not is_link)
+            name = str(PurePosixPath(info.filename))
             yield Member(
-                str(PurePosixPath(info.filename)),
-                offset,
-                info.compress_size,
-                info.file_size,
-                info.compress_type,
-                info.CRC,
-                reason,
+                name, offset, info.compress_size, info.file_size, info.compress_type, crc32=info.CRC, reason=reason
             )
         if packed_bytes > stream.seek(0, 2):
             raise ValueError("its members overlap")

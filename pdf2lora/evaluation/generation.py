@@ -68,16 +68,16 @@ class _TextStreamer(BaseStreamer):  # type: ignore[misc]
         self.num_characters = 0  # that were passed on
 
     def put(self, value: torch.Tensor) -> None:
-        if not self.received_prompt:
-            self.received_prompt = True
-            return
-        self.tokens += value.flatten().tolist()
-        self._pass_on(self.tokenizer.decode(self.tokens))
+        if self.received_prompt:
+            self.tokens += value.flatten().tolist()
+            self._pass_on()
+        self.received_prompt = True
 
     def end(self) -> None:
-        self._pass_on(self.tokenizer.decode(self.tokens), is_last=True)
+        self._pass_on(is_last=True)
 
-    def _pass_on(self, text: str, *, is_last: bool = False) -> None:
+    def _pass_on(self, *, is_last: bool = False) -> None:
+        text = self.tokenizer.decode(self.tokens)
         if len(text) > self.num_characters and (is_last or not text.endswith("\N{REPLACEMENT CHARACTER}")):
             self.on_text(text[self.num_characters :])
             self.num_characters = len(text)

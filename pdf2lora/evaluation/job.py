@@ -10,11 +10,10 @@ from tqdm import tqdm
 from pdf2lora.documents.records import read_documents
 from pdf2lora.evaluation.comparison import compare, comparison_line, comparison_metrics, parse_table, require_pairs
 from pdf2lora.evaluation.general import read_general
-from pdf2lora.evaluation.metrics import Scores, document_table, evaluation_metrics, summary_lines
+from pdf2lora.evaluation.metrics import Scores, document_table, evaluation_metrics, summary_lines, text_size
 from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
 from pdf2lora.evaluation.samples import continue_openings, read_openings, sample_entries
 from pdf2lora.evaluation.scoring import Nats, nats_per_document
-from pdf2lora.evaluation.sizes import text_size
 from pdf2lora.evaluation.unquantized import load_unquantized
 from pdf2lora.model.forward import Forward, build_forward
 from pdf2lora.model.initialization import restore_trained_base

@@ -14,11 +14,25 @@ import pandas as pd
 
 from pdf2lora.evaluation.intervals import METHOD, Counts, Estimate, Nats, improvement, interval_note, perplexity
 from pdf2lora.evaluation.rounding import rounded
-from pdf2lora.evaluation.sizes import TextSize
+from pdf2lora.tokens import Tokens
 
 COSTLY_QUANTIZATION = 0.05  # a larger increase of the perplexity is reported with remedies
 LARGEST_EXPONENT = 709.0  # of a float64
 Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """The size of one text in three units. The metrics divide nats by them."""
+
+    tokens: int
+    bytes: int  # UTF-8
+    words: int  # separated by white space
+
+
+def text_size(text: str, tokens: Tokens) -> TextSize:
+    """tokens: those of the text."""
+    return TextSize(tokens=len(tokens), bytes=len(text.encode()), words=len(text.split()))
 
 
 @dataclass(frozen=True)

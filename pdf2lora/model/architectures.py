@@ -64,10 +64,6 @@ def _is_known_rope(value: Any) -> bool:
     )
 
 
-def _is_known_layer_types(value: Any) -> bool:
-    return value is None or set(value) <= {"full_attention", "sliding_attention"}
-
-
 COMMON: dict[str, Rule] = {
     "attention_bias": _is(False),
     "attention_dropout": _is(0, None),
@@ -83,7 +79,7 @@ COMMON: dict[str, Rule] = {
     "use_mrope": _is(False),
 }
 SLIDING: dict[str, Rule] = {
-    "layer_types": _is_known_layer_types,
+    "layer_types": lambda value: value is None or set(value) <= {"full_attention", "sliding_attention"},
     "sliding_window": lambda value: value is None or isinstance(value, int),
 }
 

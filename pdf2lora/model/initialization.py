@@ -60,7 +60,7 @@ def initialize(model: PeftModel, base: Path, lora: Lora, *, seed: int, folder: P
         for name, weight in unquantized_weights(base, names):
             with torch.random.fork_rng():
                 torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
-                a, b = _initial_pair(_layer(model, name), weight, lora, name)
+                a, b = _initial_pair(model.get_submodule(f"{PREFIX}{name}").base_layer, weight, lora, name)
             part |= {f"{PREFIX}{name}.lora_A.weight": a.cpu(), f"{PREFIX}{name}.lora_B.weight": b.cpu()}
         matrices = {key: value for parts in processes.gather(part) for key, value in parts.items()}
         if processes.is_main:
@@ -115,13 +115,8 @@ def unquantized_weights(base: Path, names: Sequence[str]) -> Iterator[tuple[str,
         yield name, weights.read(f"{name}.weight", torch.float32)
 
 
-def _layer(model: PeftModel, name: str) -> Any:
-    """The layer of the base, without its LoRA matrices."""
-    return model.get_submodule(f"{PREFIX}{name}").base_layer
-
-
 def _initial_pair(layer: nn.Module, weight: Tensor, lora: Lora, name: str) -> tuple[Tensor, Tensor]:
-    """A0 (r, in_features) and B0 (out_features, r) of one layer, float32."""
+    """A0 (r, in_features) and B0 (out_features, r) of one layer of the base, float32."""
     weight = weight.T if isinstance(layer, Conv1D) else weight  # (out_features, in_features)
     if lora.r > min(weight.shape):
         raise InputError(

@@ -54,8 +54,9 @@ class LayerLayout:
 
     def __init__(self, layer: nn.Module, quantization: Quantization):
         """layer: a decoder layer whose linear layers are Linear4bit; all of them are packed."""
-        self.names = [name for name, module in layer.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
-        self.shapes = [_shape(layer.get_submodule(name)) for name in self.names]
+        linears = {name: module for name, module in layer.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+        self.names = list(linears)
+        self.shapes = [(linear.out_features, linear.in_features) for linear in linears.values()]
         self.quantization = quantization
         _, state = self.quantize(torch.zeros(1, 64, device=device()))
         self.state = state  # has the code tables of both quantizations
@@ -77,9 +78,7 @@ class LayerLayout:
     def quantize(self, weight: Tensor) -> tuple[Tensor, bnb.functional.QuantState]:
         settings = self.quantization
         packed, state = bnb.functional.quantize_4bit(
-            weight,
-            compress_statistics=settings.bnb_4bit_use_double_quant,
-            quant_type=settings.bnb_4bit_quant_type,
+            weight, compress_statistics=settings.bnb_4bit_use_double_quant, quant_type=settings.bnb_4bit_quant_type
         )
         return packed, state
 
@@ -144,10 +143,6 @@ class LayerLayout:
         start = self.num_bytes
         self.num_bytes += ceil(prod(shape) * dtype.itemsize / ALIGNMENT) * ALIGNMENT
         return Place(dtype, shape, start)
-
-
-def _shape(linear: Any) -> tuple[int, int]:
-    return linear.out_features, linear.in_features
 
 
 def packed_file(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pdf2lora.families import FUSED_MODEL_TYPES, is_target
 from pdf2lora.params import ALL_LINEAR, Lora, Quantization
-from pdf2lora.weights.config_json import ConfigSizes
+from pdf2lora.weights.config_json import LinearLayers, llama_layers
 from pdf2lora.weights.huggingface_files import HuggingFaceFiles
 from pdf2lora.weights.params_json import ModelArgs
 
@@ -15,8 +15,8 @@ GIB = 2**30
 @dataclass(frozen=True)
 class ModelShape:
     num_layers: int
-    layers: dict[str, tuple[int, int]]
-    """The linear layers of a block: {path in it (self_attn.q_proj): (input features, output features)}."""
+    layers: LinearLayers
+    """Of a block."""
     num_parameters: int
     num_bytes: int
     """of the files of weights"""
@@ -54,14 +54,9 @@ def model_shape(files: HuggingFaceFiles | ModelArgs, source: Path) -> ModelShape
     """The shape of the source model in the folder `source`. Weights in Meta's layout are assumed to have 16 bits."""
     if isinstance(files, ModelArgs):
         num_bytes = sum(file.stat().st_size for file in source.glob("*.pth"))
-        sizes = ConfigSizes(
-            hidden_size=files.dim,
-            num_heads=files.n_heads,
-            num_kv_heads=files.n_kv_heads,
-            head_dim=files.head_dim,
-            intermediate_size=files.hidden_dim,
-        )
-        return ModelShape(files.n_layers, sizes.llama_layers, num_bytes // 2, num_bytes)
+        query, key = files.n_heads * files.head_dim, files.n_kv_heads * files.head_dim
+        layers = llama_layers(hidden=files.dim, query=query, key=key, intermediate=files.hidden_dim)
+        return ModelShape(files.n_layers, layers, num_bytes // 2, num_bytes)
     return ModelShape(
         num_layers=files.num_layers,
         layers=files.linear_layers,

@@ -111,12 +111,7 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
             folder = checkpoints / INITIAL
             initialize(model, BASE, params.lora, seed=seed, folder=folder, processes=processes)
         learner = Learner(
-            model,
-            train=params.train,
-            compute=params.compute,
-            plan=plan,
-            num_steps=order.num_steps,
-            processes=processes,
+            model, train=params.train, compute=params.compute, plan=plan, num_steps=order.num_steps, processes=processes
         )
         first_epoch = np.concatenate([order.indices(step) for step in range(order.steps_per_epoch)])
         tokens_per_step = sequences.num_targets(first_epoch) / order.steps_per_epoch  # a mean: some steps are smaller

@@ -1,56 +1,44 @@
-"""Hugging Face's config.json: the sizes in it, and the summary of a converted model."""
+"""The sizes in Hugging Face's config.json."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pdf2lora.weights.json_files import whole_number
 
-
-@dataclass(frozen=True)
-class ConfigSizes:
-    """Numbers of features and heads of a decoder block, under Llama's names."""
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-
-    @property
-    def llama_layers(self) -> dict[str, tuple[int, int]]:
-        """{layer: (input features, output features)} of the linear layers of a block, under Llama's names."""
-        hidden, intermediate = self.hidden_size, self.intermediate_size
-        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
-            "self_attn.q_proj": (hidden, query),
-            "self_attn.k_proj": (hidden, key),
-            "self_attn.v_proj": (hidden, key),
-            "self_attn.o_proj": (query, hidden),
-            "mlp.gate_proj": (hidden, intermediate),
-            "mlp.up_proj": (hidden, intermediate),
-            "mlp.down_proj": (intermediate, hidden),
-        }
+LinearLayers = dict[str, tuple[int, int]]
+"""{path of a linear layer in a block (self_attn.q_proj): (input features, output features)}"""
 
 
-def read_sizes(config: Mapping[str, Any], path: Path) -> ConfigSizes:
-    """The sizes in a config.json, with transformers' defaults for num_key_value_heads and head_dim.
+def llama_layers(*, hidden: int, query: int, key: int, intermediate: int) -> LinearLayers:
+    """query, key: features of all heads of the projections to queries, and to keys or values."""
+    return {
+        "self_attn.q_proj": (hidden, query),
+        "self_attn.k_proj": (hidden, key),
+        "self_attn.v_proj": (hidden, key),
+        "self_attn.o_proj": (query, hidden),
+        "mlp.gate_proj": (hidden, intermediate),
+        "mlp.up_proj": (hidden, intermediate),
+        "mlp.down_proj": (intermediate, hidden),
+    }
+
+
+def read_llama_layers(config: Mapping[str, Any], path: Path) -> LinearLayers:
+    """The layers of a config.json, with transformers' defaults for num_key_value_heads and head_dim.
 
     path: of the file, for error messages.
 
     Raises:
         InputError: a size is missing or absurd.
     """
-    hidden_size = whole_number(config, "hidden_size", path)
+    hidden = whole_number(config, "hidden_size", path)
     num_heads = whole_number(config, "num_attention_heads", path)
     has_kv_heads, has_head_dim = (config.get(key) is not None for key in ("num_key_value_heads", "head_dim"))
-    return ConfigSizes(
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=whole_number(config, "num_key_value_heads", path) if has_kv_heads else num_heads,
-        head_dim=whole_number(config, "head_dim", path) if has_head_dim else hidden_size // num_heads,
-        intermediate_size=whole_number(config, "intermediate_size", path),
+    num_kv_heads = whole_number(config, "num_key_value_heads", path) if has_kv_heads else num_heads
+    head_dim = whole_number(config, "head_dim", path) if has_head_dim else hidden // num_heads
+    intermediate = whole_number(config, "intermediate_size", path)
+    return llama_layers(
+        hidden=hidden, query=num_heads * head_dim, key=num_kv_heads * head_dim, intermediate=intermediate
     )
 
 

@@ -7,6 +7,9 @@ from tokenizers import Tokenizer, processors
 
 from pdf2lora.runtime.files import write_json
 
+# transformers 5 would rebuild a LlamaTokenizer from its vocabulary. It reads this class from tokenizer.json.
+TOKENIZER_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
+
 
 @dataclass(frozen=True)
 class ConvertedTokenizer:
@@ -36,8 +39,7 @@ class ConvertedTokenizer:
 
     def config(self) -> dict[str, object]:
         """tokenizer_config.json without model_max_length."""
-        # transformers 5 would rebuild a LlamaTokenizer from its vocabulary. It reads this class from tokenizer.json.
-        config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config: dict[str, object] = dict(TOKENIZER_CLASS)
         for name in ("bos_token", "eos_token", "pad_token"):
             if (token := getattr(self, name)) is not None:
                 config[name] = token

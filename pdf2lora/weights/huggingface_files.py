@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pdf2lora.errors import InputError
-from pdf2lora.weights.config_json import read_sizes
+from pdf2lora.weights.config_json import LinearLayers, read_llama_layers
 from pdf2lora.weights.json_files import read_json, whole_number
 from pdf2lora.weights.safetensors_header import StoredWeight
 from pdf2lora.weights.weight_files import read_weights
@@ -68,8 +68,8 @@ class HuggingFaceFiles:
         )
 
     @property
-    def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """{path in a block (self_attn.q_proj): (input features, output features)}, of the first block."""
+    def linear_layers(self) -> LinearLayers:
+        """Of the first block."""
         names = {
             name: name[match.end() :].removesuffix(".weight")
             for name, weight in self.weights.items()
@@ -77,8 +77,8 @@ class HuggingFaceFiles:
         }
         if not self.is_4bit:
             return {layer: (self.weights[name].shape[1], self.weights[name].shape[0]) for name, layer in names.items()}
-        sizes = read_sizes(self.config, self.weight_files[0].with_name("config.json"))
-        return {layer: shape for layer, shape in sizes.llama_layers.items() if layer in names.values()}
+        layers = read_llama_layers(self.config, self.weight_files[0].with_name("config.json"))
+        return {layer: shape for layer, shape in layers.items() if layer in names.values()}
 
 
 def read_huggingface(source: Path) -> HuggingFaceFiles:

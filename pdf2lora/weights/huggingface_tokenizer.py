@@ -9,14 +9,12 @@ from tokenizers import AddedToken, Tokenizer
 
 from pdf2lora.errors import InputError
 from pdf2lora.runtime.files import write_json
+from pdf2lora.weights.converted_tokenizer import TOKENIZER_CLASS
 from pdf2lora.weights.huggingface_files import load_tokenizer
 from pdf2lora.weights.json_files import read_json
 from pdf2lora.weights.params_json import require_version, version_key
 from pdf2lora.weights.sentencepiece_files import convert_sentencepiece
 from pdf2lora.weights.tiktoken_files import convert_tiktoken, is_tiktoken
-
-# transformers 5 would rebuild a LlamaTokenizer from its vocabulary. It reads this class from tokenizer.json.
-OVERRIDES = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def read_huggingface_tokenizer(source: Path, llama_version: str | None, vocab_si
     file = source / "tokenizer.model"
     content = file.read_bytes()
     require_tokenizer_version(source, llama_version)
-    if is_tiktoken(content):
+    if is_tiktoken(file):
         converted = convert_tiktoken(content, file, require_version(source, llama_version))
     else:
         converted = convert_sentencepiece(content, file)
@@ -64,7 +62,7 @@ def read_huggingface_tokenizer(source: Path, llama_version: str | None, vocab_si
             f"{file}: the tokenizer has {size} tokens, but the embedding has {vocab_size} rows. "
             "Use the files of one model."
         )
-    return HuggingFaceTokenizer(converted.tokenizer, converted.config() | config | OVERRIDES, is_converted=True)
+    return HuggingFaceTokenizer(converted.tokenizer, converted.config() | config | TOKENIZER_CLASS, is_converted=True)
 
 
 def require_tokenizer_version(source: Path, llama_version: str | None) -> None:
@@ -72,9 +70,7 @@ def require_tokenizer_version(source: Path, llama_version: str | None) -> None:
     file = source / "tokenizer.model"
     if llama_version is not None or (source / "tokenizer.json").is_file():
         return
-    with file.open("rb") as content:
-        has_ranks = is_tiktoken(content.readline())
-    if has_ranks:
+    if is_tiktoken(file):
         raise InputError(
             f"{file}: this is Llama 3's tiktoken file, which does not contain the special tokens. Download "
             f"tokenizer.json too, or add the version to params.yaml: {version_key(source)}"

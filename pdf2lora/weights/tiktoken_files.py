@@ -24,9 +24,10 @@ NUM_SPECIAL_TOKENS = 256
 LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d{1,9})")
 
 
-def is_tiktoken(content: bytes) -> bool:
+def is_tiktoken(path: Path) -> bool:
     """Whether the first line is a token and a rank."""
-    return LINE.fullmatch(content.split(b"\n", 1)[0].rstrip(b"\r")) is not None
+    with path.open("rb") as file:
+        return LINE.fullmatch(file.readline().rstrip(b"\r\n")) is not None
 
 
 def convert_tiktoken(content: bytes, path: Path, llama_version: str) -> ConvertedTokenizer:

@@ -32,8 +32,7 @@ def require_tokenizer_kind(path: Path, llama_version: str) -> None:
     if not path.is_file():
         raise InputError(f"{path}: the file is missing. Put the tokenizer.model of the source model there.")
     key = version_key(path.parent)
-    with path.open("rb") as file:
-        has_ranks = is_tiktoken(file.readline())
+    has_ranks = is_tiktoken(path)
     if has_ranks and llama_version in SENTENCEPIECE_VERSIONS:
         raise InputError(
             f'{path}: this is a tiktoken file, which Llama 3 and later use, but {key} is "{llama_version}". '
