@@ -8,20 +8,18 @@ outputs. Its output never changes, so it does not make other stages run again.
 from pathlib import Path
 
 from pdf2lora.documents.sources import list_corpus
-from pdf2lora.errors import report_input_errors
 from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
 from pdf2lora.params import read_params
 from pdf2lora.preflight.folders import CORPORA, require_folders
 from pdf2lora.preflight.source_model import inspect_for
 from pdf2lora.runtime.files import atomic_write
-from pdf2lora.runtime.processes import single_instance
+from pdf2lora.runtime.processes import stage_main
 from pdf2lora.runtime.scratch import project_root
 
 CHECKED = Path("data/checked")
 
 
-@report_input_errors
-@single_instance
+@stage_main
 def main() -> None:
     params = read_params()
     require_folders(params)

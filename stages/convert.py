@@ -7,11 +7,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pdf2lora.errors import report_input_errors
 from pdf2lora.params import read_params
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.manifest import write_manifest
-from pdf2lora.runtime.processes import single_instance
+from pdf2lora.runtime.processes import stage_main
 from pdf2lora.weights.conversion import convert
 
 SOURCE_MODELS = Path("models/source")
@@ -19,8 +18,7 @@ BASE = Path("models/base")
 METRICS = Path("metrics/convert.json")
 
 
-@report_input_errors
-@single_instance
+@stage_main
 def main() -> None:
     params = read_params()
     source = SOURCE_MODELS / params.model

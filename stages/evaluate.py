@@ -7,18 +7,16 @@ GPU (compute.num_processes).
 
 from pathlib import Path
 
-from pdf2lora.errors import report_input_errors
 from pdf2lora.params import read_params
 from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.launcher import is_main_process, run_in_processes
 from pdf2lora.runtime.manifest import start_check
-from pdf2lora.runtime.processes import single_instance
+from pdf2lora.runtime.processes import stage_main
 
 BASE = Path("models/base")
 
 
-@report_input_errors
-@single_instance
+@stage_main
 def main() -> None:
     params = read_params()
     require_inputs_of("evaluate")

@@ -14,10 +14,10 @@ from pdf2lora.documents.corpus import extract_corpus, summarize
 from pdf2lora.documents.extraction import PACKAGES, extract
 from pdf2lora.documents.records import write_through
 from pdf2lora.documents.sources import list_corpus, require_sources
-from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.errors import InputError
 from pdf2lora.params import read_params
 from pdf2lora.runtime.files import atomic_write, write_json
-from pdf2lora.runtime.processes import single_instance
+from pdf2lora.runtime.processes import stage_main
 from pdf2lora.runtime.scratch import fingerprint, scratch_folder, stage_code
 
 CORPORA = Path("data/pdfs")
@@ -25,8 +25,7 @@ DOCUMENTS = Path("data/documents.jsonl")
 METRICS = Path("metrics/extract.json")
 
 
-@report_input_errors
-@single_instance
+@stage_main
 def main() -> None:
     began = time.monotonic()
     params = read_params()

@@ -7,19 +7,19 @@ throughputs are numbers of this machine, so they are in metrics/machine.json.
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from pdf2lora.errors import InputError, report_input_errors
+from pdf2lora.errors import InputError
 from pdf2lora.params import FindBatch, Params, Placement, read_params
 from pdf2lora.runtime.files import write_json
 from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.launcher import allot_devices
 from pdf2lora.runtime.monitor import machine_metrics
-from pdf2lora.runtime.processes import single_instance
+from pdf2lora.runtime.processes import stage_main
 from pdf2lora.tokens import require_context
 from pdf2lora.training.batch_search import AS_FAST, Choice, Measurement, Mode, choose, memory_model, search_modes
 from pdf2lora.training.probe_processes import Capabilities, ProbeProcesses
@@ -29,8 +29,7 @@ METRICS = Path("metrics/batch.json")
 PROGRESS = "{desc}: probe {n}, {elapsed}{postfix}"  # the number of probes is not known in advance
 
 
-@report_input_errors
-@single_instance
+@stage_main
 def main() -> None:
     params = read_params()
     require_inputs_of("find_batch")
@@ -43,32 +42,21 @@ def main() -> None:
     ):
         capabilities = probes.capabilities()
         budget_gib = memory_budget_gib(params.find_batch, capabilities)
-        measured: dict[tuple[Placement, str, int], Measurement | None] = {}
+        timings: list[dict[str, Any]] = []
 
+        @cache
         def measure(placement: Placement, gradient_checkpointing: str, batch: int) -> Measurement | None:
             measurement = probes.measure(gradient_checkpointing, batch, budget_gib, placement)
-            measured[placement, gradient_checkpointing, batch] = measurement
+            if measurement:
+                case = {"placement": placement, "gradient_checkpointing": gradient_checkpointing, "batch": batch}
+                timings.append(case | {"tokens_per_s": round(measurement.tokens_per_s)})
             gib = f"{measurement.peak_gib:.2f}" if measurement else "-"
             progress.set_postfix(gradient_checkpointing=gradient_checkpointing, batch=batch, gib=gib, refresh=False)
             progress.update()
             return measurement
 
-        def tokens_per_s(placement: Placement, gradient_checkpointing: str, batch: int) -> float:
-            case = placement, gradient_checkpointing, batch
-            measurement = measured.get(case) or measure(*case)
-            return measurement.tokens_per_s if measurement else 0.0
-
-        outcome = fastest_placement(params, capabilities, num_processes, budget_gib, measure, tokens_per_s)
-        machine["timings"] = [
-            {
-                "placement": placement,
-                "gradient_checkpointing": setting,
-                "batch": batch,
-                "tokens_per_s": round(measurement.tokens_per_s),
-            }
-            for (placement, setting, batch), measurement in measured.items()
-            if measurement
-        ]
+        outcome = fastest_placement(params, capabilities, num_processes, budget_gib, measure)
+        machine["timings"] = timings
 
     searched, choice = outcome.searched, outcome.choice
     result = batch_json(params, capabilities, num_processes, budget_gib, outcome)
@@ -99,7 +87,6 @@ def fastest_placement(
     num_processes: int,
     budget_gib: float,
     measure: Callable[[Placement, str, int], Measurement | None],
-    tokens_per_s: Callable[[Placement, str, int], float],
 ) -> Outcome:
     """Searches with layers in GPU memory. If they do not fit or need recomputation, also with layers in host memory.
 
@@ -108,6 +95,15 @@ def fastest_placement(
     Raises:
         InputError: no probe fits.
     """
+
+    def tokens_per_s(placement: Placement, gradient_checkpointing: str, batch: int) -> float:
+        measurement = measure(placement, gradient_checkpointing, batch)
+        return measurement.tokens_per_s if measurement else 0.0
+
+    def speed(outcome: Outcome) -> float:
+        choice = outcome.choice
+        return tokens_per_s(outcome.placement, choice.gradient_checkpointing, choice.per_device_batch)
+
     placements = list(capabilities.placements)
     if len(placements) > 1 and capabilities.resident_gib > budget_gib:
         placements.remove("gpu")
@@ -125,17 +121,12 @@ def fastest_placement(
             continue
         choice = choose(searched, params.train.effective_batch, partial(tokens_per_s, placement), num_processes)
         outcome = Outcome(placement, searched, choice)
-        if best is None or _speed(outcome, tokens_per_s) * AS_FAST > _speed(best, tokens_per_s):
+        if best is None or speed(outcome) * AS_FAST > speed(best):
             best = outcome
         if choice.gradient_checkpointing == capabilities.gradient_checkpointing[0]:
             break
     assert best is not None
     return best
-
-
-def _speed(outcome: Outcome, tokens_per_s: Callable[[Placement, str, int], float]) -> float:
-    choice = outcome.choice
-    return tokens_per_s(outcome.placement, choice.gradient_checkpointing, choice.per_device_batch)
 
 
 def memory_budget_gib(settings: FindBatch, capabilities: Capabilities) -> float:

@@ -6,7 +6,6 @@ them. machine.html has the numbers of this machine, which differ from run to run
 
 from pathlib import Path
 
-from pdf2lora.errors import report_input_errors
 from pdf2lora.params import read_params
 from pdf2lora.report.card import render_card
 from pdf2lora.report.machine import read_measurements, render_machine
@@ -15,15 +14,14 @@ from pdf2lora.report.results import read_results
 from pdf2lora.report.style import save
 from pdf2lora.runtime.files import atomic_directory, atomic_write
 from pdf2lora.runtime.inputs import require_inputs_of
-from pdf2lora.runtime.processes import single_instance
+from pdf2lora.runtime.processes import stage_main
 
 REPORTS = Path("reports")
 MACHINE = Path("metrics/machine.json")
 MACHINE_CURVES = Path("metrics/machine")
 
 
-@report_input_errors
-@single_instance
+@stage_main
 def main() -> None:
     params = read_params()
     require_inputs_of("report")

@@ -12,13 +12,12 @@ from pdf2lora.documents.near_duplicates import near_duplicate_groups
 from pdf2lora.documents.records import copy_documents, read_documents, read_with_offsets
 from pdf2lora.documents.sketches import SketchBatches, sketch_texts
 from pdf2lora.documents.splitting import split
-from pdf2lora.errors import report_input_errors
 from pdf2lora.params import read_params
 from pdf2lora.runtime.cluster import map_on_cluster
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.parallel import Workers
-from pdf2lora.runtime.processes import single_instance
+from pdf2lora.runtime.processes import stage_main
 from pdf2lora.runtime.scratch import fingerprint, scratch_folder, stage_code
 
 DOCUMENTS = Path("data/documents.jsonl")
@@ -26,8 +25,7 @@ SPLITS = Path("data/split")
 METRICS = Path("metrics/split.json")
 
 
-@report_input_errors
-@single_instance
+@stage_main
 def main() -> None:
     began = time.monotonic()
     params = read_params()

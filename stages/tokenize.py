@@ -15,14 +15,13 @@ from tqdm import tqdm
 from pdf2lora.documents.records import SPLITS as NAMES
 from pdf2lora.documents.records import read_documents
 from pdf2lora.documents.replay import read_replay, require_unseen
-from pdf2lora.errors import report_input_errors
 from pdf2lora.evaluation.general import read_general
 from pdf2lora.params import read_params
 from pdf2lora.runtime.cluster import map_on_cluster
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.parallel import Workers
-from pdf2lora.runtime.processes import single_instance
+from pdf2lora.runtime.processes import stage_main
 from pdf2lora.runtime.scratch import fingerprint, scratch_folder, stage_code
 from pdf2lora.token_cache import TokenCache
 from pdf2lora.token_files import EncodeBatches, encode_texts, write_tokens
@@ -36,8 +35,7 @@ METRICS = Path("metrics/tokenize.json")
 PACKAGES = ("tokenizers",)  # another version can give other tokens
 
 
-@report_input_errors
-@single_instance
+@stage_main
 def main() -> None:
     began = time.monotonic()
     params = read_params()

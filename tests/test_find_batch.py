@@ -272,10 +272,7 @@ def placement_of(
     def measure(placement: str, setting: str, batch: int) -> Measurement:
         return Measurement(peaks[placement][setting] * batch, speeds[placement])
 
-    def tokens_per_s(placement: str, setting: str, batch: int) -> float:
-        return speeds[placement]
-
-    outcome = find_batch.fastest_placement(params, capabilities, 1, budget_gib, measure, tokens_per_s)
+    outcome = find_batch.fastest_placement(params, capabilities, 1, budget_gib, measure)
     return outcome.placement, outcome.choice.gradient_checkpointing, outcome.choice.per_device_batch
 
 

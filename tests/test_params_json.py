@@ -9,7 +9,7 @@ import pytest
 from tiny_meta import make_params
 
 from pdf2lora.errors import InputError
-from pdf2lora.weights.params_json import LLAMA_VERSIONS, ModelArgs, read_model_args
+from pdf2lora.weights.params_json import VERSIONS, ModelArgs, read_model_args
 
 
 @pytest.fixture
@@ -87,4 +87,4 @@ def test_feed_forward_size_by_meta_s_rule(file: Path, params: dict[str, Any], ex
 
 
 def test_versions() -> None:
-    assert LLAMA_VERSIONS == ("1", "2", "3", "3.1", "3.2")
+    assert list(VERSIONS) == ["1", "2", "3", "3.1", "3.2"]

@@ -79,10 +79,7 @@ def changed(path: Path | str) -> InputError:
 
 
 def require_sources(folder: Path, listing: Listing) -> None:
-    """
-    Raises:
-        InputError: the corpus has no PDF.
-    """
+    """Raises InputError if the corpus has no PDF."""
     if not listing.sources:
         remedy = "".join(f" {sentence[0].upper()}{sentence[1:]}" for sentence in listing.unread[:1])
         raise InputError(f"corpus: {folder} has no .pdf file. Put PDFs there or select another corpus.{remedy}")

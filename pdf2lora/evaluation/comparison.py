@@ -64,10 +64,7 @@ def compare(current: pd.DataFrame, baseline: pd.DataFrame) -> Comparison | None:
 
 
 def require_pairs(comparison: Comparison | None) -> Comparison:
-    """
-    Raises:
-        InputError: the two runs have no common test document.
-    """
+    """Raises InputError if the two runs have no common test document."""
     if comparison is None:
         raise InputError(
             "evaluate.compare_to: the baseline scored none of the current test documents (same id, bytes and tokens). "
@@ -92,13 +89,10 @@ def comparison_metrics(name: str, commit: str, comparison: Comparison) -> dict[s
 
 
 def comparison_line(name: str, commit: str, comparison: Comparison) -> str:
-    match comparison.significant:
-        case None:
-            verdict = interval_note(comparison.num_documents)
-        case True:
-            verdict = "significant at 95%"
-        case False:
-            verdict = "not significant at 95%"
+    if comparison.significant is None:
+        verdict = interval_note(comparison.num_documents)
+    else:
+        verdict = "significant at 95%" if comparison.significant else "not significant at 95%"
     return (
         f"baseline adapter {name} ({commit[:7]}) {comparison.baseline:.2f} -> current adapter "
         f"{comparison.current:.2f}, {format_improvement(share_metrics(comparison.improvement))}, lower on "

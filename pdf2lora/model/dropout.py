@@ -65,10 +65,7 @@ class DropoutState:
         self.is_set = True
 
     def require_set(self) -> None:
-        """
-        Raises:
-            RuntimeError: a training step without set(), which would draw the same masks in each step.
-        """
+        """Raises RuntimeError in a training step without set(), which would draw the same masks in each step."""
         if not self.is_set:
             raise RuntimeError("training with dropout needs a seed: call forward.set_dropout before each micro-batch")
 

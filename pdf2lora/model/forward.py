@@ -38,10 +38,7 @@ class ReferenceForward:
     """transformers' layers with PEFT's LoRA, under autocast if the base model is in half precision."""
 
     def __init__(self, model: PeftModel | PreTrainedModel, gradient_checkpointing: GradientCheckpointing):
-        """
-        Raises:
-            InputError: the model has no gradient checkpointing and `gradient_checkpointing` is FULL.
-        """
+        """Raises InputError if the model has no gradient checkpointing and `gradient_checkpointing` is FULL."""
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         self.model = model
         self.decoder = decoder_of(causal_lm)

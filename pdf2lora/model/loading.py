@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -75,7 +76,14 @@ def load_base(
         processes = processes or Processes.alone(device())
         model = load_packed_base(base, config, quantization, dtype, attention, placement, processes)
     else:
-        model = _load_with_transformers(base, config, dtype, attention, quantization_config, device_map)
+        model = _load_with_transformers(
+            base,
+            config=config,
+            dtype=dtype,
+            device_map=device_map or {"": device()},
+            attn_implementation=attention,
+            quantization_config=quantization_config,
+        )
     layers_4bit = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     check_4bit_round_trip({layer.in_features for layer in layers_4bit}, quantization.bnb_4bit_quant_type, dtype)
     for layer in layers_4bit:
@@ -90,24 +98,9 @@ def load_base(
     return model
 
 
-def _load_with_transformers(
-    base: Path,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    attention: str,
-    quantization_config: BitsAndBytesConfig | None,
-    device_map: dict[str, torch.device | str] | None,
-) -> PreTrainedModel:
+def _load_with_transformers(base: Path, **settings: Any) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            base,
-            config=config,
-            dtype=dtype,
-            device_map=device_map or {"": device()},
-            attn_implementation=attention,
-            quantization_config=quantization_config,
-            local_files_only=True,
-        )
+        return AutoModelForCausalLM.from_pretrained(base, local_files_only=True, **settings)
     except (ValueError, KeyError) as error:
         text = " ".join(str(error).split())[:200]
         raise InputError(f"{base}: transformers cannot load it as a causal language model: {text}.") from error

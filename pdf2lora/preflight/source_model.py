@@ -33,11 +33,7 @@ def source_model(params: Params) -> tuple[list[Finding], HuggingFaceFiles | Mode
 
 
 def inspect_for(params: Params) -> HuggingFaceFiles | ModelArgs:
-    """The files of the source model.
-
-    Raises:
-        InputError: the files cannot be used, or a setting does not fit them.
-    """
+    """The files of the source model. Raises InputError if the files cannot be used, or a setting does not fit them."""
     files = inspect_source_model(SOURCE_MODELS / params.model, params.llama_version)
     layers = LLAMA_LAYERS if isinstance(files, ModelArgs) else tuple(files.linear_layers)
     targets = [] if params.lora.target_modules == ALL_LINEAR else params.lora.target_modules

@@ -45,10 +45,7 @@ class Cluster:
     send: Callable[[bytes], Future[Any]]
 
     def submit(self, item: object) -> Future[Any]:
-        """
-        Raises:
-            InputError: the connection was lost.
-        """
+        """Raises InputError if the connection was lost."""
         from distributed.client import ClosedClientError
 
         try:
@@ -83,10 +80,7 @@ class Cluster:
             ) from error
 
     def require_workers(self) -> None:
-        """
-        Raises:
-            InputError: there was no worker for WORKERS_TIMEOUT_S; the connection was lost.
-        """
+        """Raises InputError if there was no worker for WORKERS_TIMEOUT_S, or if the connection was lost."""
         if self.client.status == "closed":
             raise self._lost()
         try:
@@ -144,23 +138,13 @@ def open_cluster(
 
     constants = pickle.dumps((stage, packages, environment(stage, packages)))
     pickled: Any = pickle.dumps(function)
-    with _without_logs(), _connect(scheduler) as client:
+    with _connect(scheduler) as client:
         executor = client.get_executor(pure=False)
         if len(pickled) > MAX_INLINE_BYTES:
             pickled = client.submit(lambda value: value, pickled, pure=False)
         cluster = Cluster(scheduler, client, lambda item: executor.submit(task, constants, pickled, item))
         cluster.require_workers()
         yield cluster
-
-
-@contextmanager
-def _without_logs() -> Iterator[None]:
-    """Hides the tracebacks that distributed logs when a connection is lost; the error message is enough."""
-    logging.disable()
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 @contextmanager
@@ -174,16 +158,20 @@ def _connect(scheduler: str) -> Iterator[Any]:
             "Run pip install -r requirements-cluster.txt, or set it to local."
         ) from error
     address = scheduler if "://" in scheduler else _read_address(Path(scheduler))
-    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 GB"}):
-        try:
-            client = Client(address, timeout=SCHEDULER_TIMEOUT_S, set_as_default=False)
-        except OSError as error:
-            raise InputError(
-                f"cluster.scheduler: {address} did not answer within {SCHEDULER_TIMEOUT_S} s. "
-                "Start the scheduler, or set cluster.scheduler to local."
-            ) from error
-        with client:
-            yield client
+    logging.disable()  # distributed logs a traceback when a connection is lost; the error message is enough
+    try:
+        with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 GB"}):
+            try:
+                client = Client(address, timeout=SCHEDULER_TIMEOUT_S, set_as_default=False)
+            except OSError as error:
+                raise InputError(
+                    f"cluster.scheduler: {address} did not answer within {SCHEDULER_TIMEOUT_S} s. "
+                    "Start the scheduler, or set cluster.scheduler to local."
+                ) from error
+            with client:
+                yield client
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _read_address(scheduler_file: Path) -> str:

@@ -70,11 +70,7 @@ class Processes:
             return broadcast_object_list([value])[0]
 
     def require_equal(self, tensor: Tensor, name: str) -> None:
-        """Checks that a tensor has the same bytes in all processes.
-
-        Raises:
-            RuntimeError: the bytes differ.
-        """
+        """Checks that a tensor has the same bytes in all processes. Raises RuntimeError if the bytes differ."""
         if self.count == 1:
             return
         digest = hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()

@@ -18,10 +18,7 @@ def require_inputs_of(stage: str) -> None:
 
 
 def require_inputs(*paths: Path) -> None:
-    """
-    Raises:
-        InputError: a file or folder does not exist; the message has the command that makes it.
-    """
+    """Raises InputError if a file or folder does not exist; the message has the command that makes it."""
     for path in paths:
         if not path.exists():
             raise InputError(f"{path} does not exist. Make it with: dvc repro {_writer(str(path), pipeline_stages())}")

@@ -83,10 +83,7 @@ def _work_alone(work: Callable[[], None]) -> None:
 
 
 def _require_all_processes() -> None:
-    """
-    Raises:
-        InputError: accelerate launch started only one of several processes.
-    """
+    """Raises InputError if accelerate launch started only one of several processes."""
     variables = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
     is_single = not any(name in os.environ for name in variables)
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and is_single:

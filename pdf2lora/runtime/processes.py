@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from pdf2lora.errors import report_input_errors
 from pdf2lora.runtime.launcher import PIPE
 from pdf2lora.runtime.locks import exclusive_lock
 
@@ -70,6 +71,11 @@ def single_instance(main: Callable[[], None]) -> Callable[[], None]:
             main()
 
     return wrapper
+
+
+def stage_main(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorates a stage's `main`: runs it as a single instance, and reports user errors in one line."""
+    return report_input_errors(single_instance(main))
 
 
 def _watch_ancestors(ancestors: list[psutil.Process]) -> None:

@@ -28,7 +28,11 @@ class FlatParameters:
         numbers = torch.cat([parameter.detach().float().flatten() for parameter in self.parameters])
         self.parameter = torch.nn.Parameter(numbers)
         self.buffer = torch.zeros(len(numbers) + NUM_SUMS, device=numbers.device)
-        self.gradient, self.sums = self.buffer.split([len(numbers), NUM_SUMS])
+        self.gradient, sums = self.buffer.split([len(numbers), NUM_SUMS])
+        self.loss: Tensor = sums[0]
+        """The step's loss, a scalar."""
+        self.stop_requests: Tensor = sums[1]
+        """Number of processes that received a stop signal, a scalar."""
         self.parameter.grad = self.gradient
         sizes = [parameter.numel() for parameter in self.parameters]
         for parameter, values, gradient in zip(
@@ -36,18 +40,6 @@ class FlatParameters:
         ):
             parameter.data = values.view_as(parameter)
             parameter.grad = gradient.view_as(parameter)
-
-    @property
-    def loss(self) -> Tensor:
-        """The step's loss, a scalar."""
-        loss: Tensor = self.sums[0]
-        return loss
-
-    @property
-    def stop_requests(self) -> Tensor:
-        """Number of processes that received a stop signal, a scalar."""
-        requests: Tensor = self.sums[1]
-        return requests
 
 
 def build_optimizer(parameter: torch.nn.Parameter, train: Train) -> torch.optim.Optimizer:

@@ -49,10 +49,7 @@ class Prober:
         self.reserved_bytes = 0  # after the last successful probe; includes the workspaces that cuBLAS keeps
 
     def capabilities(self) -> Capabilities:
-        """
-        Raises:
-            InputError: the settings need something that this machine cannot run.
-        """
+        """Raises InputError if the settings need something that this machine cannot run."""
         quantization, config, dtype = self.params.quantization, read_config(BASE), compute_dtype(self.params.compute)
         kernels = choose_kernels(self.params.compute, quantization, self.params.lora, config)
         free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0.0

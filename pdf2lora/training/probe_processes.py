@@ -81,10 +81,7 @@ class ProbeProcesses:
         self.end()
 
     def capabilities(self) -> Capabilities:
-        """
-        Raises:
-            InputError: the settings need something that this machine cannot run, or memory ran out.
-        """
+        """Raises InputError if the settings need something that this machine cannot run, or memory ran out."""
         answer = self._ask_with_retry(None)
         if answer is None:
             raise InputError(

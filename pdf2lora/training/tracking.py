@@ -41,10 +41,7 @@ def log_to_file(folder: Path) -> Path:
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """
-    Raises:
-        InputError: the package of a tracker is not installed.
-    """
+    """Raises InputError if the package of a tracker is not installed."""
     for name in names:
         package = importlib.util.find_spec(name)
         if package is None or package.origin is None:  # no origin: only a folder of this name, which trackers make

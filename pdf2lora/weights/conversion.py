@@ -1,8 +1,4 @@
-"""A source model in Meta's or Hugging Face's layout -> the base model in Hugging Face's layout.
-
-All files are checked before the first one is written. The check reads only the shapes of the weights. The weights stay
-in memory-mapped files and are written some rows at a time, so memory does not grow with the model.
-"""
+"""A source model in Meta's or Hugging Face's layout -> the base model in Hugging Face's layout."""
 
 from pathlib import Path
 
@@ -23,10 +19,13 @@ def convert(
 ) -> dict[str, object]:
     """Writes the source model in the folder `source` to the empty folder `target`, in Hugging Face's layout.
 
+    All files are checked before the first one is written. The weights stay in memory-mapped files and are written some
+    rows at a time, so memory does not grow with the model.
+
     Files in Meta's layout are converted: weights keep their dtype, model-parallel shards are joined, rotary pairs are
     reordered, tied embeddings are written once. Files in Hugging Face's layout are checked and copied.
 
-    llama_version: one of LLAMA_VERSIONS. Meta's layout needs it, Hugging Face's does not.
+    llama_version: a key of params_json.VERSIONS. Meta's layout needs it, Hugging Face's does not.
     max_shard_gib: upper limit of a safetensors file, in GiB. A larger weight gets its own file.
     progress: called with (bytes written, bytes in all) as files are written.
 

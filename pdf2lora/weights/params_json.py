@@ -30,7 +30,6 @@ VERSIONS = {
     "3.1": Version(131072, 8.0, 500000.0),
     "3.2": Version(131072, 32.0, 500000.0),
 }
-LLAMA_VERSIONS = tuple(VERSIONS)
 ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 DEFAULT_MULTIPLE_OF = 256
 
@@ -70,7 +69,7 @@ def require_version(source: Path, llama_version: str | None) -> str:
     """The Llama version of a source model in Meta's layout. Raises InputError if it is missing or unknown."""
     if llama_version in VERSIONS:
         return llama_version
-    key, choices = version_key(source), ", ".join(LLAMA_VERSIONS)
+    key, choices = version_key(source), ", ".join(VERSIONS)
     if llama_version is None:
         raise InputError(
             f"{key} is missing; {source} is in Meta's layout, whose files do not contain the Llama version. "
