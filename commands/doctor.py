@@ -20,7 +20,6 @@ from pdf2lora.preflight.forecast import Estimate, forecast, required_disk_gib, s
 from pdf2lora.preflight.model_shape import ModelShape, model_shape
 from pdf2lora.preflight.placement import placement, streams_layers
 from pdf2lora.preflight.previous_run import PreviousRun
-from pdf2lora.preflight.quantization import four_bit_weights
 from pdf2lora.preflight.source_model import source_model
 from pdf2lora.preflight.token_count import count_training_tokens
 
@@ -53,7 +52,7 @@ def main() -> None:
         findings += schedule_notes(previous, params, training_sequences(params, tokens))
         findings += check_capacity(params, previous, shape, gpus)
         if not has_problem(machine):
-            findings += four_bit_weights(params, shape, has_gpu=bool(gpus))
+            findings += environment.four_bit_weights(params, shape, has_gpu=bool(gpus))
 
     print_report(findings, estimates)
     if has_problem(findings):

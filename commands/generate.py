@@ -56,8 +56,7 @@ def main() -> None:
 def read_prompts(file: Path | None) -> list[str]:
     """The lines of the file, or one prompt from PROMPT or standard input.
 
-    Raises:
-        InputError: the prompt is missing, or the file does not exist.
+    Raises InputError if the prompt is missing, or the file does not exist.
     """
     if file is not None:
         if not file.is_file():

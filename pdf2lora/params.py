@@ -367,8 +367,7 @@ class Params(Section):
 def read_params(file: Path = PARAMS_FILE) -> Params:
     """Reads and validates the whole of params.yaml as YAML 1.2, in which 1e-05 is a number.
 
-    Raises:
-        InputError: one line for each invalid setting, with key, value, rule and remedy.
+    Raises InputError with one line for each invalid setting: key, value, rule and remedy.
     """
     try:
         values = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))

@@ -66,8 +66,7 @@ def main() -> None:
 def require_ocr(setting: str) -> str | None:
     """Returns the versions of the OCR packages; None if OCR is off.
 
-    Raises:
-        InputError: the setting needs a package that is not installed.
+    Raises InputError if the setting needs a package that is not installed.
     """
     versions = None if setting == "none" else ocr.installed_version()
     if setting == "rapidocr" and versions is None:

@@ -92,8 +92,7 @@ def fastest_placement(
 
     Without recomputation, layers in host memory are not faster.
 
-    Raises:
-        InputError: no probe fits.
+    Raises InputError if no probe fits.
     """
 
     def tokens_per_s(placement: Placement, gradient_checkpointing: str, batch: int) -> float:
@@ -132,8 +131,7 @@ def fastest_placement(
 def memory_budget_gib(settings: FindBatch, capabilities: Capabilities) -> float:
     """Memory that a training step may use: its tensors on a CPU, the memory that the allocator reserves on a GPU.
 
-    Raises:
-        InputError: the headroom is not smaller than the memory.
+    Raises InputError if the headroom is not smaller than the memory.
     """
     if capabilities.device == "cpu":
         return settings.cpu_memory_gib

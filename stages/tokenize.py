@@ -58,12 +58,12 @@ def main() -> None:
             documents = read_documents(SPLITS / f"{name}.jsonl")
             progress = tqdm(documents, desc=f"tokenize {name}", unit="document", disable=None)
             counts[name] = write(folder, name, (document.text for document in progress))
-        if replay != "none":
+        if replay == "none":
+            write(folder, "replay", [])
+        else:
             require_unseen_replay(REPLAY / replay)
-        replay_counts = write(folder, "replay", read_replay(REPLAY / replay) if replay != "none" else [])
+            counts["replay"] = write(folder, "replay", read_replay(REPLAY / replay))
     cache.replace(TOKENS)
-    if replay != "none":
-        counts["replay"] = replay_counts
     write_json(METRICS, counts)
     numbers = ", ".join(f"{count['tokens']:,} {name}" for name, count in counts.items())
     print(f"tokenize: {numbers} tokens; {cache.num_new:,} new texts, {time.monotonic() - began:.1f} s")

@@ -11,7 +11,7 @@ from tiny_llama import LORA, QUANTIZATION, changed, quiet, write_tiny_llama
 from tiny_meta import rewrite_json
 
 from pdf2lora.preflight.model_shape import ModelShape, model_shape
-from pdf2lora.weights.inspection import inspect_source_model
+from pdf2lora.preflight.source_model import inspect_source_model
 
 LLAMA_3B = ModelShape(
     28,

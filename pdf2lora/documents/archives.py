@@ -55,8 +55,7 @@ def list_members(archive: Path) -> tuple[list[Member], int]:
 
     If several members have the same name, the last one is used, as in an unpacked archive.
 
-    Raises:
-        InputError: the archive is damaged.
+    Raises InputError if the archive is damaged.
     """
     try:
         with archive.open("rb") as stream:
@@ -67,12 +66,10 @@ def list_members(archive: Path) -> tuple[list[Member], int]:
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(f"{archive} is a damaged archive ({text}). Make it again, or remove it.") from error
     by_name = {member.name: member for member in members}
-    pdfs = [by_name[name] for name in sorted(by_name) if _is_pdf(name)]
+    # macOS puts a file into __MACOSX for each file.
+    names = [name for name in by_name if name.lower().endswith(".pdf") and not name.startswith("__MACOSX/")]
+    pdfs = [by_name[name] for name in sorted(names)]
     return pdfs, len(by_name) - len(pdfs)
-
-
-def _is_pdf(name: str) -> bool:
-    return name.lower().endswith(".pdf") and not name.startswith("__MACOSX/")  # there macOS puts a file for each file
 
 
 def _zip_members(stream: BinaryIO) -> Iterator[Member]:
@@ -129,8 +126,7 @@ def _fault(name: str, num_bytes: int, packed_bytes: int, *, is_file: bool) -> Re
 def read_member(archive: BinaryIO, member: Member) -> Iterator[bytes]:
     """Yields the content of a member in pieces of at most CHUNK_BYTES.
 
-    Raises:
-        DamagedMember: the size or the checksum is wrong.
+    Raises DamagedMember if the size or the checksum is wrong.
     """
     info = zipfile.ZipInfo()
     info.compress_type, info.compress_size = member.compression or zipfile.ZIP_STORED, member.packed_bytes

@@ -6,7 +6,6 @@ compares the bytes of the PDF with those that the client saw.
 
 import multiprocessing
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,11 +39,8 @@ def extract_on_cluster(
     packages = PACKAGES + (ocr.PACKAGES if has_ocr else ())
     task = partial(extract_on_worker, folder_on_workers, settings)
     with open_cluster(scheduler, "extract", packages, task) as cluster:
-
-        def submit(*source_and_sha256: object) -> Future[Extraction]:
-            return cluster.submit(source_and_sha256)
-
-        for source, future in run_all(submit, sources, NUM_WAITING, cluster.require_workers):
+        results = run_all(lambda *task: cluster.submit(task), sources, NUM_WAITING, cluster.require_workers)
+        for source, future in results:
             try:
                 extraction = cluster.result(future)
             except WorkersDied:

@@ -32,8 +32,7 @@ def extract_corpus(
     settings: the section `extract` of params.yaml.
     run: extraction.extract, or a function that does the same on other machines.
 
-    Raises:
-        InputError: the corpus changed during the extraction.
+    Raises InputError if the corpus changed during the extraction.
     """
     state = corpus_state(folder)
     hashes = _hash_all(folder, sources)

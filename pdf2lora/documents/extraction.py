@@ -65,8 +65,7 @@ def extract(
     settings: the section `extract` of params.yaml.
     num_workers: None means one worker per core.
 
-    Raises:
-        InputError: a PDF changed.
+    Raises InputError if a PDF changed.
     """
     num_workers = num_workers or num_cores()
     with ThreadPoolExecutor(num_workers) as threads:

@@ -16,8 +16,7 @@ def read_replay(folder: Path) -> Iterator[str]:
 
     A .txt file is one document in UTF-8. A .jsonl file has the format of data/documents.jsonl and data/split.
 
-    Raises:
-        InputError: the folder has no text.
+    Raises InputError if the folder has no text.
     """
     files = sorted(file for file in folder.rglob("*") if file.suffix in (".txt", ".jsonl"))
     if not files:
@@ -34,8 +33,7 @@ def require_unseen(replay: Iterable[str], scored: Iterable[str], name: str, fold
 
     name: of the scored text, for the error message; folder, workers: see leakage().
 
-    Raises:
-        InputError: more than 1% of the 13-word sequences of `scored` occur in the replay text.
+    Raises InputError if more than 1% of the 13-word sequences of `scored` occur in the replay text.
     """
     share = leakage(replay, scored, folder, workers)
     if share is not None and share > MAX_LEAKAGE:

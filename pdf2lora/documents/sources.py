@@ -39,8 +39,7 @@ class Listing:
 def list_corpus(folder: Path) -> Listing:
     """Lists all PDFs of a corpus, sorted by path. Sub-folders are included, linked folders are not.
 
-    Raises:
-        InputError: an archive is damaged.
+    Raises InputError if an archive is damaged.
     """
     sources: list[Source] = []
     unread: list[str] = []
@@ -107,8 +106,7 @@ def local_file(folder: str, source: Source) -> Iterator[Path]:
 
     folder: the corpus folder, or its address for fsspec (s3://bucket/folder).
 
-    Raises:
-        DamagedMember: see read_member.
+    Raises DamagedMember as read_member does.
     """
     is_remote = "://" in folder
     if source.member is None and not is_remote:

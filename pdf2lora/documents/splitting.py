@@ -23,8 +23,7 @@ def split(
     up to their fraction of the documents (at least one group). Train gets the rest. So the names and the order of the
     files do not matter, and an additional document moves at most one other document across each boundary.
 
-    Raises:
-        InputError: there are fewer groups than splits.
+    Raises InputError if there are fewer groups than splits.
     """
     names = [name for name in SPLITS if name != "validation" or validation_fraction > 0]
     if len(groups) < len(names):

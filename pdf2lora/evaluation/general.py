@@ -10,8 +10,7 @@ GENERAL = Path("data/general")
 def read_general(folder: Path = GENERAL) -> list[str]:
     """The .txt files of the folder in the order of their names; each file is one document.
 
-    Raises:
-        InputError: the folder has no .txt file.
+    Raises InputError if the folder has no .txt file.
     """
     texts = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.txt"))]
     if not texts:

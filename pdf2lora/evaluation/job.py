@@ -41,8 +41,7 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
 
     require_base: waits for the check of the base model's files (manifest.start_check); None in the other processes.
 
-    Raises:
-        InputError: the base model, the baseline or a setting cannot be used.
+    Raises InputError if the base model, the baseline or a setting cannot be used.
     """
     processes = Processes()
     processes.leave_output_to_main()

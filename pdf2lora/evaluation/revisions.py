@@ -18,8 +18,7 @@ Entry = dict[str, Any]  # of dvc.lock: path, md5, ...
 def resolve_commit(name: str, project: Path) -> str:
     """The commit of a git revision or of a DVC experiment.
 
-    Raises:
-        InputError: the name does not exist, or several experiments have it.
+    Raises InputError if the name does not exist, or several experiments have it.
     """
     revision = _git(project, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if revision:

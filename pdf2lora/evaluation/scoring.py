@@ -31,8 +31,7 @@ def nats_per_window(
 
     progress: receives the number of windows of each finished batch.
 
-    Raises:
-        InputError: the scores are not finite.
+    Raises InputError if the scores are not finite.
     """
     forward.model.eval()
     device = forward.head.device

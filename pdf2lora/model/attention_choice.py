@@ -18,8 +18,7 @@ def choose_attention(compute: Compute, model_class: type[PreTrainedModel]) -> st
 
     model_class: of transformers; Gemma 2, for example, supports neither of the first two.
 
-    Raises:
-        InputError: the value of compute.attention cannot run here.
+    Raises InputError if the value of compute.attention cannot run here.
     """
     obstacles: dict[str, str] = {
         "flash_attention_2": _flash_attention_obstacle(compute, model_class),

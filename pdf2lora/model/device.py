@@ -27,8 +27,7 @@ def compute_dtype(compute: Compute) -> torch.dtype:
     loss. Most CPUs emulate bfloat16 too: on two cores with AVX2 a training step of the demo took 38 s in bfloat16 and
     2.6 s in float32.
 
-    Raises:
-        InputError: this machine does not support the data type.
+    Raises InputError if this machine does not support the data type.
     """
     has_gpu = torch.cuda.is_available()
     has_bfloat16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -30,8 +30,7 @@ def gradient_checkpointing_choices(train: Train, kernels: Kernels) -> tuple[Grad
 
     On a CPU `auto` is `full`, so that all CPUs train in the same way.
 
-    Raises:
-        InputError: the kernels do not support the value of train.gradient_checkpointing.
+    Raises InputError if the kernels do not support the value of train.gradient_checkpointing.
     """
     supported = SUPPORTED_GRADIENT_CHECKPOINTING[kernels]
     if train.gradient_checkpointing == "auto":

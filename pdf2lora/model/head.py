@@ -62,8 +62,7 @@ def check_causal_lm(causal_lm: Any) -> None:
 
     For a model that passes, the training loss equals transformers' own loss.
 
-    Raises:
-        InputError: the model computes its logits in another way, or they depend on later tokens.
+    Raises InputError if the model computes its logits in another way, or they depend on later tokens.
     """
     name = type(causal_lm).__name__
     was_training = causal_lm.training

@@ -77,8 +77,7 @@ def initialize(model: PeftModel, base: Path, lora: Lora, *, seed: int, folder: P
 def restore_trained_base(model: PeftModel, base: Path, adapter: Path, lora: Lora) -> None:
     """Changes the base of a loaded adapter to the base of its training, if they differ.
 
-    Raises:
-        InputError: the layers are in host memory.
+    Raises InputError if the layers are in host memory.
     """
     if lora.changes_base:
         _require_resident(model, lora)
@@ -102,8 +101,7 @@ def layer_names(model: PeftModel) -> list[str]:
 def unquantized_weights(base: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """Yields the name and the stored weight, in float32, of each layer. Holds one weight at a time.
 
-    Raises:
-        InputError: the files have no unquantized weight of a layer.
+    Raises InputError if the files have no unquantized weight of a layer.
     """
     weights = BaseWeights(base)
     for name in names:

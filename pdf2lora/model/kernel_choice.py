@@ -24,8 +24,7 @@ def choose_kernels(compute: Compute, quantization: Quantization, lora: Lora, con
 
     config: of the base model, by loading.read_config.
 
-    Raises:
-        InputError: compute.kernels is fused or fp8 and they cannot run.
+    Raises InputError if compute.kernels is fused or fp8 and they cannot run.
     """
     preferred = "fused" if compute.kernels == "auto" else compute.kernels
     obstacle = "" if preferred == "reference" else _obstacle(preferred, compute, quantization, lora, config)

@@ -33,8 +33,7 @@ warnings.filterwarnings("ignore", "`(gradient|is_gradient)_checkpointing", Futur
 def read_config(base: Path) -> PreTrainedConfig:
     """Reads the model's config.json with transformers. Runs no code from the model's repository.
 
-    Raises:
-        InputError: transformers does not know the architecture.
+    Raises InputError if transformers does not know the architecture.
     """
     try:
         return AutoConfig.from_pretrained(base, local_files_only=True)
@@ -109,8 +108,7 @@ def _load_with_transformers(base: Path, **settings: Any) -> PreTrainedModel:
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """transformers' class of the causal language model.
 
-    Raises:
-        InputError: the architecture is not a causal language model.
+    Raises InputError if the architecture is not a causal language model.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(
@@ -138,8 +136,7 @@ def _quantization_config(
 
     convert refuses all other quantized source models.
 
-    Raises:
-        InputError: the source model is stored in 4 bits, and quantization.bits is another number.
+    Raises InputError if the source model is stored in 4 bits, and quantization.bits is another number.
     """
     if getattr(config, "quantization_config", None) is None:
         return ours
@@ -158,8 +155,7 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
 
     Does not call PEFT's prepare_model_for_kbit_training, which casts embeddings, head and norms to float32.
 
-    Raises:
-        InputError: a name in lora.target_modules is not a linear layer of the model, or PEFT refuses it.
+    Raises InputError if a name in lora.target_modules is not a linear layer of the model, or PEFT refuses it.
     """
     targets = target_modules(model, lora)
     settings = lora.model_dump() | {"target_modules": targets}
@@ -185,8 +181,7 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
 def target_modules(model: PreTrainedModel, lora: Lora) -> list[str]:
     """lora.target_modules, sorted. all-linear: the names of all linear layers except the head.
 
-    Raises:
-        InputError: a name is not a linear layer of the model.
+    Raises InputError if a name is not a linear layer of the model.
     """
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]

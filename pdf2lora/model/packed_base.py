@@ -42,8 +42,7 @@ def packing_obstacle(config: PreTrainedConfig, quantization: Quantization) -> st
 def choose_placement(base: Path, config: PreTrainedConfig, quantization: Quantization, dtype: torch.dtype) -> Placement:
     """Returns quantization.placement. auto: gpu if the model fits into the free memory of the GPU, else host.
 
-    Raises:
-        InputError: the placement is host, which this machine or model does not support.
+    Raises InputError if the placement is host, which this machine or model does not support.
     """
     has_gpu = torch.cuda.is_available()
     obstacle = packing_obstacle(config, quantization) if has_gpu else NO_CUDA_GPU
@@ -62,8 +61,7 @@ def possible_placements(
 ) -> tuple[Placement, ...]:
     """The placements that find_batch compares, gpu first.
 
-    Raises:
-        InputError: the placement is host, which this machine or model does not support.
+    Raises InputError if the placement is host, which this machine or model does not support.
     """
     if quantization.placement == "auto" and lora.reads_weights:
         return ("gpu",)
@@ -96,8 +94,7 @@ def load_packed_base(
 
     attention: transformers' attn_implementation. processes: with `host`, the processes of a node share the memory.
 
-    Raises:
-        InputError: the host's memory or the disk is too small.
+    Raises InputError if the host's memory or the disk is too small.
     """
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -144,8 +141,7 @@ def replace_linears(layer: nn.Module, quantization: Quantization, dtype: torch.d
 def _load_others(model: PreTrainedModel, weights: BaseWeights, dtype: torch.dtype, base: Path) -> None:
     """Reads all parameters that are not packed, and moves the buffers (RoPE frequencies) to the device.
 
-    Raises:
-        InputError: a weight is missing.
+    Raises InputError if a weight is missing.
     """
     for name, parameter in list(model.named_parameters()):
         if not isinstance(parameter, bnb.nn.Params4bit) and name in weights.files:

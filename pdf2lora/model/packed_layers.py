@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from pdf2lora.model.device import device
 from pdf2lora.params import Quantization
-from pdf2lora.runtime.disk_space import require_disk_space
 from pdf2lora.runtime.files import atomic_write
+from pdf2lora.runtime.free_space import require_disk_space
 from pdf2lora.runtime.locks import exclusive_lock
 from pdf2lora.runtime.manifest import MANIFEST
 from pdf2lora.runtime.scratch import fingerprint, scratch_folder
@@ -158,8 +158,7 @@ def packed_file(
 
     read_layer: number of a layer -> its weights on the device, in `dtype`, in the order of LayerLayout.names.
 
-    Raises:
-        InputError: the disk is full.
+    Raises InputError if the disk is full.
     """
     settings = quantization.model_dump(exclude={"placement"})
     key = fingerprint(base / MANIFEST, settings, dtype, device().type, version("bitsandbytes"), Path(__file__))

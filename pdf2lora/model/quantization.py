@@ -30,8 +30,7 @@ def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
 def require_quantization(bits: int) -> None:
     """Quantizes a few numbers. If bitsandbytes has no kernels for this machine, it fails before a model is loaded.
 
-    Raises:
-        InputError: bitsandbytes cannot quantize.
+    Raises InputError if bitsandbytes cannot quantize.
     """
     if bits == 16:
         return
@@ -58,8 +57,7 @@ def check_4bit_round_trip(widths: set[int], quant_type: str, dtype: torch.dtype)
 
     widths: numbers of input features of the model's layers.
 
-    Raises:
-        InputError: dequantized weights differ from the stored ones.
+    Raises InputError if dequantized weights differ from the stored ones.
     """
     if device().type != "cpu":
         return

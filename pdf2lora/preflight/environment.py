@@ -1,4 +1,4 @@
-"""This machine and its Python packages, checked without an import of torch (which takes seconds)."""
+"""This machine and its Python packages. Only the check of 4-bit weights imports torch, which takes seconds."""
 
 import importlib.util
 import re
@@ -11,10 +11,14 @@ from pathlib import Path
 
 import psutil
 
+from pdf2lora.errors import InputError
+from pdf2lora.params import Params
 from pdf2lora.preflight.findings import Finding
-from pdf2lora.runtime.host_memory import available_bytes
+from pdf2lora.preflight.model_shape import ModelShape
+from pdf2lora.runtime.free_space import available_bytes
 
 GIB = 2**30
+BLOCK_SIZE = 64  # weights that share a scale in 4 bits; only other widths can be read back wrongly
 NVIDIA_SMI_TIMEOUT_S = 10
 NVIDIA_SMI_FIELDS = "name,driver_version,memory.total,compute_cap"
 
@@ -156,6 +160,21 @@ def disk(folder: Path, needed_gib: float) -> Finding:
     if free_gib > needed_gib:
         return Finding("ok", "disk", text)
     return Finding("problem", "disk", f"{text}. Free some space.")
+
+
+def four_bit_weights(params: Params, shape: ModelShape, *, has_gpu: bool) -> list[Finding]:
+    """Checks the model's widths as the stages do. Returns no finding if the check cannot fail."""
+    widths = {num_inputs for num_inputs, _ in shape.layers.values()}
+    if has_gpu or params.quantization.bits != 4 or all(width % BLOCK_SIZE == 0 for width in widths):
+        return []
+    from pdf2lora.model.device import compute_dtype
+    from pdf2lora.model.quantization import check_4bit_round_trip
+
+    try:
+        check_4bit_round_trip(widths, params.quantization.bnb_4bit_quant_type, compute_dtype(params.compute))
+    except InputError as error:
+        return [Finding("problem", "4-bit weights", str(error))]
+    return [Finding("ok", "4-bit weights", "this machine reads them back correctly")]
 
 
 def _package_folder(package: str) -> Path | None:

@@ -8,10 +8,12 @@ from pdf2lora.families import FAMILIES, LLAMA_LAYERS, is_target
 from pdf2lora.params import ALL_LINEAR, Params
 from pdf2lora.preflight.findings import Finding
 from pdf2lora.preflight.folders import SOURCE_MODELS
-from pdf2lora.weights.huggingface_files import HuggingFaceFiles
-from pdf2lora.weights.inspection import inspect_source_model
+from pdf2lora.weights.huggingface_files import HuggingFaceFiles, read_huggingface
+from pdf2lora.weights.huggingface_tokenizer import require_tokenizer_version
+from pdf2lora.weights.layout import find_layout
 from pdf2lora.weights.licences import find_licences
-from pdf2lora.weights.params_json import ModelArgs
+from pdf2lora.weights.params_json import ModelArgs, read_model_args, require_version
+from pdf2lora.weights.tokenizer import require_tokenizer_kind
 
 GIB = 2**30
 
@@ -47,6 +49,25 @@ def inspect_for(params: Params) -> HuggingFaceFiles | ModelArgs:
     if isinstance(files, HuggingFaceFiles) and files.is_4bit:
         _require_same_quantization(params, files)
     return files
+
+
+def inspect_source_model(source: Path, llama_version: str | None) -> HuggingFaceFiles | ModelArgs:
+    """All checks of a source model that need neither torch nor transformers. Returns its settings and sizes.
+
+    Raises InputError if the model cannot be used. The message has the file or key, and the remedy.
+    """
+    if find_layout(source) == "huggingface":
+        files = read_huggingface(source)
+        require_tokenizer_version(source, llama_version)
+        return files
+    version = require_version(source, llama_version)
+    args = read_model_args(source / "params.json", version)
+    require_tokenizer_kind(source / "tokenizer.model", version)
+    if not (source / "consolidated.00.pth").is_file():
+        raise InputError(
+            f"{source / 'consolidated.00.pth'}: the file is missing. Download all shards of the source model."
+        )
+    return args
 
 
 def _require_same_quantization(params: Params, files: HuggingFaceFiles) -> None:

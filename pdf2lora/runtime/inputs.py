@@ -10,8 +10,7 @@ from pdf2lora.runtime.scratch import pipeline_stages
 def require_inputs_of(stage: str) -> None:
     """Checks that the dependencies of a stage exist, as far as other stages write them.
 
-    Raises:
-        InputError: a dependency does not exist.
+    Raises InputError if a dependency does not exist.
     """
     stages = pipeline_stages()
     require_inputs(*(Path(dep) for dep in stages[stage]["deps"] if _writer(dep, stages)))

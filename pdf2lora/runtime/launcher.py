@@ -99,8 +99,7 @@ def allot_devices(num_processes: int | Literal["auto"]) -> Iterator[tuple[int, l
 
     Sets CUDA_VISIBLE_DEVICES to the locked GPUs. So call it before torch is imported.
 
-    Raises:
-        InputError: there are fewer GPUs than processes.
+    Raises InputError if there are fewer GPUs than processes.
     """
     gpus = visible_gpus()
     count = (len(gpus) or 1) if num_processes == "auto" else num_processes

@@ -21,8 +21,7 @@ def exclusive_lock(folder: Path, *, timeout_s: float = 0) -> Iterator[None]:
         folder: an existing folder; the lock is its file `lock`, which contains the owner's process id.
         timeout_s: how long to wait for another owner to end.
 
-    Raises:
-        InputError: another process still holds the lock after timeout_s.
+    Raises InputError if another process still holds the lock after timeout_s.
     """
     deadline = time.monotonic() + timeout_s
     is_first_try = True

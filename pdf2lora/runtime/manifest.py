@@ -40,8 +40,7 @@ def find_damage(folder: Path) -> str | None:
 def require_intact(folder: Path, *, made_by: str) -> None:
     """Checks the output folder of the stage `made_by` against its manifest.
 
-    Raises:
-        InputError: a file is missing or corrupt.
+    Raises InputError if a file is missing or corrupt.
     """
     if damage := find_damage(folder):
         raise InputError(f"{folder} cannot be used: {damage}. Make it again with: dvc repro --force {made_by}")

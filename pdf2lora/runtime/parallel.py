@@ -36,8 +36,7 @@ class Workers:
 
         function: a function of a module, because the workers import it.
 
-        Raises:
-            InputError: a worker was killed.
+        Raises InputError if a worker was killed.
         """
         items = iter(items)
         first = list(islice(items, 2))

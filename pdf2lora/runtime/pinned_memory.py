@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pdf2lora.errors import InputError
 from pdf2lora.runtime.distributed import Processes
-from pdf2lora.runtime.host_memory import available_bytes
+from pdf2lora.runtime.free_space import available_bytes
 
 GIB = 2**30
 PORTABLE = 1  # cudaHostRegisterPortable
@@ -33,8 +33,7 @@ def shared_pinned_memory(num_bytes: int, fill: Callable[[Tensor], None], process
 
     purpose: of the memory, for error messages.
 
-    Raises:
-        InputError: the host has too little memory, or the driver does not pin it.
+    Raises InputError if the host has too little memory, or the driver does not pin it.
     """
     descriptor = -1
     if processes.is_first_of_node:

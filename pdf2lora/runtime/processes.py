@@ -55,8 +55,7 @@ def is_alive(process: psutil.Process) -> bool:
 def single_instance(main: Callable[[], None]) -> Callable[[], None]:
     """Decorates a stage's `main`: in one working copy, only one process at a time runs it.
 
-    Raises:
-        InputError: another process did not end within LOCK_TIMEOUT_S.
+    Raises InputError if another process did not end within LOCK_TIMEOUT_S.
     """
     stage = Path(main.__code__.co_filename).stem
 

@@ -127,8 +127,7 @@ def choose(
     Each mode has one candidate, the result of per_device_batch. Of candidates that are equally fast, the one with the
     least memory is chosen. tokens_per_s(mode, batch) is called only if there are several candidates.
 
-    Raises:
-        InputError: no probe of any mode fits.
+    Raises InputError if no probe of any mode fits.
     """
     candidates = [
         (mode, per_device_batch(mode.largest, effective_batch, num_processes)) for mode in modes if mode.largest

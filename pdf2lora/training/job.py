@@ -168,8 +168,7 @@ def build_model(
 
     processes, placement: see load_base.
 
-    Raises:
-        InputError: the settings need something that this machine does not have.
+    Raises InputError if the settings need something that this machine does not have.
     """
     model = load_base(base, params.quantization, params.compute, placement=placement, processes=processes)
     torch.manual_seed(params.train.seed)  # before the first LoRA matrix is drawn

@@ -28,8 +28,7 @@ def read_llama_layers(config: Mapping[str, Any], path: Path) -> LinearLayers:
 
     path: of the file, for error messages.
 
-    Raises:
-        InputError: a size is missing or absurd.
+    Raises InputError if a size is missing or absurd.
     """
     hidden = whole_number(config, "hidden_size", path)
     num_heads = whole_number(config, "num_attention_heads", path)

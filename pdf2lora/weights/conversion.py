@@ -33,8 +33,7 @@ def convert(
     files read), num_files (weight files written), hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size,
     vocab_size, tied, dtype, rope_theta, rope_factor, context_length.
 
-    Raises:
-        InputError: a file is missing or damaged, contains code or contradicts another one. Nothing was written.
+    Raises InputError if a file is missing or damaged, contains code or contradicts another one. Nothing was written.
     """
     if find_layout(source) == "huggingface":
         return copy_huggingface(source, target, llama_version, progress)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pdf2lora.errors import InputError
-from pdf2lora.runtime.disk_space import require_disk_space
 from pdf2lora.runtime.files import write_json
+from pdf2lora.runtime.free_space import require_disk_space
 from pdf2lora.weights.config_json import summarize
 from pdf2lora.weights.huggingface_files import read_huggingface
 from pdf2lora.weights.huggingface_tokenizer import read_huggingface_tokenizer

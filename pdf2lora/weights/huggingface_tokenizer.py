@@ -38,8 +38,7 @@ def read_huggingface_tokenizer(source: Path, llama_version: str | None, vocab_si
     llama_version: needed only for Llama 3's tokenizer.model, which does not contain its special tokens.
     vocab_size: rows of the embedding.
 
-    Raises:
-        InputError: a file is damaged, cannot be converted, or has more tokens than the embedding has rows.
+    Raises InputError if a file is damaged, cannot be converted, or has more tokens than the embedding has rows.
     """
     path = source / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pdf2lora.errors import InputError
-from pdf2lora.runtime.disk_space import require_disk_space
+from pdf2lora.runtime.free_space import require_disk_space
 from pdf2lora.runtime.manifest import MANIFEST
 from pdf2lora.weights.json_files import read_json
 from pdf2lora.weights.safetensors_files import mapped_weights
@@ -36,8 +36,7 @@ def merge(base: Path, adapter: Path, target: Path, progress: Progress = lambda n
 
     base: a Hugging Face folder of safetensors, unquantized; adapter: a PEFT folder of LoRA, rsLoRA or DoRA.
 
-    Raises:
-        InputError: the base is quantized, the disk is too small, or the adapter fits another base.
+    Raises InputError if the base is quantized, the disk is too small, or the adapter fits another base.
     """
     config = read_json(base / "config.json")
     if "quantization_config" in config:

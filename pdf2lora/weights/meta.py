@@ -12,26 +12,35 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from pdf2lora.errors import InputError
-from pdf2lora.runtime.disk_space import require_disk_space
 from pdf2lora.runtime.files import write_json
+from pdf2lora.runtime.free_space import require_disk_space
 from pdf2lora.weights.config_json import summarize
 from pdf2lora.weights.converted_tokenizer import ConvertedTokenizer
-from pdf2lora.weights.llama_names import (
-    EMBEDDING,
-    HEAD,
-    LAYER_WEIGHTS,
-    META_EMBEDDING,
-    META_HEAD,
-    META_NORM,
-    META_ROTARY_WEIGHTS,
-    NORM,
-    WeightRow,
-)
 from pdf2lora.weights.meta_shards import Shard, read_shards, shard_name
 from pdf2lora.weights.params_json import ROPE_SCALING, VERSIONS, ModelArgs, read_model_args
 from pdf2lora.weights.safetensors_files import SAFETENSORS_DTYPES, Progress, plan_files, write_weights
 from pdf2lora.weights.sharded_weights import ShardedWeight
 from pdf2lora.weights.tokenizer import read_tokenizer
+
+# Names and shapes of the weights in both layouts.
+META_EMBEDDING, META_HEAD, META_NORM = "tok_embeddings.weight", "output.weight", "norm.weight"
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+# Meta's name, Hugging Face's name, the dimension that model-parallel shards split (None: each has a copy), shape
+WeightRow = tuple[str, str, int | None, tuple[str, ...]]
+
+LAYER_WEIGHTS: tuple[WeightRow, ...] = (
+    ("attention_norm.weight", "input_layernorm.weight", None, ("hidden",)),
+    ("attention.wq.weight", "self_attn.q_proj.weight", 0, ("query", "hidden")),
+    ("attention.wk.weight", "self_attn.k_proj.weight", 0, ("key", "hidden")),
+    ("attention.wv.weight", "self_attn.v_proj.weight", 0, ("key", "hidden")),
+    ("attention.wo.weight", "self_attn.o_proj.weight", 1, ("hidden", "query")),
+    ("ffn_norm.weight", "post_attention_layernorm.weight", None, ("hidden",)),
+    ("feed_forward.w1.weight", "mlp.gate_proj.weight", 0, ("intermediate", "hidden")),
+    ("feed_forward.w3.weight", "mlp.up_proj.weight", 0, ("intermediate", "hidden")),
+    ("feed_forward.w2.weight", "mlp.down_proj.weight", 1, ("hidden", "intermediate")),
+)
+META_ROTARY_WEIGHTS = ("attention.wq.weight", "attention.wk.weight")
 
 
 def convert_meta(
@@ -98,8 +107,7 @@ def huggingface_config(
 def plan_weights(source: Path, args: ModelArgs, shards: list[Shard]) -> dict[str, ShardedWeight]:
     """{Hugging Face's name: weight} of the whole model, without lm_head.weight if it equals the embedding.
 
-    Raises:
-        InputError: the shards and params.json contradict each other. The message names the weight and its shape.
+    Raises InputError if the shards and params.json contradict each other. The message names the weight and its shape.
     """
     paths = [source / shard_name(number) for number in range(len(shards))]
     table, sizes = _expected_weights(args, shards, paths[0])

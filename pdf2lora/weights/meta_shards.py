@@ -17,8 +17,7 @@ def read_shards(source: Path) -> list[Shard]:
 
     Files in the format of torch before 1.6 cannot be mapped. They are read into memory.
 
-    Raises:
-        InputError: a number is missing, or a file is damaged or contains code.
+    Raises InputError if a number is missing, or a file is damaged or contains code.
     """
     names = {path.name for path in source.glob("consolidated.[0-9][0-9].pth")}
     for number in range(max(1, len(names))):

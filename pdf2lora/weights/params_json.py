@@ -81,8 +81,7 @@ def require_version(source: Path, llama_version: str | None) -> str:
 def read_model_args(path: Path, llama_version: str) -> ModelArgs:
     """Reads params.json.
 
-    Raises:
-        InputError: a number is missing or out of range, or contradicts another number or the version.
+    Raises InputError if a number is missing or out of range, or contradicts another number or the version.
     """
     params = read_json(path)
     version, key = VERSIONS[llama_version], version_key(path.parent)

@@ -30,8 +30,7 @@ class StoredWeight:
 def read_header(file: Path) -> dict[str, StoredWeight]:
     """{name: entry} of a safetensors file. No weight is read.
 
-    Raises:
-        InputError: the file is truncated or is not a safetensors file.
+    Raises InputError if the file is truncated or is not a safetensors file.
     """
     try:
         with safe_open(file, framework="np"):  # checks the header, the offsets and the length of the file

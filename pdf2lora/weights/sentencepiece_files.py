@@ -46,8 +46,7 @@ def convert_sentencepiece(content: bytes, path: Path) -> ConvertedTokenizer:
 
     path: of the file, for error messages.
 
-    Raises:
-        InputError: the file is damaged, or it has a setting that `tokenizers` does not support.
+    Raises InputError if the file is damaged, or it has a setting that `tokenizers` does not support.
     """
     from sentencepiece import SentencePieceProcessor  # only these files need it
     from sentencepiece.sentencepiece_model_pb2 import ModelProto

@@ -32,8 +32,7 @@ def find_eos(
 ) -> int | list[int]:
     """eos_token_id of config.json, else of generation_config.json, else the eos_token of tokenizer_config.json.
 
-    Raises:
-        InputError: no file has it, or it is not the id of a row in the embedding.
+    Raises InputError if no file has it, or it is not the id of a row in the embedding.
     """
     path = source / "config.json"
     eos = config.get("eos_token_id")

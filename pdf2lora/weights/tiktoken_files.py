@@ -35,8 +35,7 @@ def convert_tiktoken(content: bytes, path: Path, llama_version: str) -> Converte
 
     path: of the file, for error messages.
 
-    Raises:
-        InputError: a line is damaged or missing.
+    Raises InputError if a line is damaged or missing.
     """
     ranks = _parse_ranks(content, path)
     letters = byte_letters()

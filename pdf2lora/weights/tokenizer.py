@@ -14,8 +14,7 @@ SENTENCEPIECE_VERSIONS = ("1", "2")
 def read_tokenizer(path: Path, llama_version: str) -> ConvertedTokenizer:
     """Reads a tokenizer.model as the tokenizer of `llama_version` ("1", "2": sentencepiece; later: tiktoken).
 
-    Raises:
-        InputError: the file is missing or damaged, or it is of another kind than the version's.
+    Raises InputError if the file is missing or damaged, or it is of another kind than the version's.
     """
     require_tokenizer_kind(path, llama_version)
     content = path.read_bytes()

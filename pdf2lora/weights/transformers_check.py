@@ -20,8 +20,7 @@ MAX_REASON_CHARACTERS = 200  # of an error message of transformers
 def load_without_weights(source: Path, files: HuggingFaceFiles) -> Any:
     """The model on the meta device (a transformers.PreTrainedModel).
 
-    Raises:
-        InputError: transformers cannot load the model, or config.json and the weights contradict each other.
+    Raises InputError if transformers cannot load the model, or config.json and the weights contradict each other.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -82,15 +81,13 @@ def _cannot_load(source: Path, error: Exception) -> str:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Turns off progress bars and load reports of transformers."""
+    """Turns off load reports of transformers, and its progress bars for good (as model/loading.py does)."""
     from transformers.utils import logging
 
-    verbosity, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if has_progress_bar:
-            logging.enable_progress_bar()

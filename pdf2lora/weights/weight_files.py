@@ -10,8 +10,7 @@ from pdf2lora.weights.safetensors_header import StoredWeight, read_header
 def read_weights(source: Path) -> tuple[list[Path], dict[str, StoredWeight]]:
     """The files, and the entries of their headers by name. Leaves out rotary frequencies, which follow from the config.
 
-    Raises:
-        InputError: a file is missing or damaged, lies outside the folder, or is of another format.
+    Raises InputError if a file is missing or damaged, lies outside the folder, or is of another format.
     """
     index = source / "model.safetensors.index.json"
     weight_map = read_json(index).get("weight_map") if index.is_file() else {}

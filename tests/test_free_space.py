@@ -1,8 +1,8 @@
 import psutil
 import pytest
 
-from pdf2lora.runtime import host_memory
-from pdf2lora.runtime.host_memory import available_bytes
+from pdf2lora.runtime import free_space
+from pdf2lora.runtime.free_space import available_bytes
 
 
 @pytest.mark.parametrize(
@@ -10,7 +10,7 @@ from pdf2lora.runtime.host_memory import available_bytes
 )
 def test_the_limit_of_a_container_counts(tmp_path, monkeypatch, limit, expected):
     """The memory of cached files counts as available."""
-    monkeypatch.setattr(host_memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(free_space, "CGROUP", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**6}))
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text("3000\n")
@@ -20,6 +20,6 @@ def test_the_limit_of_a_container_counts(tmp_path, monkeypatch, limit, expected)
 
 
 def test_without_a_container(tmp_path, monkeypatch):
-    monkeypatch.setattr(host_memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(free_space, "CGROUP", tmp_path)
 
     assert available_bytes() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
