@@ -33,7 +33,8 @@ def main() -> None:
         raise InputError("This commit has no experiments. Run one, for example: dvc exp run -S lora.r=16")
     tables = {row["rev"]: read_table(row) for row in (commit, *experiments)}
     baseline = tables[commit["rev"]]
-    settings = [name for name in map(str, pd.json_normalize(read_params().model_dump())) if name in commit]
+    names = pd.json_normalize(read_params().model_dump(exclude={"models"}))  # columns lora.r, compute.seq_length, ...
+    settings = [str(name) for name in names if name in commit]
     noise = seed_noise([row for row in (commit, *experiments) if tables[row["rev"]] is not None], settings)
 
     rows = [("experiment", "perplexity", "improvement", "95% interval", "", "changed settings")]
@@ -66,9 +67,7 @@ def seed_noise(rows: Sequence[Row], settings: Sequence[str]) -> float | None:
     """The largest relative difference in perplexity of runs that differ only in train.seed; None without such runs."""
     runs = defaultdict(list)
     for row in rows:
-        others = tuple(
-            str(row.get(name)) for name in settings if name != "train.seed" and name != "evaluate.compare_to"
-        )
+        others = tuple(str(row.get(name)) for name in settings if name not in ("train.seed", "evaluate.compare_to"))
         runs[others].append((row.get("train.seed"), row["adapted.perplexity"]))
     differences = [
         max(perplexities) / min(perplexities) - 1

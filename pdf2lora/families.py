@@ -7,16 +7,6 @@ and the fused kernels with the reference.
 
 from dataclasses import dataclass
 
-LLAMA_LAYERS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-
 
 def is_target(layer: str, target: str) -> bool:
     """Whether a name in lora.target_modules (q_proj, self_attn.q_proj) selects a layer of a block, by PEFT's rule."""

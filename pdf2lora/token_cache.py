@@ -18,8 +18,6 @@ LOCK_TIMEOUT_S = 60.0  # experiments that run at the same time share the cache
 ROW = np.dtype([("text", "S64"), ("tokens", "S64")])  # SHA-256 of the key and the text; SHA-256 of the tokens
 ROWS = "_rows.npy"
 
-Row = tuple[bytes, bytes]
-
 
 class TokenCache:
     """A copy of data/tokens of the last run, and a row for each document in it."""
@@ -28,7 +26,7 @@ class TokenCache:
         """folder: an existing folder. key: differs if something differs that can change the tokens of a text."""
         self.folder, self.key = folder, key
         self.num_new = 0  # texts that were encoded
-        self._rows: dict[str, list[Row]] = {}  # of this run
+        self._rows: dict[str, list[tuple[bytes, bytes]]] = {}  # of this run
         self._known: dict[bytes, tuple[bytes, Tokens]] = {}  # of the last run; the tokens are memory-mapped
         with exclusive_lock(folder, timeout_s=LOCK_TIMEOUT_S), suppress(ValueError, EOFError):  # a truncated file
             for file in (folder / "tokens").glob(f"*{ROWS}"):

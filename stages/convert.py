@@ -13,7 +13,6 @@ from pdf2lora.runtime.manifest import write_manifest
 from pdf2lora.runtime.processes import stage_main
 from pdf2lora.weights.conversion import convert
 
-SOURCE_MODELS = Path("models/source")
 BASE = Path("models/base")
 METRICS = Path("metrics/convert.json")
 
@@ -21,7 +20,7 @@ METRICS = Path("metrics/convert.json")
 @stage_main
 def main() -> None:
     params = read_params()
-    source = SOURCE_MODELS / params.model
+    source = Path("models/source") / params.model
 
     with (
         atomic_directory(BASE) as folder,

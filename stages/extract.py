@@ -20,7 +20,6 @@ from pdf2lora.runtime.files import atomic_write, write_json
 from pdf2lora.runtime.processes import stage_main
 from pdf2lora.runtime.scratch import fingerprint, scratch_folder, stage_code
 
-CORPORA = Path("data/pdfs")
 DOCUMENTS = Path("data/documents.jsonl")
 METRICS = Path("metrics/extract.json")
 
@@ -29,7 +28,7 @@ METRICS = Path("metrics/extract.json")
 def main() -> None:
     began = time.monotonic()
     params = read_params()
-    folder = CORPORA / params.corpus
+    folder = Path("data/pdfs") / params.corpus
     listing = list_corpus(folder)
     require_sources(folder, listing)
     print(f"extract: {len(listing.sources)} PDFs in {folder}", flush=True)

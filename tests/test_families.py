@@ -10,14 +10,14 @@ import torch
 from conftest import prose
 from example_run import write_run
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_families import tiny_config, write_tiny_family
+from tiny_families import LLAMA_LAYERS, tiny_config, write_tiny_family
 from tiny_llama import COMPUTE, EOS, LORA, changed, quiet, random_sequences, write_split
 from tiny_meta import convert_default
 from tiny_training import build_learner
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from commands import export, generate
-from pdf2lora.families import FAMILIES, LLAMA_LAYERS, Family
+from pdf2lora.families import FAMILIES, Family
 from pdf2lora.weights.merge import merge, read_adapter
 
 Converted = Callable[[str], tuple[Path, Path]]
@@ -40,7 +40,7 @@ def test_a_fused_entry_describes_the_model_of_transformers(family: Family) -> No
     layer = model.get_submodule("model.layers.0")
     linear = {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
 
-    assert linear.keys() == set(LLAMA_LAYERS)
+    assert linear.keys() == LLAMA_LAYERS
     has_bias = linear["self_attn.q_proj"].bias is not None
     assert family.qkv_bias == (has_bias or hasattr(config, "attention_bias"))
     assert family.mlp_bias == hasattr(config, "mlp_bias")

@@ -227,7 +227,7 @@ def test_a_reservation_waits_until_enough_gpus_are_free(
         assert reserved == UUIDS[:2]
 
     (line,) = capsys.readouterr().out.splitlines()
-    assert "2 free GPUs" in line
+    assert "free GPUs (2 needed)" in line
 
 
 def test_two_runs_that_need_two_of_three_gpus_do_not_block_each_other(hold: Any) -> None:

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import write_tiny_family
+from tiny_families import LLAMA_LAYERS, write_tiny_family
 from tiny_llama import VOCABULARY_SIZE, write_tiny_llama
 from tiny_meta import rewrite_json
 
 from pdf2lora.errors import InputError
-from pdf2lora.families import LLAMA_LAYERS
 from pdf2lora.weights.huggingface_files import read_huggingface
 
 
@@ -35,7 +34,7 @@ def test_sizes_are_read_from_the_headers(source: Path) -> None:
 
     assert files.num_layers == 2
     assert files.linear_layers["mlp.down_proj"] == (128, 64)
-    assert files.linear_layers.keys() == set(LLAMA_LAYERS)
+    assert files.linear_layers.keys() == LLAMA_LAYERS
     assert files.num_parameters == sum(weight.numel() for weight in load_file(source / "model.safetensors").values())
 
 

@@ -21,6 +21,10 @@ SIZES: dict[str, Any] = {
     "eos_token_id": EOS,
     "pad_token_id": PAD,
 }
+LLAMA_LAYERS = {
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+}
 LAYER_TYPES = ["sliding_attention", "full_attention"]
 # Settings for the special parts of a family: an explicit head_dim, a window that is shorter than the texts.
 CHANGES: dict[str, dict[str, Any]] = {

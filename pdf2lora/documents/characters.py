@@ -36,7 +36,8 @@ def clean_characters(page: str) -> tuple[str, int]:
         page = OT1_CODE.sub(lambda match: OT1_LIGATURES[match[0]], page)
     page = LINE_END_HYPHEN.sub("-\n", page.replace("\r", "\n"))
     page = unicodedata.normalize("NFC", page)
-    num_removed = sum(page.count(character) for character in set(page) if _is_removed(character))
+    removed = [character for character in set(page) if not (character.isspace() or _replacement(character).strip())]
+    num_removed = sum(map(page.count, removed))
     page = page.translate({ord(character): _replacement(character) for character in set(page)})
     return unicodedata.normalize("NFC", page), num_removed
 
@@ -54,10 +55,6 @@ def _replacement(character: str) -> str:
             return " "
         case _:
             return " " if character == "\ufffd" else _plain_form(character)
-
-
-def _is_removed(character: str) -> bool:
-    return not character.isspace() and not _replacement(character).strip()
 
 
 def _plain_form(character: str) -> str:

@@ -19,14 +19,13 @@ def corpus(folder: Path, listing: Listing) -> list[Finding]:
     notes = [Finding("note", "corpus", sentence) for sentence in listing.unread]
     if not listing.sources:
         return [Finding("problem", "corpus", f"{folder} has no file that ends in .pdf"), *notes]
-    sizes = [_num_bytes(folder, source) for source in listing.sources]
+    sizes = [
+        (folder / source.path).stat().st_size if source.member is None else source.member.packed_bytes
+        for source in listing.sources
+    ]
     num_members = sum(source.member is not None for source in listing.sources)
     text = f"{folder}: {len(sizes):,} PDFs, {sum(sizes) / 2**20:,.1f} MiB"
     return [Finding("ok", "corpus", text + (f"; {num_members:,} in archives" if num_members else "")), *notes]
-
-
-def _num_bytes(folder: Path, source: Source) -> int:
-    return (folder / source.path).stat().st_size if source.member is None else source.member.packed_bytes
 
 
 def count_pages(folder: Path, sources: Sequence[Source], max_pages: int) -> int:

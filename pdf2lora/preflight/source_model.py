@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from pdf2lora.errors import InputError
-from pdf2lora.families import FAMILIES, LLAMA_LAYERS, is_target
+from pdf2lora.families import FAMILIES, is_target
 from pdf2lora.params import ALL_LINEAR, Params
 from pdf2lora.preflight.findings import Finding
 from pdf2lora.preflight.folders import SOURCE_MODELS
+from pdf2lora.preflight.model_shape import model_shape
 from pdf2lora.weights.huggingface_files import HuggingFaceFiles, read_huggingface
 from pdf2lora.weights.huggingface_tokenizer import require_tokenizer_version
 from pdf2lora.weights.layout import find_layout
@@ -37,7 +38,7 @@ def source_model(params: Params) -> tuple[list[Finding], HuggingFaceFiles | Mode
 def inspect_for(params: Params) -> HuggingFaceFiles | ModelArgs:
     """The files of the source model. Raises InputError if the files cannot be used, or a setting does not fit them."""
     files = inspect_source_model(SOURCE_MODELS / params.model, params.llama_version)
-    layers = LLAMA_LAYERS if isinstance(files, ModelArgs) else tuple(files.linear_layers)
+    layers = model_shape(files, SOURCE_MODELS / params.model).layers
     targets = [] if params.lora.target_modules == ALL_LINEAR else params.lora.target_modules
     unknown = [target for target in targets if not any(is_target(layer, target) for layer in layers)]
     if unknown:

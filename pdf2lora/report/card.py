@@ -4,7 +4,7 @@ from typing import Any
 
 from pdf2lora.params import Params
 from pdf2lora.report.results import Results
-from pdf2lora.report.templates import environment
+from pdf2lora.report.templates import get_template
 
 
 def render_card(
@@ -15,5 +15,5 @@ def render_card(
     merged: the test metrics of the merged model, if it exists.
     is_merged: writes the card of the merged model, not of the adapter.
     """
-    card = environment().get_template("model_card.md.jinja")
+    card = get_template("model_card.md.jinja")
     return card.render(r=results, params=params, merged=merged, is_merged=is_merged)

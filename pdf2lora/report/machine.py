@@ -16,7 +16,7 @@ from markupsafe import Markup
 from pdf2lora.params import Params
 from pdf2lora.report import figures, style
 from pdf2lora.report.results import read_columns
-from pdf2lora.report.templates import environment
+from pdf2lora.report.templates import get_template
 
 MIN_SAMPLES = 10  # a shorter curve over time is not drawn
 ROWS = (  # key of a stage in metrics/machine.json, title, digits after the decimal point
@@ -74,15 +74,11 @@ def machine_figures(curves: Mapping[str, Columns]) -> figures.Figures:
 def render_machine(measurements: Measurements, params: Params) -> str:
     """The content of reports/machine.html."""
     stages = measurements.stages
-    return (
-        environment()
-        .get_template("machine.html.jinja")
-        .render(
-            params=params,
-            palette=style.palette(),
-            machine=measurements.machine,
-            stages=stages,
-            rows=[row for row in ROWS if any(entry.get(row[0]) is not None for entry in stages.values())],
-            figures={name: Markup(style.svg(figure)) for name, figure in machine_figures(measurements.curves).items()},
-        )
+    return get_template("machine.html.jinja").render(
+        params=params,
+        palette=style.palette(),
+        machine=measurements.machine,
+        stages=stages,
+        rows=[row for row in ROWS if any(entry.get(row[0]) is not None for entry in stages.values())],
+        figures={name: Markup(style.svg(figure)) for name, figure in machine_figures(measurements.curves).items()},
     )

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from pdf2lora.params import Params
 from pdf2lora.report import figures, style
 from pdf2lora.report.results import Results
-from pdf2lora.report.templates import environment
+from pdf2lora.report.templates import get_template
 from pdf2lora.report.warnings import run_warnings
 
 NUM_EXTREMES = 5  # documents in the tables of the best and of the worst
@@ -56,19 +56,15 @@ def render_page(results: Results, params: Params, svgs: Mapping[str, str]) -> st
     svgs: the SVG elements of result_figures by name.
     """
     rows = sorted(results.test_documents, key=lambda row: row["adapted_perplexity"])
-    return (
-        environment()
-        .get_template("page.html.jinja")
-        .render(
-            r=results,
-            params=params,
-            settings=params.model_dump(exclude={"models"}),
-            warnings=run_warnings(results, params),
-            models=model_rows(results, params),
-            figures={name: Markup(svg) for name, svg in svgs.items()},
-            palette=style.palette(),
-            best=rows[:NUM_EXTREMES],
-            worst=rows[max(NUM_EXTREMES, len(rows) - NUM_EXTREMES) :][::-1],
-            num_steps=int(max(max(steps) for steps, _ in results.curves.values())) if results.curves else None,
-        )
+    return get_template("page.html.jinja").render(
+        r=results,
+        params=params,
+        settings=params.model_dump(exclude={"models"}),
+        warnings=run_warnings(results, params),
+        models=model_rows(results, params),
+        figures={name: Markup(svg) for name, svg in svgs.items()},
+        palette=style.palette(),
+        best=rows[:NUM_EXTREMES],
+        worst=rows[max(NUM_EXTREMES, len(rows) - NUM_EXTREMES) :][::-1],
+        num_steps=int(max(max(steps) for steps, _ in results.curves.values())) if results.curves else None,
     )

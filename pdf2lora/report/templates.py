@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 
-def environment() -> Environment:
-    """The templates of this folder. HTML is escaped. An unknown variable is an error."""
+def get_template(name: str) -> Template:
+    """A template of this folder. HTML is escaped. An unknown variable is an error."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: name is not None and ".html" in name,
@@ -19,7 +19,7 @@ def environment() -> Environment:
     )
     templates.filters |= {"percent": percent, "number": number, "size": size, "setting": setting}
     templates.filters |= {"interval": interval, "signed_percent": signed_percent}
-    return templates
+    return templates.get_template(name)
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -78,9 +78,6 @@ def reserve_gpus(gpus: Sequence[str], count: int) -> Iterator[tuple[list[str], l
                 yield [gpu for gpu, _ in reserved], [lock.fileno() for _, lock in reserved]
                 return
         if is_first_try:
-            print(
-                f"waiting for {count} free GPU{'s' if count > 1 else ''}: other runs hold the locks in {LOCKS}",
-                flush=True,
-            )
+            print(f"waiting for free GPUs ({count} needed): other runs hold the locks in {LOCKS}", flush=True)
             is_first_try = False
         time.sleep(0.5)

@@ -4,7 +4,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+from pdf2lora.runtime.launcher import STOP_SIGNALS
 
 
 class Interrupt:

@@ -191,6 +191,7 @@ def measurements(
     numbers: dict[str, Any] = {
         "num_processes": processes.count,
         "steps": result.steps - result.first_step,
+        "tokens_per_s": 0,
         "kernels": plan.kernels,
         "attention": model.config._attn_implementation if plan.kernels == "reference" else "flash (PyTorch)",
     }
@@ -198,8 +199,6 @@ def measurements(
         began = psutil.Process(os.getppid() if processes.count > 1 else os.getpid()).create_time()
         numbers["seconds_to_first_step"] = round(tracker.first_step_at - began, 1)
         numbers["tokens_per_s"] = round(result.num_targets / tracker.seconds)
-    else:
-        numbers["tokens_per_s"] = 0
     if tracker.median_step_s:
         tokens_per_s = result.num_targets / (result.steps - result.first_step) / tracker.median_step_s
         utilization = model_flops_utilization(

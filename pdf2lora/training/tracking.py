@@ -59,6 +59,7 @@ class Trackers:
     """
 
     def __init__(self, params: Params, names: Sequence[str]):
+        import pandas as pd
         from accelerate import Accelerator
 
         run = os.environ.get("DVC_EXP_NAME", f"{params.corpus} on {params.model}")
@@ -73,7 +74,9 @@ class Trackers:
             "trackio": {"name": run},
         }
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(names), project_dir=str(folder))
-        config = _flat(params.model_dump(mode="json"))
+        (settings,) = pd.json_normalize(params.model_dump()).to_dict("records")  # {"lora.r": 8, ...}
+        # Lists become text, because some trackers do not support them.
+        config = {key: value if isinstance(value, str | int | float) else str(value) for key, value in settings.items()}
         try:
             self.accelerator.init_trackers(project, config, {name: own[name] for name in names if name in own})
         except Exception as error:  # each tracker raises different exceptions
@@ -90,17 +93,6 @@ class Trackers:
         """Not by Accelerator.end_training, which also destroys the process group."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """{"lora": {"r": 8}} -> {"lora.r": 8}. Lists become text, because some trackers do not support them."""
-    flat: dict[str, str | int | float | bool] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (str, int, float, bool)) else str(value)
-    return flat
 
 
 class Tracker:

@@ -63,7 +63,8 @@ def convert_sentencepiece(content: bytes, path: Path) -> ConvertedTokenizer:
     if reason := _not_expressible(model):
         raise _refusal(path, reason)
 
-    tokenizer = Tokenizer(_bpe(model) if _is_bpe(model) else _unigram(model))
+    build = _bpe if _is_bpe(model) else _unigram
+    tokenizer = Tokenizer(build(model, processor.unk_id()))
     tokenizer.normalizer = _normalizer(model)
     if (splits := _splits(model)) is not None:
         tokenizer.pre_tokenizer = splits
@@ -124,26 +125,22 @@ def _bpe_ranks(model: Any) -> dict[str, float]:
     return {piece.piece: -piece.score for piece in model.pieces if piece.type == piece.NORMAL}
 
 
-def _unknown_id(model: Any) -> int:
-    return next(number for number, piece in enumerate(model.pieces) if piece.type == piece.UNKNOWN)
-
-
-def _bpe(model: Any) -> models.BPE:
+def _bpe(model: Any, unk_id: int) -> models.BPE:
     vocab = {piece.piece: number for number, piece in enumerate(model.pieces)}
     merges = [(left, right) for left, right in merges_of(_bpe_ranks(model)) if left in vocab and right in vocab]
     return models.BPE(
         vocab=vocab,
         merges=merges,
-        unk_token=model.pieces[_unknown_id(model)].piece,
+        unk_token=model.pieces[unk_id].piece,
         fuse_unk=True,
         byte_fallback=model.trainer_spec.byte_fallback,
         ignore_merges=bool(_user_defined(model)),  # _splits makes each symbol a whole word
     )
 
 
-def _unigram(model: Any) -> models.Unigram:
+def _unigram(model: Any, unk_id: int) -> models.Unigram:
     vocab = [(piece.piece, piece.score) for piece in model.pieces]
-    return models.Unigram(vocab, unk_id=_unknown_id(model), byte_fallback=model.trainer_spec.byte_fallback)
+    return models.Unigram(vocab, unk_id=unk_id, byte_fallback=model.trainer_spec.byte_fallback)
 
 
 def _normalizer(model: Any) -> normalizers.Normalizer:

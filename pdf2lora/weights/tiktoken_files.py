@@ -5,7 +5,6 @@ tokenizer.json (names since 3.1, BOS template); openai/tiktoken, src/lib.rs.
 """
 
 import base64
-import binascii
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,7 +96,7 @@ def _parse_ranks(content: bytes, path: Path) -> Mapping[bytes, int]:
             if match is None:
                 raise ValueError
             token = base64.b64decode(match[1], validate=True)
-        except (binascii.Error, ValueError):
+        except ValueError:
             raise InputError(
                 f"{path}: line {number} is {line[:40]!r}; it must be `base64 rank`. Download the file again."
             ) from None
