@@ -43,16 +43,16 @@ def _collect(test: Iterable[str], workers: Workers) -> tuple[Hashes, np.uint64]:
     max_hash is halved until at most MAX_TEST_NGRAMS remain.
     """
     max_hash = np.uint64(2**64 - 1)
-    kept = [np.empty(0, dtype=np.uint64)]
+    parts = [np.empty(0, dtype=np.uint64)]
     num_kept = 0
     for hashes in workers.map(_ngrams, batches(test)):
-        kept.append(hashes[hashes <= max_hash])
-        num_kept += len(kept[-1])
+        parts.append(hashes[hashes <= max_hash])
+        num_kept += len(parts[-1])
         while num_kept > MAX_TEST_NGRAMS:
             max_hash >>= np.uint64(1)
-            kept = [part[part <= max_hash] for part in kept]
-            num_kept = sum(map(len, kept))
-    return np.concatenate(kept), max_hash
+            parts = [part[part <= max_hash] for part in parts]
+            num_kept = sum(map(len, parts))
+    return np.concatenate(parts), max_hash
 
 
 def _ngrams(texts: Sequence[str]) -> Hashes:

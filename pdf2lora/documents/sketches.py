@@ -24,8 +24,8 @@ def sketch_texts(texts: Iterable[str], cache: Path, run: SketchBatches) -> tuple
     cache: a file that keeps the rows of these texts for the next run.
     run: Workers.map, or a function that does the same on other machines.
     """
-    known = np.load(cache) if cache.exists() else np.empty(0, dtype=ROW)
-    number_of = {sha256: number for number, sha256 in enumerate(known["text_sha256"].tolist())}
+    cached = np.load(cache) if cache.exists() else np.empty(0, dtype=ROW)
+    number_of = {sha256: number for number, sha256 in enumerate(cached["text_sha256"].tolist())}
     numbers: list[int] = []
 
     def new_texts() -> Iterator[str]:
@@ -37,7 +37,7 @@ def sketch_texts(texts: Iterable[str], cache: Path, run: SketchBatches) -> tuple
                 yield text
 
     new = list(run(_sketch_batch, batches(new_texts())))
-    rows = np.concatenate([known, *new])[numbers]
+    rows = np.concatenate([cached, *new])[numbers]
     with atomic_write(cache) as partial, partial.open("wb") as out:
         np.save(out, rows)
     return rows, sum(map(len, new))

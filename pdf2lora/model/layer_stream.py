@@ -34,7 +34,8 @@ class LayerStream:
         self.buffers = [torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)]
         self.views = [[layout.views(buffer) for buffer in self.buffers] for layout in layouts]
         self.copies = torch.cuda.Stream() if device.type == "cuda" else None
-        self.held: list[int | None] = [None] * NUM_BUFFERS  # the layer in each buffer; its copy may still run
+        # The number of the layer in each buffer. Its copy may still run.
+        self.buffered: list[int | None] = [None] * NUM_BUFFERS
         self.last = 0
         for number, layer in enumerate(layers):
             layouts[number].attach(layer, self.views[number][0], dtype)
@@ -42,20 +43,20 @@ class LayerStream:
 
     def restart(self) -> None:
         """Marks both buffers as empty, because the replay of a CUDA graph may have changed them."""
-        self.held = [None] * NUM_BUFFERS
+        self.buffered = [None] * NUM_BUFFERS
 
     def load(self, number: int, *, backward: bool = False) -> None:
         """Makes layer `number` usable on the current CUDA stream, and starts to copy the next layer.
 
         backward: the order of the layers is from the last to the first.
         """
-        if number not in self.held:
+        if number not in self.buffered:
             self._fetch(number, 0)
-        slot = self.held.index(number)
+        slot = self.buffered.index(number)
         self.join()
         self.layouts[number].bind(self.layers[number], self.views[number][slot])
         following = number - 1 if backward else number + 1
-        if 0 <= following < len(self.layers) and following not in self.held:
+        if 0 <= following < len(self.layers) and following not in self.buffered:
             self._fetch(following, 1 - slot)
         self.last = number
 
@@ -66,7 +67,7 @@ class LayerStream:
 
     def _fetch(self, number: int, slot: int) -> None:
         """Copies a layer to a buffer, as soon as no kernel reads the buffer's earlier content."""
-        self.held[slot] = number
+        self.buffered[slot] = number
         host = self.host[number]
         buffer = self.buffers[slot][: host.numel()]
         if self.copies is None:
@@ -80,7 +81,7 @@ class LayerStream:
         """Loads the weights of transformers' layers. Activation checkpointing calls them again in the backward pass."""
 
         def before_forward(module: nn.Module, args: Any) -> None:
-            is_recomputed = torch.is_grad_enabled() and number <= self.last and number in self.held
+            is_recomputed = torch.is_grad_enabled() and number <= self.last and number in self.buffered
             if number == 0 and not is_recomputed:
                 self.restart()
             self.load(number, backward=is_recomputed)

@@ -25,16 +25,16 @@ def require_folders(params: Params) -> None:
 
 def _require_folder(key: str, folder: Path, remedy: str) -> None:
     if not folder.is_dir():
-        known = ", ".join(sorted(path.name for path in folder.parent.glob("*/"))) or "none"
+        existing = ", ".join(sorted(path.name for path in folder.parent.glob("*/"))) or "none"
         raise InputError(
-            f"{key}: '{folder.name}' must be a folder of {folder.parent} (existing ones: {known}). "
+            f"{key}: '{folder.name}' must be a folder of {folder.parent} (existing ones: {existing}). "
             f"{remedy}, or choose another folder with -S {key}=..."
         )
     for path in folder.rglob("*"):
         try:
             str(path).encode()
         except UnicodeEncodeError:
-            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+            printable = os.fsencode(path).decode("utf-8", "backslashreplace")
             raise InputError(
-                f"{key}: the name of '{shown}' is not UTF-8, and DVC cannot store it. Rename the file."
+                f"{key}: the name of '{printable}' is not UTF-8, and DVC cannot store it. Rename the file."
             ) from None

@@ -44,8 +44,8 @@ class DataOrder:
     @property
     def num_replay(self) -> int:
         """Replay sequences of one epoch."""
-        wanted = round(self.replay_share / (1 - self.replay_share) * self.num_sequences)
-        return min(wanted, self.num_replay_sequences)
+        num_for_share = round(self.replay_share / (1 - self.replay_share) * self.num_sequences)
+        return min(num_for_share, self.num_replay_sequences)
 
     @property
     def num_in_epoch(self) -> int:

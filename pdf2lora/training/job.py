@@ -216,8 +216,8 @@ def measurements(
 
 def out_of_memory(checkpoints: Path, error: torch.OutOfMemoryError, processes: Processes) -> str:
     """The message for a GPU that runs out of memory during training: another program took memory after find_batch."""
-    kept = latest_valid(checkpoints)
-    resumes = f"the checkpoint of step {step_of(kept)}" if kept else "the base model"
+    checkpoint = latest_valid(checkpoints)
+    resumes = f"the checkpoint of step {step_of(checkpoint)}" if checkpoint else "the base model"
     whose = f" of process {processes.index} of {processes.count}" if processes.count > 1 else ""
     return (
         f"train: the GPU{whose} ran out of memory ({str(error).split('.')[0]}). Free it (nvidia-smi shows who uses "

@@ -203,21 +203,21 @@ class _TensorBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.current = self.peak = 0
+        self.counted: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._follow, (args, result))
+        tree_map_only(torch.Tensor, self._count, (args, result))
         return result
 
-    def _follow(self, tensor: torch.Tensor) -> None:
+    def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage.device.type == "cpu" and storage not in self.known:
-            self.known.add(storage)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, storage.nbytes())
+        if storage.device.type == "cpu" and storage not in self.counted:
+            self.counted.add(storage)
+            self.current += storage.nbytes()
+            self.peak = max(self.peak, self.current)
+            weakref.finalize(storage, self._subtract, storage.nbytes())
 
-    def _freed(self, num_bytes: int) -> None:
-        self.now -= num_bytes
+    def _subtract(self, num_bytes: int) -> None:
+        self.current -= num_bytes

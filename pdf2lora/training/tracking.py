@@ -172,15 +172,15 @@ class Tracker:
         return float(np.median(steps)) if len(steps) else None
 
     def _show_progress(self, entry: Entry) -> None:
-        shown: dict[str, str] = {
+        postfix: dict[str, str] = {
             name: f"{entry[name]:.3g}" for name in ("train/loss", "validation/loss") if name in entry
         }
         (step, seconds), now = self.last_log, time.monotonic()
         if "train/loss" in entry and entry["step"] > step:
-            shown["tokens/s"] = f"{(entry['step'] - step) * self.tokens_per_step / (now - seconds):,.0f}"
+            postfix["tokens/s"] = f"{(entry['step'] - step) * self.tokens_per_step / (now - seconds):,.0f}"
         if "gpu_memory_gib" in entry:
-            shown["GiB"] = f"{entry['gpu_memory_gib']:.1f}"
-        self.progress.set_postfix(shown)
+            postfix["GiB"] = f"{entry['gpu_memory_gib']:.1f}"
+        self.progress.set_postfix(postfix)
         self.last_log = (int(entry["step"]), now)
 
     def _write(self, entry: Entry) -> None:

@@ -151,11 +151,11 @@ def _require_known_rope(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _require_known_dtypes(source: Path, weights: Mapping[str, StoredWeight], *, is_4bit: bool) -> None:
-    known = [*DTYPES, "U8"] if is_4bit else list(DTYPES)
+    allowed = [*DTYPES, "U8"] if is_4bit else list(DTYPES)
     for name, weight in weights.items():
-        if weight.dtype not in known:
+        if weight.dtype not in allowed:
             raise InputError(
-                f"{source}: {name} is of dtype {weight.dtype}; it must be one of {', '.join(known)}. "
+                f"{source}: {name} is of dtype {weight.dtype}; it must be one of {', '.join(allowed)}. "
                 "Use an unquantized source model."
             )
 

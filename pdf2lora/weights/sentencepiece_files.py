@@ -48,6 +48,7 @@ def convert_sentencepiece(content: bytes, path: Path) -> ConvertedTokenizer:
 
     Raises InputError if the file is damaged, or it has a setting that `tokenizers` does not support.
     """
+    from google.protobuf.message import DecodeError
     from sentencepiece import SentencePieceProcessor  # only these files need it
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -58,7 +59,7 @@ def convert_sentencepiece(content: bytes, path: Path) -> ConvertedTokenizer:
         texts = [model.normalizer_spec.name, *(piece.piece for piece in model.pieces)]
         if not all(isinstance(text, str) for text in texts):  # protobuf returns bytes for text that is not UTF-8
             raise ValueError
-    except (RuntimeError, OSError, ValueError):
+    except (RuntimeError, OSError, ValueError, DecodeError):
         raise InputError(f"{path}: this is not a sentencepiece model. Download the file again.") from None
     if reason := _not_expressible(model):
         raise _refusal(path, reason)

@@ -71,11 +71,11 @@ def llama3_special_tokens(llama_version: str) -> list[str]:
     header = ["<|start_header_id|>", "<|end_header_id|>"]
     reserved = iter(f"<|reserved_special_token_{n}|>" for n in range(NUM_SPECIAL_TOKENS))
     if llama_version == "3":
-        named = [*begin, *(next(reserved) for _ in range(4)), *header, next(reserved), "<|eot_id|>"]
+        tokens = [*begin, *(next(reserved) for _ in range(4)), *header, next(reserved), "<|eot_id|>"]
     else:
         padding = [next(reserved), next(reserved), "<|finetune_right_pad_id|>", next(reserved)]
-        named = [*begin, *padding, *header, "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
-    return named + [next(reserved) for _ in range(NUM_SPECIAL_TOKENS - len(named))]
+        tokens = [*begin, *padding, *header, "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
+    return tokens + [next(reserved) for _ in range(NUM_SPECIAL_TOKENS - len(tokens))]
 
 
 def byte_letters() -> list[str]:
