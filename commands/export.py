@@ -100,11 +100,7 @@ def write_release(adapter: Path, folder: Path, base_name: str) -> None:
 
 
 def require_current_adapter() -> None:
-    """
-    Raises:
-        InputError: adapter and perplexity do not belong to the current params.yaml, code and data, which the model card
-            describes.
-    """
+    """Raises InputError if the adapter or its perplexity does not belong to the current params.yaml, code and data."""
     if not (ADAPTER / "adapter_model.safetensors").exists():
         raise InputError(f"{ADAPTER} has no adapter. Run dvc repro, or get one with dvc pull.")
     status = subprocess.run([sys.executable, "-m", "dvc", "status", "--quiet", "evaluate"], capture_output=True)

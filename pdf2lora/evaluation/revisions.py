@@ -46,8 +46,7 @@ def read_at(commit: str, file: str, project: Path) -> str | None:
 def read_documents_at(commit: str, project: Path) -> str:
     """metrics/eval_documents.csv of a commit.
 
-    Raises:
-        InputError: the commit does not have it, or evaluate did not run on the commit's adapter and test documents.
+    Raises InputError if the commit does not have it, or evaluate did not run on its adapter and test documents.
     """
     table = read_at(commit, DOCUMENTS, project)
     if table is None or not is_evaluated(commit, project):

@@ -12,11 +12,7 @@ REPLAY = Path("data/replay")
 
 
 def require_folders(params: Params) -> None:
-    """
-    Raises:
-        InputError: the folder of the corpus, of the source model or of the replay text is missing, or DVC cannot store
-            a file's name.
-    """
+    """Raises InputError if a folder that params.yaml names is missing, or if DVC cannot store the name of a file."""
     _require_folder("corpus", CORPORA / params.corpus, "Put your PDFs there")
     _require_folder("model", SOURCE_MODELS / params.model, "Put the source model there")
     if params.train.replay != "none":
