@@ -85,9 +85,7 @@ def prose(seed: int, num_words: int = 120) -> str:
     return "\n".join(lines).capitalize() + "."
 
 
-def extract_files(
-    files: Iterable[Path], *, num_workers: int | None = None, **settings: Any
-) -> list[tuple[Path, Extraction]]:
+def extract_files(files: Iterable[Path], *, num_workers: int = 1, **settings: Any) -> list[tuple[Path, Extraction]]:
     """The extractions of some files, in their order."""
     sources = {Source(file): file_sha256(file) for file in files}
     results = dict(extract(Path(), sources, settings, num_workers=num_workers))

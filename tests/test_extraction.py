@@ -1,13 +1,16 @@
 from concurrent.futures import Future
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import EXTRACT_SETTINGS, extract_files, hanging_pdf, prose, write_pdf
 
-from pdf2lora.documents.extraction import run_all
+from pdf2lora.documents.extraction import extract, run_all
 from pdf2lora.documents.records import Extraction
 from pdf2lora.documents.sources import Source
+from pdf2lora.errors import InputError
+from pdf2lora.runtime.files import file_sha256
 from tests.long.fuzz import fuzz_pdfs
 
 SETTINGS = EXTRACT_SETTINGS | {"num_workers": 1}
@@ -137,6 +140,17 @@ def test_results_and_order_do_not_depend_on_the_number_of_workers(pdfs: dict[str
     one, three = (extract_files(files, **SETTINGS | {"max_pages": 40, "num_workers": number}) for number in (1, 3))
     assert [file for file, _ in three] == files
     assert one == three
+
+
+def test_a_killed_process_is_reported_in_one_line(pdfs: dict[str, Path]) -> None:
+    sources = {Source(pdfs[name]): file_sha256(pdfs[name]) for name in ("plain", "hanging")}
+    results = extract(Path(), sources, EXTRACT_SETTINGS, num_workers=2)
+    next(results)
+    for process in active_children():
+        process.kill()
+
+    with pytest.raises(InputError, match="A worker process was killed"):
+        list(results)
 
 
 def test_no_files_result_in_no_extractions() -> None:

@@ -1,8 +1,12 @@
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from multiprocessing import active_children
+from pathlib import Path
 
+import psutil
 import pytest
 
 from pdf2lora.errors import InputError
@@ -54,6 +58,26 @@ def test_only_few_items_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_killed_process_is_reported_in_one_line() -> None:
     with Workers() as workers, pytest.raises(InputError, match="A worker process was killed"):
         list(workers.map(end_by_signal, range(5)))
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "sleep.py"
+    script.write_text(
+        "import time\nfrom pdf2lora.runtime.parallel import Workers\n"
+        "if __name__ == '__main__':\n    with Workers() as workers:\n"
+        "        print(next(workers.map(time.sleep, [0] + 20 * [60])), flush=True)\n        time.sleep(60)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        children = psutil.Process(parent.pid).children(recursive=True)
+        assert children
+
+        parent.kill()
+
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
 
 
 def test_batches_have_at_most_max_characters() -> None:

@@ -1,4 +1,8 @@
-"""Reads the text of many PDFs in parallel. A task is one PDF; worker processes that can be killed read it."""
+"""Reads the text of many PDFs in parallel. A task is one PDF.
+
+One process per core selects and cleans the text. Each of them has a child process that runs the engines and can be
+killed (worker.py). Threads instead of processes would clean the text on one core only.
+"""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +21,7 @@ from pdf2lora.documents.sources import Source, changed, local_file
 from pdf2lora.documents.worker import Worker
 from pdf2lora.params import Extract
 from pdf2lora.runtime.files import file_sha256
-from pdf2lora.runtime.parallel import num_cores
+from pdf2lora.runtime.parallel import killed_worker_reported, num_cores, process_pool
 
 PACKAGES = ("PyPDF2", "pypdfium2", "py3langid")  # another version can give another text or language
 WAITING_PER_CORE = 4  # tasks that are submitted before the first one has finished
@@ -25,7 +29,7 @@ POLL_S = 10
 
 
 class Reader:
-    """Reads PDFs. Each thread needs its own Reader."""
+    """Reads PDFs, one at a time."""
 
     def __init__(self, settings: Extract):
         self.settings = settings
@@ -65,17 +69,21 @@ def extract(
     settings: the section `extract` of params.yaml.
     num_workers: None means one worker per core.
 
-    Raises InputError if a PDF changed.
+    Raises InputError if a PDF changed or a worker was killed.
     """
-    num_workers = num_workers or num_cores()
-    with ThreadPoolExecutor(num_workers) as threads:
-        task = partial(extract_source, str(folder), settings)
-        for source, future in run_all(partial(threads.submit, task), sources, WAITING_PER_CORE * num_workers):
-            try:
-                extraction = future.result()
-            except FileNotFoundError as error:
-                raise changed(folder / source.path) from error
-            yield source, extraction
+    num_workers = min(num_workers or num_cores(), len(sources))
+    pool = process_pool(num_workers) if num_workers > 1 else ThreadPoolExecutor(1)
+    with pool, killed_worker_reported():
+        task = partial(_extract_unchanged, folder, settings)
+        for source, future in run_all(partial(pool.submit, task), sources, WAITING_PER_CORE * num_workers):
+            yield source, future.result()
+
+
+def _extract_unchanged(folder: Path, settings: Mapping[str, Any], source: Source, sha256: str) -> Extraction:
+    try:
+        return extract_source(str(folder), settings, source, sha256)
+    except FileNotFoundError as error:
+        raise changed(folder / source.path) from error
 
 
 def run_all(
@@ -115,7 +123,7 @@ _thread = threading.local()
 
 
 def extract_source(folder: str, settings: Mapping[str, Any], source: Source, sha256: str) -> Extraction:
-    """Extracts one PDF with the worker processes of this thread.
+    """Extracts one PDF with the Reader of this thread, which keeps its child process.
 
     Raises:
         FileNotFoundError: the PDF or its archive does not exist.

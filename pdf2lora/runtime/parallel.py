@@ -2,10 +2,13 @@
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -16,6 +19,35 @@ MAX_BATCH_CHARACTERS = 1_000_000
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def process_pool(num_processes: int) -> ProcessPoolExecutor:
+    """A pool whose processes end with this process, also if kill -9 ends it. Ctrl-C ends only this process."""
+    return ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def killed_worker_reported() -> Iterator[None]:
+    """Raises InputError instead of BrokenProcessPool."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise InputError(
+            "A worker process was killed, probably because memory ran out (free -h shows it). Free some memory, "
+            "then run again."
+        ) from error
 
 
 class Workers:
@@ -43,15 +75,10 @@ class Workers:
         if len(first) < 2 and self.pool is None:
             yield from map(function, first)
             return
-        self.pool = pool = self.pool or ProcessPoolExecutor(num_cores(), multiprocessing.get_context("spawn"))
-        try:
+        self.pool = pool = self.pool or process_pool(num_cores())
+        with killed_worker_reported():
             num_waiting = ITEMS_PER_WORKER * num_cores()
             yield from results_in_order(lambda item: pool.submit(function, item), chain(first, items), num_waiting)
-        except BrokenProcessPool as error:
-            raise InputError(
-                "A worker process was killed, probably because memory ran out (free -h shows it). Free some memory, "
-                "then run again."
-            ) from error
 
 
 def results_in_order(
