@@ -1,7 +1,10 @@
 """Fixtures for all tests: generated PDFs, params.yaml with changes, Python in another process."""
 
 import ctypes
+import gc
+import json
 import logging
+import math
 import os
 import random
 import subprocess
@@ -34,6 +37,15 @@ def has_cuda_driver() -> bool:
     except OSError:
         return False
     return True
+
+
+# Imports make a million objects that live until the end. The garbage collector must not search them again and again.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 # As runtime/startup.py does for the stages, before torch is imported: bitsandbytes would import torch's compiler.
@@ -220,10 +232,18 @@ def write_params(tmp_path: Path) -> Callable[..., Path]:
             section, name = _section_of(values, key)
             del section[name]
         file = tmp_path / "params.yaml"
-        YAML(typ="safe").dump(values, file)
+        file.write_text("".join(f"{name}:{_yaml(value)}\n" for name, value in values.items()))
         return file
 
     return write
+
+
+def _yaml(value: Any, indent: str = "\n  ") -> str:
+    """The value of a key as YAML. JSON is YAML, and ruamel.yaml takes much longer to write it."""
+    if isinstance(value, dict) and value and indent:
+        return "".join(f"{indent}{key}:{_yaml(setting, '')}" for key, setting in value.items())
+    is_json = not isinstance(value, float) or math.isfinite(value)
+    return f" {json.dumps(value)}" if is_json else f" .{value}"
 
 
 def _section_of(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
@@ -279,6 +299,21 @@ def start_python() -> Any:
     for process in processes:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """The messages that the code logs, from level INFO. pytest's own fixture is off: see pyproject.toml."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    yield messages
+    root.removeHandler(handler)
+    root.setLevel(level)
 
 
 @pytest.fixture

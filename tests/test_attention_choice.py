@@ -1,5 +1,3 @@
-import logging
-
 import pytest
 from tiny_llama import COMPUTE, changed
 from transformers import Gemma2ForCausalLM, LlamaForCausalLM
@@ -35,8 +33,7 @@ def test_flash_attention_is_refused_with_the_reason(pretend_gpu, installed, capa
     assert choose_attention(changed(compute, attention="auto"), LlamaForCausalLM) == "sdpa"
 
 
-def test_flash_attention_runs_if_nothing_prevents_it(pretend_gpu, caplog):
-    caplog.set_level(logging.INFO)
+def test_flash_attention_runs_if_nothing_prevents_it(pretend_gpu, log):
     pretend_gpu()
     compute = changed(COMPUTE, compute_dtype="bfloat16")
 
@@ -46,17 +43,13 @@ def test_flash_attention_runs_if_nothing_prevents_it(pretend_gpu, caplog):
     ]
 
     assert choices == ["flash_attention_2", "flash_attention_2", "sdpa"]
-    assert caplog.messages[0] == "attention: flash_attention_2 (compute.attention: auto)"
+    assert log[0] == "attention: flash_attention_2 (compute.attention: auto)"
 
 
-def test_auto_logs_the_choice_and_the_reason(no_gpu, caplog):
-    caplog.set_level(logging.INFO)
-
+def test_auto_logs_the_choice_and_the_reason(no_gpu, log):
     assert choose_attention(changed(COMPUTE, attention="auto"), LlamaForCausalLM) == "sdpa"
 
-    assert caplog.messages == [
-        "attention: sdpa (compute.attention: auto) (flash_attention_2: this machine has no CUDA GPU)"
-    ]
+    assert log == ["attention: sdpa (compute.attention: auto) (flash_attention_2: this machine has no CUDA GPU)"]
 
 
 def test_model_without_sdpa_computes_eagerly(no_gpu):

@@ -121,11 +121,11 @@ class TestDoctor:
         shutil.copytree("data/pdfs/demo", "data/pdfs/other")
         shutil.copytree("models/source/demo", "models/source/llama_1b")
         text = (after_a_run / "params.yaml").read_text()
-        (after_a_run / "params.yaml").write_text(text.replace("corpus: demo", "corpus: other"))
+        (after_a_run / "params.yaml").write_text(text.replace('corpus: "demo"', "corpus: other"))
 
         assert "estimated: 4 pages (pdfium)" in printed(capsys)
 
-        (after_a_run / "params.yaml").write_text(text.replace("model: demo", "model: llama_1b"))
+        (after_a_run / "params.yaml").write_text(text.replace('model: "demo"', "model: llama_1b"))
 
         output = printed(capsys)
         assert "1,500 characters in data/split/train.jsonl, 4 per token" in output

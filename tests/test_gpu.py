@@ -6,7 +6,6 @@ the memory of a GPU. test_kernels_*.py test the same kernels one by one in Trito
 
 import gc
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -577,26 +576,23 @@ def test_loss_of_chunks_is_that_of_whole_logits(monkeypatch, dtype, vocabulary, 
 # choices
 
 
-def test_auto_is_fused_and_every_value_of_gradient_checkpointing(caplog):
-    caplog.set_level(logging.INFO)
-
+def test_auto_is_fused_and_every_value_of_gradient_checkpointing(log):
     assert choose_kernels(BFLOAT16, QUANTIZATION, LORA, LlamaConfig()) == "fused"
 
-    assert caplog.messages == ["kernels: fused (compute.kernels: auto)"]
+    assert log == ["kernels: fused (compute.kernels: auto)"]
     auto = changed(TRAIN, gradient_checkpointing="auto")
     assert gradient_checkpointing_choices(auto, "fused") == ("none", "mlp", "full", "offload")
     assert gradient_checkpointing_choices(auto, "reference") == ("none", "full")
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_base_models_of_8_and_16_bits_train_on_the_reference(one_layer, caplog, bits):
-    caplog.set_level(logging.INFO)
+def test_base_models_of_8_and_16_bits_train_on_the_reference(one_layer, log, bits):
     quantization = changed(QUANTIZATION, bits=bits)
 
     kernels = choose_kernels(BFLOAT16, quantization, LORA, LlamaConfig())
 
     assert kernels == "reference"
-    assert caplog.messages == [
+    assert log == [
         f"kernels: reference (compute.kernels: auto) (they need a 4-bit base model, quantization.bits is {bits})"
     ]
     _, gradients = hidden_and_gradients(build_forward(adapted(one_layer, bits=bits), kernels), some_ids(2, 64))

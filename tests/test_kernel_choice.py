@@ -1,5 +1,3 @@
-import logging
-
 import pytest
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed
 from transformers import GemmaConfig, LlamaConfig, MistralConfig, PhiConfig
@@ -17,12 +15,10 @@ def refusal(kernels, *, quantization=QUANTIZATION, compute=BFLOAT16, lora=LORA, 
     return str(caught.value)
 
 
-def test_auto_is_the_reference_without_a_gpu(no_gpu, caplog):
-    caplog.set_level(logging.INFO)
-
+def test_auto_is_the_reference_without_a_gpu(no_gpu, log):
     assert choose_kernels(changed(COMPUTE, kernels="auto"), QUANTIZATION, LORA, LLAMA) == "reference"
 
-    assert caplog.messages == ["kernels: reference (compute.kernels: auto) (this machine has no CUDA GPU)"]
+    assert log == ["kernels: reference (compute.kernels: auto) (this machine has no CUDA GPU)"]
 
 
 @pytest.mark.parametrize("kernels", ["fused", "fp8"])
@@ -36,13 +32,12 @@ def test_fused_kernels_are_refused_without_a_gpu(no_gpu, kernels):
 @pytest.mark.parametrize(
     ("setting", "choice"), [("auto", "fused"), ("fused", "fused"), ("fp8", "fp8"), ("reference", "reference")]
 )
-def test_requested_kernels_run_if_nothing_prevents_them(pretend_gpu, caplog, setting, choice):
-    caplog.set_level(logging.INFO)
+def test_requested_kernels_run_if_nothing_prevents_them(pretend_gpu, log, setting, choice):
     pretend_gpu()
 
     assert choose_kernels(changed(BFLOAT16, kernels=setting), QUANTIZATION, LORA, LLAMA) == choice
 
-    assert caplog.messages == [f"kernels: {choice} (compute.kernels: {setting})"]
+    assert log == [f"kernels: {choice} (compute.kernels: {setting})"]
 
 
 OBSTACLES = [
@@ -64,8 +59,7 @@ OBSTACLES = [
 
 
 @pytest.mark.parametrize(("gpu", "compute", "quantization", "lora", "obstacle"), OBSTACLES)
-def test_each_obstacle_is_reported(pretend_gpu, caplog, gpu, compute, quantization, lora, obstacle):
-    caplog.set_level(logging.INFO)
+def test_each_obstacle_is_reported(pretend_gpu, log, gpu, compute, quantization, lora, obstacle):
     pretend_gpu(**gpu)
     settings = changed(BFLOAT16, **compute)
     base, adapter = changed(QUANTIZATION, **quantization), changed(LORA, **lora)
@@ -76,7 +70,7 @@ def test_each_obstacle_is_reported(pretend_gpu, caplog, gpu, compute, quantizati
     assert choose_kernels(changed(settings, kernels="auto"), base, adapter, LLAMA) == "reference"
     assert choose_kernels(changed(settings, kernels="reference"), base, adapter, LLAMA) == "reference"
 
-    assert caplog.messages == [
+    assert log == [
         f"kernels: reference (compute.kernels: auto) ({obstacle})",
         "kernels: reference (compute.kernels: reference)",
     ]
@@ -118,13 +112,12 @@ def test_fused_is_not_suggested_if_it_cannot_run(pretend_gpu):
     ],
     ids=["gemma", "phi", "gelu", "window"],
 )
-def test_other_base_models_run_on_the_reference(pretend_gpu, caplog, config, obstacle):
-    caplog.set_level(logging.INFO)
+def test_other_base_models_run_on_the_reference(pretend_gpu, log, config, obstacle):
     pretend_gpu()
 
     assert choose_kernels(changed(BFLOAT16, kernels="auto"), QUANTIZATION, LORA, config) == "reference"
 
-    assert caplog.messages == [f"kernels: reference (compute.kernels: auto) ({obstacle})"]
+    assert log == [f"kernels: reference (compute.kernels: auto) ({obstacle})"]
     assert obstacle in refusal("fp8", config=config)
     assert reference_reason(changed(BFLOAT16, kernels="auto"), QUANTIZATION, LORA, config) == obstacle
 

@@ -118,10 +118,10 @@ def test_gpu_sensors_are_columns_and_peaks(fast_sampling, gpu):
     assert table[0] == "seconds\tprocess_memory_gib\tgpu_memory_gib\tgpu_utilization_percent\tgpu_power_w"
 
 
-def test_missing_nvml_is_logged(monkeypatch, caplog):
+def test_missing_nvml_is_logged(monkeypatch, log):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "pynvml", None)
 
     assert monitor.Gpu().read() == {}
-    assert "GPU utilization and power are not measured" in caplog.text
-    assert "requirements-gpu.txt" in caplog.text
+    assert "GPU utilization and power are not measured" in log[0]
+    assert "requirements-gpu.txt" in log[0]

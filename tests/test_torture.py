@@ -30,7 +30,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
-        return Project(tmp_path_factory.mktemp("torture"), targets=("split", "convert"))
+        folder = tmp_path_factory.mktemp("torture")
+        return Project(folder, targets=("split", "convert"), stages=("extract", "split", "convert"))
     finally:
         os.sched_setaffinity(0, cores)
 

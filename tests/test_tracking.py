@@ -138,12 +138,10 @@ def test_a_resumed_training_has_the_files_of_a_complete_one(run: Any, project: P
         assert (project / "resumed" / file).read_bytes() == (project / "complete" / file).read_bytes(), file
 
 
-def test_each_log_entry_is_a_line_of_the_log(run: Any, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="train")
-
+def test_each_log_entry_is_a_line_of_the_log(run: Any, log: list[str]) -> None:
     run("train", num_train_epochs=0.5)
 
-    lines = [message for message in caplog.messages if message.startswith("step ")]
+    lines = [message for message in log if message.startswith("step ")]
     starts = ["step 0 {'validation/loss':", "step 1 {'train/loss':", "step 2 {'train/loss':"]
     starts.append("step 2 {'validation/loss':")
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts

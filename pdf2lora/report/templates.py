@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 
+@cache
 def get_template(name: str) -> Template:
     """A template of this folder. HTML is escaped. An unknown variable is an error."""
     templates = Environment(

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def stage_code(stage: str) -> list[Path]:
     return [ROOT / dep for dep in pipeline_stages()[stage]["deps"] if dep.startswith(("pdf2lora/", "stages/"))]
 
 
+@cache
 def pipeline_stages() -> dict[str, Any]:
     """The stages in dvc.yaml."""
     stages: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
