@@ -11,6 +11,7 @@ from pdf2lora.params import read_params
 from pdf2lora.report import style
 from pdf2lora.report.page import render_page, result_figures
 from pdf2lora.report.results import read_results
+from pdf2lora.report.templates import number
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -186,6 +187,14 @@ def test_a_run_without_validation(tmp_path, monkeypatch):
     results = read_results(write_run(tmp_path, num_validation=0) / "models/source/demo", [])
 
     assert ">validation</text>" not in style.svg(result_figures(results)["loss"])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(8.176, "8.18"), (9_999.5, "9,999.50"), (232_016.0, "232,016"), (1_234_567, "1,234,567"), (None, "–")],
+)
+def test_large_numbers_have_no_decimals(value, text):
+    assert number(value) == text
 
 
 def test_shows_the_three_models_side_by_side(html):

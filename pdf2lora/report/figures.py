@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pdf2lora.report.results import Curve
 from pdf2lora.report.style import LIGHT, axes
+from pdf2lora.report.templates import number
 
 NUM_DOCUMENTS = 12  # best and worst documents in the figure of documents
 MAX_BUDGETS = 1.15  # a memory model is drawn up to this multiple of the budget
@@ -114,7 +115,7 @@ def perplexities(title: str, metrics: Mapping[str, Any]) -> Figure:
                 area.plot((numbers["low_95"], numbers["high_95"]), (row, row), color=colour, marker="|", markersize=8)
             area.plot(value, row, color=colour, marker="o", markersize=7)
             area.annotate(
-                f"{value:,.2f}", (value, row), xytext=(0, 8), textcoords="offset points", ha="center", color=colour
+                number(value), (value, row), xytext=(0, 8), textcoords="offset points", ha="center", color=colour
             )
         area.xaxis.set_major_formatter("{x:,g}")
         area.set_yticks(range(len(rows)), [label for _, label in rows])

@@ -41,10 +41,13 @@ def interval(metrics: Mapping[str, Any], as_percent: bool = False) -> str:
 
 
 def number(value: float | int | None, digits: int = 2) -> str:
-    """Formats a number with thousands separators; a float with `digits` decimals; None and nan as a dash."""
+    """Formats a number with thousands separators; None and nan as a dash.
+
+    digits: decimals of a float below 10,000. A larger one has none.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits if abs(value) < 10_000 else 0}f}"
 
 
 def setting(value: Any) -> str:
