@@ -28,13 +28,15 @@ class InputError(ValueError):
 def report_input_errors(main: Callable[[], None]) -> Callable[[], None]:
     """Decorates a stage's `main`: a user error ends it with `error: ...` on stderr and exit status 1.
 
-    User errors are those for which user_message returns a text.
+    User errors are those for which user_message returns a text. Ctrl-C also ends it with one line.
     """
 
     @functools.wraps(main)
     def wrapper() -> None:
         try:
             main()
+        except KeyboardInterrupt:
+            sys.exit("stopped by Ctrl-C. Finished work is kept.")
         except Exception as error:
             message = user_message(error)
             if message is None:

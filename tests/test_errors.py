@@ -22,6 +22,12 @@ def test_input_error_is_one_line_on_stderr(start_python: Callable[..., Popen[str
     assert (stage.returncode, out, err) == (1, "", "error: lora.r is 0; it must be at least 1\n")
 
 
+def test_ctrl_c_is_one_line_on_stderr(start_python: Callable[..., Popen[str]]) -> None:
+    stage = start_python(STAGE.format(raised="KeyboardInterrupt"))
+    out, err = stage.communicate(timeout=30)
+    assert (stage.returncode, out, err) == (1, "", "stopped by Ctrl-C. Finished work is kept.\n")
+
+
 @pytest.mark.parametrize("raised", ["ValueError('a bug')", "KeyError('a bug')"])
 def test_other_exceptions_keep_their_traceback(start_python: Callable[..., Popen[str]], raised: str) -> None:
     stage = start_python(STAGE.format(raised=raised))

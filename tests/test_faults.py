@@ -13,8 +13,10 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from conftest import REPOSITORY, extract_files, prose, write_pdf
+from conftest import REPOSITORY, extract_files, hanging_pdf, prose, write_pdf
+from dask_processes import wait_until
 from helpers import run_forked
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, write_split, write_tiny_llama
 
@@ -227,6 +229,27 @@ def test_read_only_folder_is_reported(project: Path) -> None:
     assert message.startswith("error: data/.documents.jsonl.")
     assert message.endswith("then run again. Finished work is kept.")
     assert run_extract() is None
+
+
+def test_ctrl_c_ends_extract_at_once_and_keeps_finished_documents(project: Path) -> None:
+    """The terminal sends SIGINT to the whole group. One PDF makes an engine hang."""
+    (project / "data/pdfs/reports/hangs.pdf").write_bytes(hanging_pdf(prose(5)))
+    stage = subprocess.Popen(
+        [sys.executable, "-c", "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+         "from stages import extract\nif __name__ == '__main__': extract.main()"],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    with stage:
+        wait_until(lambda: len(list(Path(".scratch/extract").glob("*/*.json"))) == 3)
+        started = psutil.Process(stage.pid).children(recursive=True)
+        os.killpg(stage.pid, signal.SIGINT)
+        assert stage.communicate(timeout=15)[1] == "stopped by Ctrl-C. Finished work is kept.\n"
+    assert stage.returncode == 1
+    assert not psutil.wait_procs(started, timeout=15)[1]
+    assert not Path("data/documents.jsonl").exists()
 
 
 # files that change

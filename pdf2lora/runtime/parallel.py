@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 def process_pool(num_processes: int) -> ProcessPoolExecutor:
-    """A pool whose processes end with this process, also if kill -9 ends it. Ctrl-C ends only this process."""
+    """A pool whose processes end with this process, also if kill -9 ends it, and at once at Ctrl-C."""
     return ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
 
 
@@ -34,7 +34,7 @@ def _end_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=wait, daemon=True).start()
 
 
