@@ -213,6 +213,12 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield file
 
 
+@pytest.fixture
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """extract starts no processes except the one that runs the engines, as on a machine with one core."""
+    monkeypatch.setattr("pdf2lora.documents.extraction.num_cores", lambda: 1)
+
+
 @cache
 def params_of_the_demo() -> dict[str, Any]:
     """The content of params.yaml; hundreds of tests write it with changes."""

@@ -14,7 +14,7 @@ from pdf2lora.runtime.files import file_sha256
 from tests.long.fuzz import fuzz_pdfs
 
 SETTINGS = EXTRACT_SETTINGS | {"num_workers": 1}
-SHORT_TIMEOUT_S = 1.5  # for an engine that hangs
+SHORT_TIMEOUT_S = 1.0  # for an engine that hangs
 
 
 def read(file: Path, **changes: Any) -> Extraction:
@@ -30,7 +30,7 @@ def flat(text: str) -> str:
 def extractions(pdfs: dict[str, Path]) -> dict[str, Extraction]:
     """The extractions of all PDFs that need no time limit."""
     names = [name for name in pdfs if name not in ("hanging", "bomb")]
-    results = extract_files([pdfs[name] for name in names], **SETTINGS | {"num_workers": 2})
+    results = extract_files([pdfs[name] for name in names], **SETTINGS)
     return dict(zip(names, [extraction for _, extraction in results], strict=True))
 
 
@@ -111,13 +111,6 @@ def test_an_engine_that_hangs_is_killed_and_the_next_engine_reads(pdfs: dict[str
     assert flat(extraction.text) == flat(f"{prose(4)} {prose(5)}")
 
 
-def test_the_pages_before_a_timeout_are_kept(pdfs: dict[str, Path]) -> None:
-    extraction = read(pdfs["hanging"], engines=["pypdf2"], timeout_s=SHORT_TIMEOUT_S)
-    assert (extraction.reason, extraction.attempts) == (None, {"pypdf2": "timed_out"})
-    assert (extraction.num_pages, extraction.pages_read) == (3, 2)
-    assert flat(extraction.text) == flat(f"{prose(4)} {prose(5)}")
-
-
 def test_a_document_that_hangs_on_its_first_page_is_left_out(tmp_path: Path) -> None:
     file = tmp_path / "hanging.pdf"
     file.write_bytes(hanging_pdf())
@@ -137,9 +130,9 @@ def test_a_bomb_stops_at_the_memory_limit_and_the_next_document_is_read(pdfs: di
 def test_results_and_order_do_not_depend_on_the_number_of_workers(pdfs: dict[str, Path], tmp_path: Path) -> None:
     large = write_pdf(tmp_path / "large.pdf", [prose(seed) for seed in range(40)])
     files = [large, *(pdfs[name] for name in ("no_pdf", "plain", "short", "password", "one_bad_page", "scan"))]
-    one, three = (extract_files(files, **SETTINGS | {"max_pages": 40, "num_workers": number}) for number in (1, 3))
-    assert [file for file, _ in three] == files
-    assert one == three
+    one, two = (extract_files(files, **SETTINGS | {"max_pages": 40, "num_workers": number}) for number in (1, 2))
+    assert [file for file, _ in two] == files
+    assert one == two
 
 
 def test_a_killed_process_is_reported_in_one_line(pdfs: dict[str, Path]) -> None:
@@ -188,4 +181,4 @@ def test_at_most_num_waiting_tasks_wait() -> None:
 
 
 def test_mutated_pdfs(tmp_path: Path) -> None:
-    assert fuzz_pdfs(tmp_path / "pdfs", 40, seed=7, num_workers=2).startswith("fuzz: 40 PDFs")
+    assert fuzz_pdfs(tmp_path / "pdfs", 40, seed=7, num_workers=1).startswith("fuzz: 40 PDFs")

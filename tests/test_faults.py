@@ -13,6 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+import dvclive.live  # noqa: F401  # train imports it; forks of this process need not
 import psutil
 import pytest
 from conftest import REPOSITORY, extract_files, hanging_pdf, prose, write_pdf
@@ -20,6 +21,7 @@ from dask_processes import wait_until
 from helpers import run_forked
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, write_split, write_tiny_llama
 
+from pdf2lora.documents.language import detect_language
 from pdf2lora.documents.records import Extraction, Reason, read_documents
 from pdf2lora.documents.sources import Source
 from pdf2lora.documents.worker import Worker
@@ -79,12 +81,13 @@ def run_python(code: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_params: Callable[..., Path]) -> Path:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_params: Callable[..., Path], one_core: None) -> Path:
     """A project with a corpus of three PDFs."""
     monkeypatch.chdir(tmp_path)
     for name in ("DVC_ROOT", "DVC_STAGE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     write_params(SETTINGS)
+    detect_language("the sea")  # loads a model; forks of this process need not
     for number in range(3):
         write_pdf(tmp_path / f"data/pdfs/reports/{number}.pdf", [prose(number), prose(10 + number)])
     return tmp_path

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import dvclive.live  # noqa: F401  # train imports it; the forks of this process need not
+import dvclive.live  # noqa: F401  # train imports it; forks of this process need not
 import pytest
 import torch
 from conftest import REPOSITORY, prose

@@ -1,4 +1,7 @@
-"""Compiles the kernels for GPUs that this machine does not have: compile_kernels.py."""
+"""Compiles the kernels for GPUs that this machine does not have: compile_kernels.py.
+
+Triton's cache is in .pytest_cache, so that the next run compiles only kernels that changed.
+"""
 
 import os
 import subprocess
@@ -19,10 +22,10 @@ NAMES = {80: WITHOUT_FP8, 89: WITH_FP8, 90: WITHOUT_FP8 | WITH_FP8, 120: WITHOUT
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(pytestconfig):
     """Per capability: name, LoRA rank, bytes of shared memory and of spilled registers of each kernel."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    cache = tmp_path_factory.mktemp("triton")
+    cache = pytestconfig.cache.mkdir("triton")
     done = subprocess.run(
         [sys.executable, "compile_kernels.py", *map(str, CAPABILITIES)],
         cwd=Path(__file__).parent,

@@ -33,7 +33,7 @@ WriteParams = Callable[..., Path]
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_params: WriteParams) -> WriteParams:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_params: WriteParams, one_core: None) -> WriteParams:
     """Makes an empty project and changes to its folder. Returns a function that writes params.yaml with changes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
