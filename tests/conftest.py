@@ -75,8 +75,8 @@ VOCABULARY = (
 # These files start first, so that the two processes of `make test` end at the same time.
 SLOW_FILES = (
     "test_torture", "test_kernels_compiled", "test_job", "test_kernels_fused", "test_loop", "test_cluster",
-    "test_families", "test_launcher", "test_layer_stream", "test_probe_processes", "test_extraction", "test_privacy",
-    "test_find_batch", "test_faults", "test_startup", "test_probe",
+    "test_families", "test_launcher", "test_layer_stream", "test_probe_processes", "test_extraction",
+    "test_new_process", "test_find_batch", "test_faults", "test_probe",
 )  # fmt: skip
 
 
@@ -230,18 +230,23 @@ def write_params(tmp_path: Path) -> Callable[..., Path]:
     """Writes params.yaml with changes to tmp_path: write_params({"lora.r": 16}, without=["train.seed"])."""
 
     def write(changes: dict[str, Any] | None = None, without: list[str] | None = None) -> Path:
-        values = deepcopy(params_of_the_demo())
-        for key, value in (changes or {}).items():
-            section, name = _section_of(values, key)
-            section[name] = value
-        for key in without or []:
-            section, name = _section_of(values, key)
-            del section[name]
         file = tmp_path / "params.yaml"
-        file.write_text("".join(f"{name}:{_yaml(value)}\n" for name, value in values.items()))
+        file.write_text(changed_params(changes or {}, without or []))
         return file
 
     return write
+
+
+def changed_params(changes: dict[str, Any], without: Iterable[str] = ()) -> str:
+    """The content of params.yaml with changes."""
+    values = deepcopy(params_of_the_demo())
+    for key, value in changes.items():
+        section, name = _section_of(values, key)
+        section[name] = value
+    for key in without:
+        section, name = _section_of(values, key)
+        del section[name]
+    return "".join(f"{name}:{_yaml(value)}\n" for name, value in values.items())
 
 
 def _yaml(value: Any, indent: str = "\n  ") -> str:

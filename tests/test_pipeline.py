@@ -422,7 +422,7 @@ def test_settings_in_the_docs_exist(page):
 
 
 class TestDemo:
-    def test_corpus_is_small_and_has_documents_for_most_reasons(self, tmp_path, monkeypatch):
+    def test_corpus_is_small_and_has_documents_for_most_reasons(self, tmp_path, monkeypatch, one_core):
         monkeypatch.chdir(ROOT)
         monkeypatch.setenv("DVC_ROOT", str(tmp_path))
         files = list(Path("data/pdfs/demo").rglob("*.pdf"))

@@ -1,15 +1,13 @@
-"""No stage uses the network, and no secret of the environment is written to a file or printed."""
+"""What stages do in a new process: imports, products of MKL, calls of the network, secrets of the environment."""
 
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, prose, write_pdf
+from conftest import REPOSITORY, changed_params, prose, write_pdf
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, write_tiny_llama
 
 SETTINGS = {
@@ -40,50 +38,98 @@ sys.addaudithook(watch)
 open(os.path.dirname(os.environ["EVENTS"]) + "/pids", "a").write(f"{os.getpid()}\\n")
 """
 
-# One process for all stages: the imports of torch take most of the time.
-STAGES = """
+# One process for all checks, because the imports take seconds. What convert imports, then what train and find_batch
+# import. Then a product with the shape of a LoRA gradient of the demo: by default MKL splits its sum among threads.
+# Then the stages.
+CODE = """
+import sys
+import stages, pdf2lora.weights.conversion
+print(*sys.modules)
+import pdf2lora.training.job, pdf2lora.training.probe
+print(*sys.modules)
+import torch
+torch.manual_seed(0)
+a, b = torch.randn(256, 2048), torch.randn(8, 2048)
+for num_threads in (2, 1):
+    torch.set_num_threads(num_threads)
+    print(torch.get_num_threads(), hash(torch.nn.functional.linear(a, b).numpy().tobytes()))
 import runpy
 for stage in ("extract", "split", "tokenize", "train", "evaluate"):
     runpy.run_module(f"stages.{stage}", run_name="__main__")
 """
+SET_BY_PREPARE_PROCESS = ("MKL_CBWR", "TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS")
+UNUSED = {"torch._inductor.compile_fx", "datasketch", "dvc", "dvclive", "matplotlib", "pandas", "sklearn"}
+Ended = subprocess.CompletedProcess[str]
 
 
-def run_watched(folder: Path, code: str) -> "subprocess.CompletedProcess[str]":
+def run_watched(folder: Path, code: str) -> Ended:
     (folder / "watch").mkdir(exist_ok=True)
     (folder / "watch/sitecustomize.py").write_text(WATCH)
     path = os.pathsep.join([str(folder / "watch"), str(REPOSITORY)])
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in SET_BY_PREPARE_PROCESS and not name.startswith("DVC_")
+    }
     environment = kept | SECRETS | {"PYTHONPATH": path, "EVENTS": str(folder / "events")}
     return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
-
-
-@pytest.mark.timeout(300)  # another process imports torch
-def test_no_stage_uses_the_network_or_writes_a_secret(
-    tmp_path: Path, base: Path, write_params: Callable[..., Path]
-) -> None:
-    write_params(SETTINGS)
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "params.yaml").write_text(changed_params(SETTINGS))
     for number in range(4):
-        write_pdf(tmp_path / f"data/pdfs/reports/{number}.pdf", [prose(number)])
-    shutil.copytree(base, tmp_path / "models/base")
-    (tmp_path / "data/general").mkdir()
-    (tmp_path / "data/general/text.txt").write_text(prose(5))
-    (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics/batch.json").write_text(
+        write_pdf(folder / f"data/pdfs/reports/{number}.pdf", [prose(number)])
+    write_tiny_llama(folder / "models/base")
+    (folder / "data/general").mkdir()
+    (folder / "data/general/text.txt").write_text(prose(5))
+    (folder / "metrics").mkdir()
+    (folder / "metrics/batch.json").write_text(
         '{"device": "cpu", "memory_gib": "auto", "placement": "gpu", "gradient_checkpointing": "full", '
         '"per_device_batch": 2, "gradient_accumulation_steps": 1, "effective_batch": 2}'
     )
+    return folder
 
-    ended = run_watched(tmp_path, STAGES)
 
+@pytest.fixture(scope="module")
+def ended(project: Path) -> Ended:
+    ended = run_watched(project, CODE)
     assert ended.returncode == 0, ended.stderr
-    assert not (tmp_path / "events").exists(), (tmp_path / "events").read_text()
-    assert len(set((tmp_path / "pids").read_text().split())) > 1  # the stages and their workers
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    return ended
+
+
+@pytest.mark.timeout(300)  # the process imports torch and transformers
+def test_convert_does_not_import_transformers(ended: Ended) -> None:
+    names = set(ended.stdout.splitlines()[0].split())
+
+    assert "pdf2lora.weights.conversion" in names
+    assert not names & {"transformers", "sentencepiece"}
+
+
+def test_training_imports_no_package_that_it_does_not_use(ended: Ended) -> None:
+    names = set(ended.stdout.splitlines()[1].split())
+
+    assert {"torch", "transformers", "peft", "bitsandbytes", "pdf2lora.training.loop"} <= names
+    assert not names & UNUSED
+
+
+def test_irrelevant_bitsandbytes_warning_is_suppressed(ended: Ended) -> None:
+    assert "gemm_4bit_forward" not in ended.stderr
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_product_does_not_depend_on_the_number_of_threads(ended: Ended) -> None:
+    threads, hashes = zip(*(line.split() for line in ended.stdout.splitlines()[2:4]), strict=True)
+
+    assert threads == ("2", "1")
+    assert len(set(hashes)) == 1
+
+
+def test_no_stage_uses_the_network_or_writes_a_secret(project: Path, ended: Ended) -> None:
+    assert not (project / "events").exists(), (project / "events").read_text()
+    assert len(set((project / "pids").read_text().split())) > 1  # the stages and their workers
+    written = [path for path in project.rglob("*") if path.is_file()]
     assert {"eval.json", "adapter_model.safetensors"} <= {path.name for path in written}
     assert any("training_" in path.name for path in written)
     assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
