@@ -2,6 +2,7 @@ import random
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,14 @@ from pdf2lora.errors import InputError
 Splits = dict[str, list[Document]]
 
 
+@cache
+def sketch_of(text: str) -> Any:
+    return sketch(word_hashes(text))
+
+
 def split(documents: list[Document], *, similarity: float, **settings: Any) -> Splits:
     """The documents of each split."""
-    sketches = [sketch(word_hashes(document.text)) for document in documents]
+    sketches = [sketch_of(document.text) for document in documents]
     groups = near_duplicate_groups(np.array(sketches, dtype=np.uint32).reshape(-1, NUM_PERMUTATIONS), similarity)
     numbers = splitting.split([text_sha256(document.text) for document in documents], groups, **settings)
     return {name: [documents[number] for number in split] for name, split in numbers.items()}
@@ -46,7 +52,7 @@ def split_by_text(splits: Splits) -> dict[str, str]:
 def no_near_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes each document its own group, which is much faster."""
     own = sys.modules[__name__]
-    monkeypatch.setattr(own, "sketch", lambda words: np.zeros(NUM_PERMUTATIONS))
+    monkeypatch.setattr(own, "sketch_of", lambda text: np.zeros(NUM_PERMUTATIONS))
     monkeypatch.setattr(own, "near_duplicate_groups", lambda sketches, similarity: [[n] for n in range(len(sketches))])
 
 
