@@ -74,9 +74,10 @@ VOCABULARY = (
 
 # These files start first, so that the two processes of `make test` end at the same time.
 SLOW_FILES = (
-    "test_torture", "test_kernels_compiled", "test_job", "test_kernels_fused", "test_loop", "test_cluster",
-    "test_families", "test_launcher", "test_layer_stream", "test_probe_processes", "test_extraction",
-    "test_new_process", "test_find_batch", "test_faults", "test_probe",
+    "test_torture", "test_launcher", "test_kernels_compiled", "test_cluster", "test_job", "test_loop",
+    "test_kernels_fused", "test_families", "test_map_on_cluster", "test_new_process", "test_extraction",
+    "test_find_batch", "test_probe", "test_layer_stream", "test_probe_processes", "test_faults", "test_initialization",
+    "test_tracking",
 )  # fmt: skip
 
 
