@@ -20,8 +20,8 @@ PYTHON ?= python3
 VENV := .venv
 UV := uv==0.13.9
 BIN := $(VENV)/bin
-# one: tests that measure the memory of a GPU share it with no other test
-TEST_PROCESSES := $(if $(wildcard /proc/driver/nvidia/version),1,2)
+# with a GPU one: tests that measure its memory share it with no other test; else three: some tests only wait
+TEST_PROCESSES := $(if $(wildcard /proc/driver/nvidia/version),1,3)
 # torch, and the packages that only its CUDA build needs
 NOT_LOCKED := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
   nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \

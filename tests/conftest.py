@@ -72,7 +72,7 @@ VOCABULARY = (
 )
 
 
-# These files start first, so that the two processes of `make test` end at the same time.
+# These files start first, so that the processes of `make test` end at the same time.
 SLOW_FILES = (
     "test_torture", "test_launcher", "test_kernels_compiled", "test_cluster", "test_job", "test_loop",
     "test_kernels_fused", "test_families", "test_map_on_cluster", "test_new_process", "test_extraction",
