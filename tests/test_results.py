@@ -22,13 +22,14 @@ def test_artifacts_have_the_order_of_the_paths():
     assert artifacts[1].num_files == 43
 
 
-def test_the_entry_of_report_is_not_read(tmp_path):
-    """While report runs, its entry in the lock is that of the previous run."""
+@pytest.mark.parametrize("other", ["report", "sample"])
+def test_entries_of_earlier_runs_are_not_read(tmp_path, other):
+    """While report runs, its entry in the lock is that of the previous run. dvc.yaml has no stage `sample` any more."""
     previous = {"path": "models/adapter", "md5": "previous.dir", "size": 1, "nfiles": 3}
     stages = {
         "train": {"outs": [previous | {"md5": "now.dir", "nfiles": 2}]},
         "evaluate": {"deps": [previous | {"md5": "now.dir", "nfiles": 2}]},
-        "report": {"deps": [previous], "outs": []},
+        other: {"deps": [previous], "outs": []},
     }
     YAML(typ="safe").dump({"stages": stages}, tmp_path / "dvc.lock")
 

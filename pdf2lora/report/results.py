@@ -10,6 +10,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pdf2lora.documents.records import SPLITS, Document, read_documents
+from pdf2lora.runtime.scratch import pipeline_stages
 from pdf2lora.weights.licences import find_licences
 
 Curve = tuple[list[float], list[float]]  # x, y
@@ -120,12 +121,13 @@ def read_artifacts(lock: Path, paths: Iterable[str]) -> list[Artifact]:
     """Reads the entries of these files and folders in dvc.lock. Unknown ones are left out.
 
     DVC updates dvc.lock after each stage. So while report runs, its own entry is of the previous run; it is not read.
+    Neither are stages that dvc.yaml no longer has: DVC keeps their entries.
     """
     if not lock.exists():
         return []
     stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8"))["stages"]
-    current = [stage for name, stage in stages.items() if name != "report"]
-    entries = {entry["path"]: entry for stage in current for kind in ("deps", "outs") for entry in stage.get(kind, ())}
+    current = [stages[name] for name in pipeline_stages() if name in stages and name != "report"]
+    entries = {entry["path"]: entry for kind in ("deps", "outs") for stage in current for entry in stage.get(kind, ())}
     return [
         Artifact(path, entry["md5"], entry["size"], entry.get("nfiles", 1))
         for path in paths
