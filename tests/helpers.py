@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
@@ -90,4 +91,4 @@ def _call(pipe: Connection, index: int, count: int, port: int, function: Callabl
     except BaseException:
         answer = (None, traceback.format_exc())
     pipe.send(answer)
-    os._exit(0)  # without the exit handlers of pytest's process
+    time.sleep(600)  # run_forked kills it: if it ended now, the connections of a slower process could fail
