@@ -74,16 +74,13 @@ def extract(
     num_workers = min(num_workers or num_cores(), len(sources))
     pool = process_pool(num_workers) if num_workers > 1 else ThreadPoolExecutor(1)
     with pool, killed_worker_reported():
-        task = partial(_extract_unchanged, folder, settings)
+        task = partial(extract_source, str(folder), settings)
         for source, future in run_all(partial(pool.submit, task), sources, WAITING_PER_CORE * num_workers):
-            yield source, future.result()
-
-
-def _extract_unchanged(folder: Path, settings: Mapping[str, Any], source: Source, sha256: str) -> Extraction:
-    try:
-        return extract_source(str(folder), settings, source, sha256)
-    except FileNotFoundError as error:
-        raise changed(folder / source.path) from error
+            try:
+                extraction = future.result()
+            except FileNotFoundError as error:
+                raise changed(folder / source.path) from error
+            yield source, extraction
 
 
 def run_all(
