@@ -31,25 +31,29 @@ def main() -> None:
     require_inputs(BASE, ADAPTER)
     # torch is imported after the checks that do not need it: the import takes seconds
     from pdf2lora.evaluation.generation import generate
+    from pdf2lora.model.forward import build_forward
     from pdf2lora.model.initialization import restore_trained_base
-    from pdf2lora.model.loading import load_adapter, load_base
+    from pdf2lora.model.kernel_choice import choose_exact_kernels
+    from pdf2lora.model.loading import load_adapter, load_base, read_config
     from pdf2lora.tokens import Encoder, require_context
 
     encoder = Encoder.load(BASE)
     tokens = encoder.encode(prompts)
     require_context(BASE, max(map(len, tokens)) + params.sample.max_new_tokens, key="sample.max_new_tokens")
+    kernels = choose_exact_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
     model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)
 
     for name in ("base", "adapted"):
         if name == "adapted":
             restore_trained_base(model, BASE, ADAPTER, params.lora)
         with model.disable_adapter() if name == "base" else nullcontext():
+            forward = build_forward(model, kernels)
             if len(prompts) == 1:
                 print(f"--- {name} ---\n{prompts[0]}", end="", flush=True)
-                generate(model, tokens, encoder, params.sample, lambda piece: print(piece, end="", flush=True))
+                generate(forward, tokens, encoder, params.sample, lambda piece: print(piece, end="", flush=True))
                 print("\n")
             else:
-                for prompt, text in zip(prompts, generate(model, tokens, encoder, params.sample), strict=True):
+                for prompt, text in zip(prompts, generate(forward, tokens, encoder, params.sample), strict=True):
                     print(f"--- {name} ---\n{prompt}{text}\n")
 
 

@@ -14,6 +14,7 @@ from tiny_adapter import write_tiny_models
 from tiny_llama import quiet, write_split
 
 from pdf2lora.evaluation import job
+from pdf2lora.model import kernel_choice
 from pdf2lora.model.forward import build_forward
 from stages import evaluate
 
@@ -109,7 +110,7 @@ def test_scores_are_not_computed_in_fp8(project, monkeypatch, chosen, built):
         kernels_of_forward.append(kernels)
         return build_forward(model, "reference")
 
-    monkeypatch.setattr(job, "choose_kernels", lambda *settings: chosen)
+    monkeypatch.setattr(kernel_choice, "choose_kernels", lambda *settings: chosen)
     monkeypatch.setattr(job, "build_forward", build)
 
     project.run(unquantized_base=False)

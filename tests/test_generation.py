@@ -1,4 +1,4 @@
-"""Generation with a tiny model: sampling, seed, batch, streaming."""
+"""Generation with a tiny model: sampling, seed, batch, streaming; with transformers' cache and with whole passes."""
 
 import numpy as np
 import pytest
@@ -6,38 +6,83 @@ import torch
 from tiny_llama import EOS, changed, write_tiny_llama
 from transformers import LlamaForCausalLM
 
+from pdf2lora.evaluation import generation
 from pdf2lora.evaluation.generation import generate, token_nats
+from pdf2lora.model.forward import build_forward
 from pdf2lora.params import Sample
 from pdf2lora.tokens import Encoder
 
 SETTINGS = Sample(num_documents=1, prompt_tokens=1, max_new_tokens=20, temperature=0.0, seed=0)
 
 
+class FastForward:
+    """Stands for the fused kernels: a pass over whole texts is faster than transformers' cache."""
+
+    def __init__(self, forward):
+        self.forward, self.model, self.head = forward, forward.model, forward.head
+
+    def __call__(self, input_ids):
+        return self.forward(input_ids)
+
+
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = write_tiny_llama(tmp_path_factory.mktemp("base"))
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), Encoder.load(folder)
+def folder(tmp_path_factory):
+    return write_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(params=["cache", "passes"])
+def tiny(folder, request):
+    forward = build_forward(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), "reference")
+    return forward if request.param == "cache" else FastForward(forward), Encoder.load(folder)
 
 
 def generate_texts(tiny, prompts, on_text=None, **changes):
-    model, encoder = tiny
-    return generate(model, encoder.encode(prompts), encoder, changed(SETTINGS, **changes), on_text)
+    forward, encoder = tiny
+    return generate(forward, encoder.encode(prompts), encoder, changed(SETTINGS, **changes), on_text)
+
+
+def most_probable(tiny, prompt, ends=()):
+    """The ids of 20 tokens, or up to the first one in `ends`."""
+    forward, encoder = tiny
+    ids = [encoder.bos, *encoder.encode([prompt])[0]]
+    start = len(ids)
+    while len(ids) < start + 20 and (len(ids) == start or ids[-1] not in ends):
+        with torch.no_grad():
+            ids.append(int(forward.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[start:]
 
 
 def test_temperature_0_takes_the_most_probable_token(tiny):
-    model, encoder = tiny
-    ids = [encoder.bos, *encoder.encode(["The sea"])[0]]
-    for _ in range(20):
-        with torch.no_grad():
-            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-
-    assert generate_texts(tiny, ["The sea"]) == [encoder.tokenizer.decode(ids[8:])]
+    assert generate_texts(tiny, ["The sea"]) == [tiny[1].tokenizer.decode(most_probable(tiny, "The sea"))]
 
 
 def test_prompts_of_a_batch_do_not_depend_on_each_other(tiny):
     prompts = ["The sea", "A much longer prompt about rivers", "Ice"]
 
     assert generate_texts(tiny, prompts) == [generate_texts(tiny, [prompt])[0] for prompt in prompts]
+
+
+def test_an_end_token_ends_its_text_only(tiny, monkeypatch):
+    forward, encoder = tiny
+    prompts = ["The sea", "A much longer prompt about rivers", "Ice"]
+    end = most_probable(tiny, prompts[0])[3]
+    monkeypatch.setattr(forward.model.config, "eos_token_id", [EOS, end])
+
+    ids = [most_probable(tiny, prompt, (EOS, end)) for prompt in prompts]
+
+    assert len(set(map(len, ids))) > 1
+    assert generate_texts(tiny, prompts) == [encoder.tokenizer.decode(text) for text in ids]
+
+
+@pytest.mark.parametrize(("limit", "window"), [(10, None), (4096, 16)], ids=["many tokens", "longer than the window"])
+def test_some_texts_always_use_the_cache(tiny, monkeypatch, limit, window):
+    forward, _ = tiny
+    texts = generate_texts(tiny, ["The sea", "Ice"])
+    monkeypatch.setattr(generation, "MAX_TOKENS_OF_A_PASS", limit)
+    monkeypatch.setattr(generation, "sliding_window", lambda config: window)
+    monkeypatch.setattr(type(forward), "__call__", None)
+
+    assert generate_texts(tiny, ["The sea", "Ice"]) == texts
 
 
 def test_the_seed_decides_the_text(tiny):
@@ -59,8 +104,9 @@ def test_text_is_streamed_in_pieces(tiny):
     assert len(pieces) > 5
 
 
+@pytest.mark.parametrize("tiny", ["cache"], indirect=True)
 def test_a_character_of_several_tokens_is_one_piece(tiny, monkeypatch):
-    model, encoder = tiny
+    forward, encoder = tiny
     ids = [int(token) for token in encoder.encode(["aß€"])[0]] + [EOS]
     pieces = []
 
@@ -71,14 +117,16 @@ def test_a_character_of_several_tokens_is_one_piece(tiny, monkeypatch):
         streamer.end()
         return torch.cat([input_ids, torch.tensor([ids])], dim=1)
 
-    monkeypatch.setattr(model, "generate", stream)
+    monkeypatch.setattr(forward.model, "generate", stream)
 
     assert generate_texts(tiny, ["The sea"], on_text=pieces.append) == ["aß€"]
     assert pieces == ["a", "ß", "€"]
 
 
+@pytest.mark.parametrize("tiny", ["cache"], indirect=True)
 def test_the_mean_of_the_nats_is_the_loss_of_transformers(tiny):
-    model, encoder = tiny
+    forward, encoder = tiny
+    model = forward.model
     tokens = encoder.encode(["The sea rises."])[0]
     ids = torch.tensor([[encoder.bos, *tokens]])
     with torch.no_grad():

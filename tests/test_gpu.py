@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import stages  # noqa: F401  # before CUDA starts: the workspaces with which cuBLAS repeats its sums
 from pdf2lora.errors import InputError
+from pdf2lora.evaluation.generation import generate
 from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.model import loss
 from pdf2lora.model.dropout import DropoutRate, keep_mask
@@ -50,9 +51,10 @@ from pdf2lora.model.layer_stream import layer_stream
 from pdf2lora.model.loading import add_lora, load_adapter, load_base, read_config
 from pdf2lora.model.loss import linear_cross_entropy, nats_per_target
 from pdf2lora.model.quantization import bitsandbytes_config
+from pdf2lora.params import Sample
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.manifest import write_manifest
-from pdf2lora.tokens import IGNORED, windows
+from pdf2lora.tokens import IGNORED, Encoder, windows
 from pdf2lora.training import loop
 
 HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
@@ -474,6 +476,32 @@ def test_cuda_graph_of_a_micro_batch_draws_new_masks(four_layers, kernels, mode)
         assert torch.equal(captured, hidden)
         found = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
         assert max(errors(found, gradients).values()) < 1e-6
+
+
+@pytest.mark.parametrize("placement", ["gpu", "host"])
+def test_generation_replays_the_fused_forward_pass(four_layers, placement):
+    """The texts of the captured graph are those of eager passes, for prompts of different lengths, in both states."""
+    model, encoder = adapted(four_layers, placement=placement), Encoder.load(four_layers)
+    settings = Sample(num_documents=1, prompt_tokens=1, max_new_tokens=30, temperature=0.0, seed=0)
+    forward, prompts = build_forward(model, "fused"), [np.arange(1, 4), np.arange(20, 90)]
+
+    def expected(prompt):
+        ids = [encoder.start, *prompt]
+        for _ in range(settings.max_new_tokens):
+            padded = torch.full((2, 71 + settings.max_new_tokens), encoder.eos, device="cuda")
+            padded[:, : len(ids)] = torch.tensor(ids)
+            with torch.no_grad():
+                ids.append(int(forward.head.logits(forward(padded)[0, len(ids) - 1]).argmax()))
+            if ids[-1] == encoder.eos:
+                break
+        return encoder.tokenizer.decode(ids[len(prompt) + 1 :])
+
+    with model.disable_adapter():
+        of_base = generate(forward, prompts, encoder, settings)
+        assert of_base == [expected(prompt) for prompt in prompts]
+    of_adapted = generate(forward, prompts, encoder, settings)
+    assert of_adapted == [expected(prompt) for prompt in prompts]
+    assert of_adapted != of_base
 
 
 def test_recomputation_saves_memory(four_layers):

@@ -6,6 +6,7 @@ from tiny_adapter import write_tiny_models
 from tiny_llama import COMPUTE, QUANTIZATION, changed, make_document, quiet
 
 from pdf2lora.evaluation.samples import continue_openings, read_openings, sample_entries
+from pdf2lora.model.forward import build_forward
 from pdf2lora.model.loading import load_adapter, load_base
 from pdf2lora.params import Sample
 from pdf2lora.tokens import Encoder
@@ -19,16 +20,16 @@ SETTINGS = Sample(num_documents=2, prompt_tokens=10, max_new_tokens=12, temperat
 def model(tmp_path_factory):
     folder = write_tiny_models(tmp_path_factory.mktemp("models"))
     base = load_base(folder / "base", changed(QUANTIZATION, bits=16), COMPUTE)
-    return load_adapter(base, folder / "adapter"), Encoder.load(folder / "base")
+    return build_forward(load_adapter(base, folder / "adapter"), "reference"), Encoder.load(folder / "base")
 
 
 def sample(model, settings=SETTINGS):
     documents = [make_document(f"{number}.pdf", text) for number, text in enumerate(TEXTS)]
-    adapted, encoder = model
+    forward, encoder = model
     openings = read_openings(documents, encoder, settings)
-    with adapted.disable_adapter():
-        base_texts = continue_openings(adapted, openings, encoder, settings)
-    return sample_entries(openings, base_texts, continue_openings(adapted, openings, encoder, settings))
+    with forward.model.disable_adapter():
+        base_texts = continue_openings(forward, openings, encoder, settings)
+    return sample_entries(openings, base_texts, continue_openings(forward, openings, encoder, settings))
 
 
 def test_a_sample_has_prompt_reference_and_both_continuations(model):

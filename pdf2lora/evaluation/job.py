@@ -17,7 +17,7 @@ from pdf2lora.evaluation.scoring import Nats, nats_per_document
 from pdf2lora.evaluation.unquantized import load_unquantized
 from pdf2lora.model.forward import Forward, build_forward
 from pdf2lora.model.initialization import restore_trained_base
-from pdf2lora.model.kernel_choice import choose_kernels
+from pdf2lora.model.kernel_choice import choose_exact_kernels
 from pdf2lora.model.loading import load_adapter, load_base, read_config
 from pdf2lora.params import Params
 from pdf2lora.runtime.distributed import Processes
@@ -90,19 +90,19 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
             unquantized = load_unquantized(BASE, params.quantization, params.compute)
             base_unquantized = score(build_forward(unquantized, "reference"))
             del unquantized  # frees its memory before the quantized model is loaded
-        kernels = choose_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
+        kernels = choose_exact_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
         model = load_adapter(load_base(BASE, params.quantization, params.compute, processes=processes), ADAPTER)
-        kernels = "fused" if kernels == "fp8" else kernels  # fp8 would approximate the nats
         forward = build_forward(model, kernels)
         with model.disable_adapter():
             base = score(forward)
-            base_texts = continue_openings(model, openings, encoder, samples) if processes.is_main else None
+            base_texts = continue_openings(forward, openings, encoder, samples) if processes.is_main else None
         restore_trained_base(model, BASE, ADAPTER, params.lora)
-        adapted = score(build_forward(model, kernels))
+        forward = build_forward(model, kernels)
+        adapted = score(forward)
         processes.end()
         if base_texts is None:
             return
-        adapted_texts = continue_openings(model, openings, encoder, samples)
+        adapted_texts = continue_openings(forward, openings, encoder, samples)
 
     scores = Scores(base, adapted, base_unquantized)
     test, general = slice(len(ids)), slice(len(ids), None)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pdf2lora.documents.records import Document
 from pdf2lora.evaluation.generation import generate, token_nats
+from pdf2lora.model.forward import Forward
 from pdf2lora.params import Sample
 from pdf2lora.tokens import Encoder, Tokens
 
@@ -53,11 +54,11 @@ def read_openings(documents: Sequence[Document], encoder: Encoder, settings: Sam
 
 
 def continue_openings(
-    model: Any, openings: Sequence[Opening], encoder: Encoder, settings: Sample
+    forward: Forward, openings: Sequence[Opening], encoder: Encoder, settings: Sample
 ) -> list[Continuation]:
-    """Continues each opening. model: a PeftModel; the caller turns its adapter on or off."""
-    texts = generate(model, [opening.prompt for opening in openings], encoder, settings)
-    nats = [token_nats(model, opening.tokens, encoder).round(DIGITS).tolist() for opening in openings]
+    """Continues each opening. forward: of a PeftModel; the caller turns its adapter on or off."""
+    texts = generate(forward, [opening.prompt for opening in openings], encoder, settings)
+    nats = [token_nats(forward.model, opening.tokens, encoder).round(DIGITS).tolist() for opening in openings]
     return [Continuation(text, values) for text, values in zip(texts, nats, strict=True)]
 
 

@@ -39,12 +39,16 @@ def nats_per_window(
     batches = range(0, len(windows), per_device_batch)
     for first in batches[processes.index :: processes.count]:
         batch = windows[first : first + per_device_batch]
-        inputs = torch.from_numpy(np.stack([window.input_ids for window in batch])).to(device)
-        targets = torch.from_numpy(np.stack([window.targets for window in batch])).to(device)
-        is_target = targets != IGNORED
-        scores = torch.zeros(targets.shape, dtype=torch.float64, device=device)
-        scores[is_target] = nats_per_target(forward(inputs)[is_target], forward.head, targets[is_target]).double()
-        nats[first : first + len(batch)] = scores.sum(1)
+        # Nothing here waits for the GPU, so that Python prepares the next batch while the GPU computes this one.
+        targets = np.stack([window.targets for window in batch])
+        positions = np.flatnonzero(targets != IGNORED)
+        inputs, counted, own = (
+            torch.from_numpy(array).to(device, non_blocking=True)
+            for array in (np.stack([window.input_ids for window in batch]), positions, targets.ravel()[positions])
+        )
+        scores = torch.zeros(targets.size, dtype=torch.float64, device=device)
+        scores[counted] = nats_per_target(forward(inputs).flatten(0, 1)[counted], forward.head, own).double()
+        nats[first : first + len(batch)] = scores.view(targets.shape).sum(1)
         progress(len(batch))
     processes.sum_(nats)
     if not nats.isfinite().all():

@@ -115,7 +115,7 @@ def fused_obstacle(config: PreTrainedConfig, seq_length: int) -> str:
     head_dim = _head_dim(config)
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:
         return f"they support head dimensions up to {MAX_HEAD_DIM} that are a multiple of 8, the model has {head_dim}"
-    window = _sliding_window(config)
+    window = sliding_window(config)
     if window is not None and window < seq_length:
         return f"the model's sliding window has {window} tokens, compute.seq_length is {seq_length}"
     return _storage_obstacle(config)
@@ -130,18 +130,18 @@ def fp8_obstacle(config: PreTrainedConfig) -> str:
     return ""
 
 
-def _head_dim(config: PreTrainedConfig) -> int:
-    head_dim: int | None = getattr(config, "head_dim", None)
-    return head_dim or config.hidden_size // config.num_attention_heads
-
-
-def _sliding_window(config: PreTrainedConfig) -> int | None:
+def sliding_window(config: PreTrainedConfig) -> int | None:
     """The length of the layers' sliding window, or None. Sequences that are not longer have full causal attention."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and "sliding_attention" not in layer_types:
         return None
     window: int | None = getattr(config, "sliding_window", None)
     return window
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    head_dim: int | None = getattr(config, "head_dim", None)
+    return head_dim or config.hidden_size // config.num_attention_heads
 
 
 def _storage_obstacle(config: PreTrainedConfig) -> str:

@@ -40,6 +40,12 @@ def choose_kernels(compute: Compute, quantization: Quantization, lora: Lora, con
     return choice
 
 
+def choose_exact_kernels(compute: Compute, quantization: Quantization, lora: Lora, config: PreTrainedConfig) -> Kernels:
+    """choose_kernels for evaluation and generation: fused instead of fp8, which approximates the products."""
+    kernels = choose_kernels(compute, quantization, lora, config)
+    return "fused" if kernels == "fp8" else kernels
+
+
 def reference_reason(compute: Compute, quantization: Quantization, lora: Lora, config: PreTrainedConfig) -> str:
     """Why `auto` selects the slower reference kernels on this GPU. Empty if it does not, or without a GPU."""
     if compute.kernels != "auto" or not torch.cuda.is_available():

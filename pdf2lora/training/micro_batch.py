@@ -5,19 +5,15 @@ batch size. A graph is captured once, and one launch replays it. All values that
 memory: tokens, targets, the scale of the loss, and the seed and first sequence of the dropout masks.
 """
 
-import gc
-
 import torch
 from torch import Tensor
 
+from pdf2lora.model.cuda_graph import capture
 from pdf2lora.model.device import NO_CUDA_GPU
 from pdf2lora.model.forward import Forward
-from pdf2lora.model.layer_stream import layer_stream
 from pdf2lora.model.loss import linear_cross_entropy
 from pdf2lora.tokens import IGNORED
 from pdf2lora.training.optimizer import FlatParameters
-
-WARM_UP_PASSES = 2  # they compile kernels and create workspaces, which a capture must not do
 
 
 class MicroBatch:
@@ -66,22 +62,7 @@ class MicroBatch:
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Captures forward and backward pass over the static tensors. Does not change the content of the buffer."""
         content = self.parameters.buffer.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_PASSES):
-                self._forward_backward(self.inputs, self.targets, self.scale)
-        torch.cuda.current_stream().wait_stream(stream)
-        gc.collect()
-        torch.cuda.empty_cache()  # the graph's memory pool cannot use the memory of the warm-up
-        graph = torch.cuda.CUDAGraph()
-        copies = layer_stream(self.forward.model)
-        with torch.cuda.graph(graph):
-            try:
-                self._forward_backward(self.inputs, self.targets, self.scale)
-            finally:
-                if copies is not None:  # without it, the end of the capture would hide an out-of-memory error
-                    copies.join()
+        graph = capture(lambda: self._forward_backward(self.inputs, self.targets, self.scale), self.forward.model)
         self.parameters.buffer.copy_(content)
         return graph
 
