@@ -16,6 +16,7 @@ from tiny_llama import quiet, write_split
 from pdf2lora.evaluation import job
 from pdf2lora.model import kernel_choice
 from pdf2lora.model.forward import build_forward
+from pdf2lora.runtime.manifest import MANIFEST
 from stages import evaluate
 
 pytestmark = quiet
@@ -116,6 +117,67 @@ def test_scores_are_not_computed_in_fp8(project, monkeypatch, chosen, built):
     project.run(unquantized_base=False)
 
     assert set(kernels_of_forward) == {built}
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The kernels of each forward pass that evaluate builds."""
+    built = []
+
+    def build(model, kernels):
+        built.append(kernels)
+        return build_forward(model, kernels)
+
+    monkeypatch.setattr(job, "build_forward", build)
+    return built
+
+
+def results():
+    return [
+        Path(name).read_bytes() for name in ("metrics/eval.json", "metrics/eval_documents.csv", "data/samples.json")
+    ]
+
+
+def test_a_second_adapter_does_not_score_the_base_again(project, forwards, capsys):
+    project.run()
+    expected = results()
+    assert len(forwards) == 3  # unquantized, base, adapted
+    forwards.clear()
+
+    project.run()
+
+    assert len(forwards) == 1
+    assert results() == expected
+    assert "evaluate: an earlier run has scored the base model\n" in capsys.readouterr().out
+
+
+def change_general_text():
+    Path("data/general/0.txt").write_text(prose(23, 20))
+
+
+def change_base():
+    manifest = Path("models/base") / MANIFEST
+    manifest.write_text(manifest.read_text() + "\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "settings"),
+    [
+        (change_general_text, {}),
+        (change_base, {}),
+        (lambda: None, {"stride": 16}),
+        (lambda: None, {"unquantized_base": False}),
+    ],
+    ids=["general text", "base", "stride", "unquantized base"],
+)
+def test_other_inputs_score_the_base_again(project, forwards, change, settings):
+    project.run()
+    forwards.clear()
+    change()
+
+    project.run(**settings)
+
+    assert len(forwards) == 3 - ("unquantized_base" in settings)
 
 
 def test_compares_with_an_earlier_commit(project, capsys):

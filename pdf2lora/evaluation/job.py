@@ -8,8 +8,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pdf2lora.documents.records import read_documents
+from pdf2lora.evaluation.base_scores import BaseScores, base_scores_file
 from pdf2lora.evaluation.comparison import compare, comparison_line, comparison_metrics, parse_table, require_pairs
-from pdf2lora.evaluation.general import read_general
+from pdf2lora.evaluation.general import GENERAL, read_general
 from pdf2lora.evaluation.metrics import Scores, document_table, evaluation_metrics, summary_lines, text_size
 from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
 from pdf2lora.evaluation.samples import continue_openings, read_openings, sample_entries
@@ -22,6 +23,7 @@ from pdf2lora.model.loading import load_adapter, load_base, read_config
 from pdf2lora.params import Params
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_write, write_json
+from pdf2lora.runtime.manifest import MANIFEST
 from pdf2lora.runtime.monitor import machine_metrics
 from pdf2lora.runtime.scratch import project_root
 from pdf2lora.token_files import TokenFile
@@ -68,7 +70,12 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
     first_documents = list(islice(read_documents(TEST), samples.num_documents))
     openings = read_openings(first_documents, encoder, samples)
     scores_unquantized = settings.unquantized_base and params.quantization.bits < 16
-    num_windows = (3 if scores_unquantized else 2) * len(all_windows)
+    kernels = choose_exact_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
+    base_file = base_scores_file(params, kernels, BASE / MANIFEST, TEST, GENERAL)
+    base_is_known = processes.broadcast(base_file.exists())
+    if base_is_known and processes.is_main:
+        print("evaluate: an earlier run has scored the base model")
+    num_windows = len(all_windows) * (1 if base_is_known else 3 if scores_unquantized else 2)
 
     with (
         machine_metrics("evaluate") if processes.is_main else nullcontext(),
@@ -85,26 +92,29 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
                 progress=lambda num_windows: bar.update(num_windows * processes.count),
             )
 
-        base_unquantized = None
-        if scores_unquantized:
+        unquantized_nats = None
+        if scores_unquantized and not base_is_known:
             unquantized = load_unquantized(BASE, params.quantization, params.compute)
-            base_unquantized = score(build_forward(unquantized, "reference"))
+            unquantized_nats = score(build_forward(unquantized, "reference"))
             del unquantized  # frees its memory before the quantized model is loaded
-        kernels = choose_exact_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
         model = load_adapter(load_base(BASE, params.quantization, params.compute, processes=processes), ADAPTER)
-        forward = build_forward(model, kernels)
-        with model.disable_adapter():
-            base = score(forward)
-            base_texts = continue_openings(forward, openings, encoder, samples) if processes.is_main else None
+        if not base_is_known:
+            forward = build_forward(model, kernels)
+            with model.disable_adapter():
+                base_nats = score(forward)
+                if processes.is_main:
+                    base_texts = continue_openings(forward, openings, encoder, samples)
+                    BaseScores(base_nats, unquantized_nats, base_texts).write(base_file)
         restore_trained_base(model, BASE, ADAPTER, params.lora)
         forward = build_forward(model, kernels)
-        adapted = score(forward)
+        adapted_nats = score(forward)
         processes.end()
-        if base_texts is None:
+        if not processes.is_main:
             return
         adapted_texts = continue_openings(forward, openings, encoder, samples)
 
-    scores = Scores(base, adapted, base_unquantized)
+    base = BaseScores.read(base_file)
+    scores = Scores(base.nats, adapted_nats, base.unquantized_nats)
     test, general = slice(len(ids)), slice(len(ids), None)
     table = document_table(ids, sizes[test], scores.part(test))
     metrics = evaluation_metrics(scores.part(test), sizes[test], scores.part(general), sizes[general])
@@ -115,7 +125,7 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
         lines.append(comparison_line(settings.compare_to, commit, comparison))
 
     write_json(METRICS, metrics)
-    write_json(SAMPLES, sample_entries(openings, base_texts, adapted_texts))
+    write_json(SAMPLES, sample_entries(openings, base.texts, adapted_texts))
     with atomic_write(DOCUMENTS) as partial:
         table.to_csv(partial, index=False, lineterminator="\n")
     print(*(f"evaluate: {line}" for line in lines), sep="\n")
