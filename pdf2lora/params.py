@@ -84,7 +84,7 @@ class Extract(Section):
     memory_gib: Annotated[float, Field(ge=0.5)]
     """Address space of one worker process, in GiB. An engine that needs more is stopped. Its pages are kept."""
     clean: bool
-    """Removes page headers, page numbers, hyphenation, ligatures and control characters."""
+    """Removes page headers, page and line numbers, hyphenation, ligatures and control characters."""
     min_characters: Positive
     """Documents with less text, in characters, are left out."""
     ocr: Literal["auto", "rapidocr", "none"]

@@ -87,6 +87,23 @@ def test_hyphens_inside_a_line_stay(page: str) -> None:
         ("inter-\nnatio-\nnal", "international"),
         ("state-of-\nthe-art", "state-of-the-art"),
         ("long-term plans. Long-\nterm plans", "long-term plans. Long-term plans"),
+        ("ADAP-\nTATION and adaptation", "ADAPTATION and adaptation"),
+        ("the EU-\nETS", "the EU-ETS"),
+        ("co-op-\neration in operation", "co-operation in operation"),
+        ("short-\nand long-term plans", "short- and long-term plans"),
+        ("short-\nor long-term, near-\nto\nmid-term", "short- or long-term, near- to mid-term"),
+        ("the equat-\nor in", "the equator in"),
+        ("by mid-cen-\ntury, a century", "by mid-century, a century"),
+        ("Ein-\nund Ausfuhr", "Ein- und Ausfuhr"),
+        ("a thous-\nand, one thousand", "a thousand, one thousand"),
+        ("peer-\nto-peer, 10-\nto-20", "peer-to-peer, 10-to-20"),
+        ("10-\nand 20-year plans", "10- and 20-year plans"),
+        ("a 10-\nyear plan", "a 10-year plan"),
+        ("CO2-\nequivalent", "CO2-equivalent"),
+        ("1850-\n1900 and 2011–\n2020", "1850-1900 and 2011–2020"),
+        ("the ocean–\natmosphere system", "the ocean–atmosphere system"),
+        ("the ocean –\nand the ice -\nis", "the ocean – and the ice - is"),
+        ("and/\nor at https://\nexample.org/reports/\nsea.pdf", "and/or at https://example.org/reports/sea.pdf"),
     ],
 )
 def test_hyphens_at_line_ends(page: str, expected: str) -> None:
@@ -233,6 +250,21 @@ def test_headings_and_list_items_are_separate_paragraphs() -> None:
         "• The ice sheets are thinner than they have been.",
         "- The snow is gone in the month of May already.",
     ]
+
+
+@pytest.mark.parametrize(
+    "bullet", ["•", "●", "➢", "\uf0b7", "\uf0a7"], ids=["dot", "circle", "arrow", "symbol", "wingdings"]
+)
+@pytest.mark.parametrize("gap", [" ", "\n"])
+def test_bullets_start_list_items(bullet: str, gap: str) -> None:
+    items = [
+        "The level of the sea rose by twenty centimetres in",
+        "a century.",
+        "The ice of the mountains is thinner now",
+    ]
+    page = f"The causes are\n{bullet}{gap}{items[0]}\n{items[1]}\n{bullet}{gap}{items[2]}"
+    sign = "•" if bullet > "\ue000" else bullet
+    assert clean([page]).split("\n\n") == ["The causes are", f"{sign} {items[0]} {items[1]}", f"{sign} {items[2]}"]
 
 
 def test_a_short_line_that_ends_in_a_colon_is_a_separate_paragraph() -> None:

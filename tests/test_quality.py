@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from pdf2lora.documents.quality import is_readable, is_right_to_left, num_word_errors
+from pdf2lora.documents.quality import has_codes, is_readable, is_right_to_left, num_word_errors
 
 PROSE = "The sea is warmer than it was before, and a river that I know is dry in summer. "
 
@@ -50,6 +50,13 @@ def test_prose_is_readable(text: str) -> None:
 )
 def test_codes_spaced_out_and_glued_text_is_not_readable(text: str) -> None:
     assert not is_readable(text)
+
+
+def test_bullets_and_ticks_of_symbol_fonts_are_no_codes() -> None:
+    slide = "\uf0b7 Less ice\n \uf0a7Warm sea\nwind \uf0fc \uf0fb\nrain  \uf0fc\n"
+    assert not has_codes(slide)
+    assert has_codes(slide.replace("Less ice", "\uf04c\uf065\uf073\uf073 \uf069\uf063\uf065"))
+    assert has_codes("\uf074 \uf068 \uf065 \uf073 \uf065 \uf061")
 
 
 def test_letters_shifted_to_other_letters_are_not_readable() -> None:

@@ -59,6 +59,32 @@ def test_lines_with_constant_numbers_or_page_numbers_are_removed(headers: list[s
     assert bodies(headers)[0] == [[]] * 4
 
 
+def chapter_pages(top: str, bottom: str, num_pages: int = 30) -> list[list[str]]:
+    """Pages with other text on each; {chapter} and {page} in top and bottom are numbers. A chapter has six pages."""
+    letters = "abcdefghijklmnopqrstuvwxyzαβγδ"
+    return [
+        [
+            top.format(chapter=number // 6 + 1, name=letters[number // 6] * 3, page=number + 1),
+            *(f"{BODY} {letters[number]} {word}" for word in ("a", "b", "c")),
+            bottom.format(chapter=number // 6 + 1, name=letters[number // 6] * 3, page=number + 1),
+        ]
+        for number in range(num_pages)
+    ]
+
+
+@pytest.mark.parametrize("top", ["Chapter {chapter}", "The {name} ocean", "{page} Chapter {chapter}. The {name} ocean"])
+def test_headers_of_chapters_are_removed_but_the_first(top: str) -> None:
+    kept, removed = remove_running_lines(chapter_pages(top, ""))
+    headers = [(number, page[0]) for number, page in enumerate(kept) if not page[0].startswith(BODY)]
+    assert [number for number, _ in headers] == [0, 6, 12, 18, 24]
+    assert removed == {"headers": 25}
+
+
+def test_footers_of_chapters_count_the_pages() -> None:
+    assert remove_running_lines(chapter_pages("", "The {name} ocean | {page}"))[1] == {"footers": 25}
+    assert remove_running_lines(chapter_pages("", "End of the {name} text"))[1] == {}
+
+
 def test_bare_numbers_that_do_not_count_the_pages_stay() -> None:
     assert bodies([""] * 4, ["12", "7", "30", "2"])[0] == [["12"], ["7"], ["30"], ["2"]]
     assert bodies([""] * 4, ["12", "13", "30", "15"])[0] == [[], [], ["30"], []]

@@ -21,6 +21,9 @@ FORM_TAGS = {"<font>", "<initial>", "<medial>", "<final>", "<isolated>", "<narro
 LIGATURES_AND_RADICALS = re.compile("[\u01c4-\u01cc\ufb00-\ufb06\ufb13-\ufb17\u2e80-\u2fdf]")
 ARABIC_PHRASES = re.compile("[\ufdf0-\ufdff]")
 
+# The signs of symbol fonts (Symbol, Wingdings) have only private codes. At the start of a line they are bullets.
+SYMBOL_BULLET = re.compile(r"^[^\S\n]*[\uf000-\uf0ff](?![\ue000-\uf8ff])", re.MULTILINE)
+
 DOT_LEADER = re.compile(r"(?:[.…·_]\s*){5,}|(?:…\s*){3,}")
 _SPACE_AT_CJK_PUNCTUATION = re.compile(rf" (?=[{CJK_PUNCTUATION}])|(?<=[{CJK_PUNCTUATION}]) ")
 _SPACED_OUT_CJK = re.compile(rf"(?<![{CJK}])[{CJK}](?: [{CJK}]){{2,}}(?![{CJK}])")
@@ -35,6 +38,7 @@ def clean_characters(page: str) -> tuple[str, int]:
     if OT1_CONTEXT.search(page):  # without OT1 codes, \r alone is a line end
         page = OT1_CODE.sub(lambda match: OT1_LIGATURES[match[0]], page)
     page = LINE_END_HYPHEN.sub("-\n", page.replace("\r", "\n"))
+    page = SYMBOL_BULLET.sub("• ", page)
     page = unicodedata.normalize("NFC", page)
     removed = [character for character in set(page) if not (character.isspace() or _replacement(character).strip())]
     num_removed = sum(map(page.count, removed))

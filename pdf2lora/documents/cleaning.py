@@ -11,16 +11,23 @@ from collections import Counter
 from dataclasses import dataclass
 
 from pdf2lora.documents.characters import clean_characters, collapse_spaces
+from pdf2lora.documents.line_numbers import remove_line_numbers
 from pdf2lora.documents.running_lines import remove_running_lines
 from pdf2lora.documents.text import CJK_PUNCTUATION, UNSPACED
 
 SHORT_LINE = 0.6  # a line shorter than 60% of the longest line near it can end a paragraph
 PARAGRAPH_ENDS = '.!?:;”"。！？：；」』'
 
-_LIST_ITEM = re.compile(r"[-–•▪◦*]\s|\(?(?:\d{1,3}|[A-Za-z]|[ivx]{1,4})[.)]\s")
+_BULLETS = "•▪◦●○■□▸►▶➢➤❖✓✔‣⁃∙·"
+_LIST_ITEM = re.compile(rf"[-–*{_BULLETS}]\s|[{_BULLETS}]$|\(?(?:\d{{1,3}}|[A-Za-z]|[ivx]{{1,4}})[.)]\s")
 
 # The match starts at the first letter of a word. A match from every letter would take hours for a very long word.
-_HYPHENATED_WORD = re.compile(r"(-?)(?<![^\W\d_])([^\W\d_]+)-\n(?=(\w+))")
+_HYPHENATED_WORD = re.compile(r"(-?)(?<![^\W\d_])([^\W\d_]+)-\n(?=(\w+)(-?)(?:\s[^\W\d_]+(-))?)")
+# After a hyphen, they continue a list (short- and long-term, Ein- und Ausfuhr) or a compound (peer-to-peer).
+_CONJUNCTIONS = {"and", "und", "oder", "sowie", "och", "eller"}
+_ALL_CONJUNCTIONS = _CONJUNCTIONS | {"or", "to"}  # these two are also the ends of words: equat-or
+# 1850-1900, CO2-equivalent, ocean–atmosphere, and/or and addresses are broken after the sign.
+_BROKEN_AFTER_SIGN = re.compile(rf"(?<=[\w/])([–—/]|-(?!\n(?:{'|'.join(_ALL_CONJUNCTIONS)})\b(?!-)))\n(?=\w)")
 
 _LINE_BREAK_WITHOUT_SPACE = re.compile(rf"(?<=[{UNSPACED}{CJK_PUNCTUATION}])\n(?=[{UNSPACED}{CJK_PUNCTUATION}])")
 
@@ -28,7 +35,7 @@ _LINE_BREAK_WITHOUT_SPACE = re.compile(rf"(?<=[{UNSPACED}{CJK_PUNCTUATION}])\n(?
 @dataclass(frozen=True)
 class CleanText:
     text: str
-    removed: dict[str, int]  # headers, footers, page_numbers (lines), hyphens, characters, dot_leaders
+    removed: dict[str, int]  # headers, footers, page_numbers (lines), line_numbers, hyphens, characters, dot_leaders
 
 
 def clean(pages: list[str]) -> CleanText:
@@ -42,6 +49,7 @@ def clean(pages: list[str]) -> CleanText:
         characters, removed_characters = clean_characters(page)
         lines.append([_collapse(line, removed) for line in characters.split("\n")])
         removed["characters"] += removed_characters
+    lines, removed["line_numbers"] = remove_line_numbers(lines)
     bodies, removed_lines = remove_running_lines(lines)
     removed += removed_lines
     body = _join_hyphenated("\n".join(line for page in bodies for line in page), removed)
@@ -56,18 +64,26 @@ def _collapse(line: str, removed: Counter[str]) -> str:
 
 
 def _join_hyphenated(text: str, removed: Counter[str]) -> str:
-    """Joins the words that are hyphenated at line ends. Keeps the hyphen of a compound that the text has elsewhere."""
-    compounds = {compound.casefold() for compound in re.findall(r"\b(?=([^\W\d_]+-[^\W\d_]+))", text)}
+    """Joins words and numbers that are broken at line ends. Words and compounds that the text has elsewhere decide
+    whether the hyphen stays."""
+    folded = text.casefold()
+    compounds = set(re.findall(r"\b(?=([^\W\d_]+-[^\W\d_]+))", folded))
+    words = set(re.findall(r"[^\W\d_]+", folded))
 
     def join(match: re.Match[str]) -> str:
-        hyphen_before, start, rest = match.groups()
-        is_compound = (
-            hyphen_before or rest[0].isupper() or rest[0].isdigit() or f"{start}-{rest}".casefold() in compounds
+        hyphen_before, start, rest, hyphen_after, next_hyphen = match.groups()
+        is_word = f"{start}{rest}".casefold() in words
+        conjunctions = _ALL_CONJUNCTIONS if hyphen_after or next_hyphen else _CONJUNCTIONS
+        has_conjunction = rest.casefold() in conjunctions and not is_word
+        if has_conjunction and not hyphen_after:
+            return f"{match[0][:-1]} "
+        is_compound = f"{start}-{rest}".casefold() in compounds or (
+            not is_word and (hyphen_before or has_conjunction or rest[0].isupper() or rest[0].isdigit())
         )
         removed["hyphens"] += not is_compound
         return f"{hyphen_before}{start}{'-' if is_compound else ''}"
 
-    return _HYPHENATED_WORD.sub(join, text)
+    return _BROKEN_AFTER_SIGN.sub(r"\1", _HYPHENATED_WORD.sub(join, text))
 
 
 def _paragraphs(lines: list[str], removed: Counter[str]) -> list[str]:
@@ -84,7 +100,7 @@ def _paragraphs(lines: list[str], removed: Counter[str]) -> list[str]:
             paragraphs[-1].append(line)
         following = lines[number + 1] if number + 1 < len(lines) else ""
         longest_near = max(map(len, lines[max(0, number - 3) : number + 4]))
-        is_short = len(line) < SHORT_LINE * longest_near
+        is_short = len(line) < SHORT_LINE * longest_near and line not in _BULLETS
         is_new = is_short and (line[-1] in PARAGRAPH_ENDS or not following[:1].islower())
     # A dot leader can start on one line and end on the next.
     joined = (_collapse(_LINE_BREAK_WITHOUT_SPACE.sub("", "\n".join(lines)), removed) for lines in paragraphs)

@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from itertools import groupby
 
+from pdf2lora.documents.characters import SYMBOL_BULLET
 from pdf2lora.documents.text import UNSPACED
 
 MAX_UNREADABLE_RUNS = 0.03  # runs of unreadable characters per character
@@ -18,6 +19,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 _TOKEN = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 _UNSPACED_LETTER = re.compile(f"[{UNSPACED}]")
 _UNREADABLE = re.compile("[\x00\x01\x03-\x08\x10-\x1f\ue000-\uf8ff\ufffd]+")
+_SYMBOL = re.compile(r"(?<!\S)[\ue000-\uf8ff](?!\S)(?! [\ue000-\uf8ff])")  # a tick in a table
 _RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
 
 
@@ -35,8 +37,12 @@ def is_readable(text: str) -> bool:
 
 
 def has_codes(text: str) -> bool:
-    """Returns True if a text or page consists of codes: its font has no Unicode map, so only its image is readable."""
-    if len(_UNREADABLE.findall(text)) >= MAX_UNREADABLE_RUNS * max(1, len(text)):
+    """Returns True if a text or page consists of codes: its font has no Unicode map, so only its image is readable.
+
+    Bullets and single signs of symbol fonts are no codes.
+    """
+    runs = _UNREADABLE.findall(_SYMBOL.sub("", SYMBOL_BULLET.sub("", text)))
+    if len(runs) >= MAX_UNREADABLE_RUNS * max(1, len(text)):
         return bool(text)
     plain = unicodedata.normalize("NFD", text).lower()
     num_latin = sum(map(plain.count, string.ascii_lowercase))

@@ -2,10 +2,12 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 EDGE_LINES = 3  # running lines are among the first and last three lines of a page
-RUNNING_SHARE = 0.4  # they are on at least 40% of the pages (left and right pages can differ)
+RUNNING_SHARE = 0.4  # they are on at least 40% of the pages (left and right pages can differ),
+MIN_CHAPTER_PAGES = 3  # or of the pages of a chapter; it has at least three of them
 SAME_NUMBERS_SHARE = 0.6  # and at least 60% of them have the same numbers or count the pages
 
 _PAGE_WORDS = "page|pages|pg|pag|pagina|página|p|s|seite|sida|side|strana|strona|str|стр|страница|صفحة|עמוד"
@@ -28,8 +30,8 @@ def remove_running_lines(pages: list[list[str]]) -> tuple[list[list[str]], Count
     removed: Counter[str] = Counter()
     if len(pages) < 2:
         return pages, removed
-    running = _running_keys(pages)
     tops, bottoms = zip(*map(_edges, pages), strict=True)
+    running = _chapter_lines(tops, bottoms) | dict.fromkeys(_running_keys(pages), -1)
     top_numbers, bottom_numbers = list(map(_bare_numbers, tops)), list(map(_bare_numbers, bottoms))
 
     def kind(line: str, page: int, numbers: list[set[int]], running_kind: str) -> str | None:
@@ -37,7 +39,8 @@ def remove_running_lines(pages: list[list[str]]) -> tuple[list[list[str]], Count
             return "blank_lines"
         if _is_page_number(line, page, numbers):
             return "page_numbers"
-        is_running = _key(line) in running and not _BARE_PAGE_NUMBER.fullmatch(line)
+        first_kept = min(running.get(key, page) for key in (_key(line), line.casefold()))
+        is_running = first_kept < page and not _BARE_PAGE_NUMBER.fullmatch(line)
         return running_kind if is_running else None
 
     def num_removed(lines: Iterable[str], page: int, numbers: list[set[int]], running_kind: str) -> int:
@@ -79,8 +82,27 @@ def _running_keys(pages: list[list[str]]) -> set[str]:
     return {
         key
         for key, lines in pages_of_key.items()
-        if len(lines) >= max(2, RUNNING_SHARE * len(pages)) and _numbers_are_running(lines)
+        if len(lines) >= max(2, RUNNING_SHARE * len(pages)) and _number_kind(lines) != "other"
     }
+
+
+def _chapter_lines(tops: Sequence[list[str]], bottoms: Sequence[list[str]]) -> dict[str, int]:
+    """Returns the keys of the running lines of single chapters, each with its first page, which keeps the line.
+
+    A line at the bottom must also count the pages: other lines there can be the end of similar texts.
+    """
+    first_pages: dict[str, int] = {}
+    for edges, must_count in ((tops, False), (bottoms, True)):
+        pages_of_key: defaultdict[str, dict[int, str]] = defaultdict(dict)
+        for number, lines in enumerate(edges):
+            for line in lines:
+                for key in {_key(line), line.casefold()}:  # the number of a chapter stays, that of a page counts
+                    pages_of_key[key].setdefault(number, line)
+        for key, pages in pages_of_key.items():
+            is_frequent = len(pages) >= max(MIN_CHAPTER_PAGES, RUNNING_SHARE * (max(pages) - min(pages) + 1))
+            if is_frequent and _number_kind(pages) in (("counting",) if must_count else ("constant", "counting")):
+                first_pages[key] = min(pages)
+    return first_pages
 
 
 def _key(line: str) -> str:
@@ -88,8 +110,11 @@ def _key(line: str) -> str:
     return re.sub(r"\d+", "#", line).casefold()
 
 
-def _numbers_are_running(lines: dict[int, str]) -> bool:
-    """lines: page -> the line of this page. All lines have the same key."""
+def _number_kind(lines: dict[int, str]) -> Literal["constant", "counting", "other"]:
+    """Returns whether the numbers in the lines stay the same, or some count the pages.
+
+    lines: page -> the line of this page. All lines have the same key.
+    """
     min_count = SAME_NUMBERS_SHARE * len(lines)
     columns = zip(*(re.findall(r"\d+", line) for line in lines.values()), strict=True)
     counts_pages = False
@@ -98,9 +123,11 @@ def _numbers_are_running(lines: dict[int, str]) -> bool:
             continue
         offsets = Counter(int(value[:9]) - page for page, value in zip(lines, values, strict=True))
         if max(offsets.values()) < min_count:
-            return False
+            return "other"
         counts_pages = True
-    return not (counts_pages and all(map(_COUNTING_HEADING.fullmatch, lines.values())))
+    if counts_pages and all(map(_COUNTING_HEADING.fullmatch, lines.values())):
+        return "other"
+    return "counting" if counts_pages else "constant"
 
 
 def _bare_numbers(lines: list[str]) -> set[int]:

@@ -1,0 +1,66 @@
+"""Line numbers: drafts and preprints number each line, or each fifth line, in the margin."""
+
+import re
+from collections.abc import Sequence
+
+STEPS = (1, 5)
+MIN_NUMBERS = 4  # on a page
+MIN_SHARE = 0.6  # of the lines of a page are numbered, or counted by the numbers between them
+MIN_PAGES = 0.5  # of the pages; a table or a list is on fewer
+MIN_PROSE = 0.5  # of the lines do not start with a capital letter, as most rows of a list do,
+PROSE_LETTERS = 8  # and have at least 8 letters, which most rows of a table do not
+MAX_GAP = 3  # a number can be missing
+_NUMBERED = re.compile(r"(\d{1,5})(?: +(.*))?")
+
+
+def remove_line_numbers(pages: Sequence[Sequence[str]]) -> tuple[list[list[str]], int]:
+    """Returns the lines of the pages without line numbers, and how many were removed.
+
+    The numbers count by 1 or by 5, in at least half of the pages. Rows of a table and of a list that count stay.
+    """
+    for step in STEPS:
+        numbered = [_numbered_lines(page, step) for page in pages]
+        if sum(map(bool, numbered)) >= max(2, MIN_PAGES * len(pages)):
+            return [_without(page, lines) for page, lines in zip(pages, numbered, strict=True)], sum(map(len, numbered))
+    return list(map(list, pages)), 0
+
+
+def _numbered_lines(page: Sequence[str], step: int) -> set[int]:
+    """The places of the lines with a line number; empty if the page has none."""
+    texts, numbers = [], {}
+    for place, line in enumerate(page):
+        match = _NUMBERED.fullmatch(line)
+        if match:
+            numbers[place] = int(match[1])
+        if text := (match[2] if match else line):
+            texts.append(text)
+    chain = _longest_chain(numbers, step)
+    num_prose = sum(sum(map(str.isalpha, text)) >= PROSE_LETTERS and not text[0].isupper() for text in texts)
+    is_numbered = (
+        len(chain) >= MIN_NUMBERS
+        and len(chain) * step >= MIN_SHARE * len(texts)
+        and num_prose >= max(1, MIN_PROSE * len(texts))
+        and all(numbers[place] % step == 0 for place in chain)
+    )
+    return set(chain) if is_numbered else set()
+
+
+def _longest_chain(numbers: dict[int, int], step: int) -> list[int]:
+    """The places of the longest sequence in which each number is larger by step, or by up to MAX_GAP steps."""
+    chains: dict[int, list[int]] = {}  # last number -> places
+    for place, number in numbers.items():
+        before = [number - step * gap for gap in range(1, MAX_GAP + 1)]
+        chain = chains.pop(max(before, key=lambda last: len(chains.get(last, []))), [])
+        chain.append(place)
+        chains[number] = max(chain, chains.get(number, []), key=len)
+    return max(chains.values(), key=len, default=[])
+
+
+def _without(page: Sequence[str], places: set[int]) -> list[str]:
+    lines = []
+    for place, line in enumerate(page):
+        if place not in places:
+            lines.append(line)
+        elif text := line.partition(" ")[2]:
+            lines.append(text)
+    return lines
