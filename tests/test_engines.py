@@ -4,7 +4,7 @@ import matplotlib
 import pytest
 from conftest import prose, write_pdf
 from PyPDF2 import PdfReader, PdfWriter
-from PyPDF2.generic import ArrayObject, DictionaryObject, NameObject, TextStringObject
+from PyPDF2.generic import AnnotationBuilder, ArrayObject, DictionaryObject, NameObject, NumberObject, TextStringObject
 from reportlab.pdfbase import pdfmetrics
 from reportlab.pdfbase.ttfonts import TTFont
 from reportlab.pdfgen.canvas import Canvas
@@ -50,6 +50,29 @@ def test_pdfium_reads_the_values_of_form_fields(tmp_path: Path) -> None:
     canvas.save()
     page = ENGINES["pdfium"](tmp_path / "form.pdf").read_page(0)
     assert page.text.split("\n") == ["Name of the station:", "Upper valley"]
+
+
+def test_pdfium_reads_texts_that_a_reader_typed_on_the_page(tmp_path: Path) -> None:
+    writer = copy_of(write_pdf(tmp_path / "source.pdf", ["Name:"]))
+    for text in ("Zoë Example", "only a link"):
+        writer.add_annotation(0, AnnotationBuilder.free_text(text, rect=(72, 600, 300, 620)))
+    [_, annotation] = writer.pages[0]["/Annots"]
+    annotation.get_object()[NameObject("/F")] = NumberObject(2)  # hidden
+    writer.write(tmp_path / "typed.pdf")
+    page = ENGINES["pdfium"](tmp_path / "typed.pdf").read_page(0)
+    assert page.text.split("\n") == ["Name:", "Zoë Example"]
+
+
+@pytest.mark.parametrize("angle", [90, 180])
+def test_pdfium_separates_the_lines_of_rotated_text(tmp_path: Path, angle: int) -> None:
+    canvas = Canvas(str(tmp_path / "rotated.pdf"), pagesize=(600, 600))
+    canvas.translate(300, 300)
+    canvas.rotate(angle)
+    for row, line in enumerate(["The sea rises", "and the ice", "of the mountains melts."]):
+        canvas.drawString(-200, 200 - 14 * row, line)
+    canvas.save()
+    page = ENGINES["pdfium"](tmp_path / "rotated.pdf").read_page(0)
+    assert page.text.split() == ["The", "sea", "rises", "and", "the", "ice", "of", "the", "mountains", "melts."]
 
 
 def copy_of(source: Path) -> PdfWriter:

@@ -2,7 +2,7 @@
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,7 @@ def _open_pdfium(file: Path) -> OpenFile:
         try:
             text_page = page.get_textpage()
             text, is_reordered = _text_in_reading_order(text_page)
-            values = _form_values(document, page) if document.formenv else []
-            return Page("\n".join([text, *values]), is_reordered)
+            return Page("\n".join([text, *_form_values(document, page), *_typed_texts(page)]), is_reordered)
         finally:
             page.close()
 
@@ -97,8 +96,8 @@ def _text_with_gaps(text_page: Any) -> str:
 
     text = str(text_page.get_text_range())
     bounded = str(text_page.get_text_bounded())
-    if text.replace("\ufffe", "\x02") != bounded:  # text outside of the page shifts the indices of characters
-        return bounded
+    if len("".join(text.split())) != len("".join(bounded.split())):
+        return bounded  # text outside of the page shifts the indices of characters
     lines = LINE_END.split(text)
     starts = [0, *(match.end() for match in LINE_END.finditer(text))]
     first_letters = [
@@ -119,17 +118,43 @@ def _form_values(document: Any, page: Any) -> list[str]:
     from pypdfium2 import raw
 
     values = []
-    for number in range(raw.FPDFPage_GetAnnotCount(page)):
-        annotation = raw.FPDFPage_GetAnnot(page, number)
+    for annotation in _annotations(page) if document.formenv else ():
         field_type = raw.FPDFAnnot_GetFormFieldType(document.formenv, annotation)
         if field_type in (raw.FPDF_FORMFIELD_TEXTFIELD, raw.FPDF_FORMFIELD_COMBOBOX, raw.FPDF_FORMFIELD_LISTBOX):
-            num_bytes = raw.FPDFAnnot_GetFormFieldValue(document.formenv, annotation, None, 0)
-            buffer = ctypes.create_string_buffer(num_bytes)
-            pointer = ctypes.cast(buffer, ctypes.POINTER(raw.FPDF_WCHAR))
-            raw.FPDFAnnot_GetFormFieldValue(document.formenv, annotation, pointer, num_bytes)
-            values.append(buffer.raw.decode("utf-16-le", "replace").strip("\0 \r\n"))
-        raw.FPDFPage_CloseAnnot(annotation)
+            values.append(_read_string(raw.FPDFAnnot_GetFormFieldValue, document.formenv, annotation))
     return [value for value in values if value]
+
+
+def _typed_texts(page: Any) -> list[str]:
+    """Returns the texts that a reader typed on a page. They are annotations, not in the text of the page."""
+    from pypdfium2 import raw
+
+    texts = [
+        _read_string(raw.FPDFAnnot_GetStringValue, annotation, b"Contents")
+        for annotation in _annotations(page)
+        if raw.FPDFAnnot_GetSubtype(annotation) == raw.FPDF_ANNOT_FREETEXT
+        and not raw.FPDFAnnot_GetFlags(annotation) & raw.FPDF_ANNOT_FLAG_HIDDEN
+    ]
+    return [text for text in texts if text]
+
+
+def _annotations(page: Any) -> Iterator[Any]:
+    from pypdfium2 import raw
+
+    for number in range(raw.FPDFPage_GetAnnotCount(page)):
+        annotation = raw.FPDFPage_GetAnnot(page, number)
+        yield annotation
+        raw.FPDFPage_CloseAnnot(annotation)
+
+
+def _read_string(function: Callable[..., int], *arguments: Any) -> str:
+    """Calls a function of pdfium that writes a string in UTF-16 to a buffer and returns its number of bytes."""
+    from pypdfium2 import raw
+
+    num_bytes = function(*arguments, None, 0)
+    buffer = ctypes.create_string_buffer(num_bytes)
+    function(*arguments, ctypes.cast(buffer, ctypes.POINTER(raw.FPDF_WCHAR)), num_bytes)
+    return buffer.raw.decode("utf-16-le", "replace").strip("\0 \r\n")
 
 
 def _is_xfa_placeholder(document: Any, form_type: int) -> bool:
