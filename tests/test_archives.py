@@ -83,6 +83,13 @@ def test_members_are_documents_with_the_text_of_the_loose_files(
     ]
 
 
+@pytest.mark.parametrize(("write", "name"), WRITERS)
+def test_metadata_of_macos_is_no_document(tmp_path: Path, write: Any, name: str) -> None:
+    archive = write(tmp_path / name, {"a.pdf": b"sea", "._a.pdf": b"", "__MACOSX/sub/._b.pdf": b""})
+    members, num_others = list_members(archive)
+    assert ([member.name for member in members], num_others) == (["a.pdf"], 0)
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_large_members_are_read_in_pieces(tmp_path: Path, compression: int) -> None:
     content = random.Random(1).randbytes(5 * 2**20 + 7)

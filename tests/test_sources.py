@@ -6,7 +6,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from pdf2lora.documents.sources import Source, hash_source, list_corpus, local_file, require_sources
+from pdf2lora.documents.sources import Source, corpus_state, hash_source, list_corpus, local_file, require_sources
 from pdf2lora.errors import InputError
 
 
@@ -48,6 +48,23 @@ def test_an_archive_without_access_by_position_is_named(tmp_path: Path, name: st
     (tmp_path / name).touch()
     [sentence] = list_corpus(tmp_path).unread
     assert sentence.startswith(f"{tmp_path}/{name} is not read")
+
+
+@pytest.mark.parametrize("target", ["gone.pdf", "a.pdf"], ids=["gone", "loop"])
+def test_a_link_to_no_file_is_named(tmp_path: Path, target: str) -> None:
+    (tmp_path / "a.pdf").symlink_to(target)
+    [sentence] = list_corpus(tmp_path).unread
+    assert sentence.startswith(f"the link {tmp_path}/a.pdf leads to no file, so it is not read.")
+    assert corpus_state(tmp_path) == {}
+
+
+def test_other_documents_are_counted(tmp_path: Path) -> None:
+    for name in ("a.docx", "b.docx", "c.txt", "d", "e.pdf", "f.pdf.dvc", ".gitignore", "._e.pdf"):
+        (tmp_path / name).touch()
+    assert ids(tmp_path) == ["e.pdf"]
+    assert list_corpus(tmp_path).unread == [
+        f"4 other files in {tmp_path} (.docx, .txt, d) are not read, because they do not end in .pdf."
+    ]
 
 
 def test_a_file_is_read_in_place(tmp_path: Path) -> None:

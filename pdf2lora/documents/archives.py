@@ -65,11 +65,14 @@ def list_members(archive: Path) -> tuple[list[Member], int]:
             raise
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(f"{archive} is a damaged archive ({text}). Make it again, or remove it.") from error
-    by_name = {member.name: member for member in members}
-    # macOS puts a file into __MACOSX for each file.
-    names = [name for name in by_name if name.lower().endswith(".pdf") and not name.startswith("__MACOSX/")]
-    pdfs = [by_name[name] for name in sorted(names)]
+    by_name = {member.name: member for member in members if not is_apple_double(member.name)}
+    pdfs = [by_name[name] for name in sorted(by_name) if name.lower().endswith(".pdf")]
     return pdfs, len(by_name) - len(pdfs)
+
+
+def is_apple_double(name: str) -> bool:
+    """Whether a file has the metadata of another one: macOS writes ._report.pdf beside report.pdf, or in __MACOSX."""
+    return PurePosixPath(name).name.startswith("._")
 
 
 def _zip_members(stream: BinaryIO) -> Iterator[Member]:

@@ -1,6 +1,7 @@
 """The PDFs of a corpus: files of its folder, and members of archives in it."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -9,10 +10,20 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import BinaryIO, cast
 
-from pdf2lora.documents.archives import ARCHIVES, OTHER_ARCHIVES, DamagedMember, Member, list_members, read_member
+from pdf2lora.documents.archives import (
+    ARCHIVES,
+    OTHER_ARCHIVES,
+    DamagedMember,
+    Member,
+    is_apple_double,
+    list_members,
+    read_member,
+)
 from pdf2lora.documents.records import Reason
 from pdf2lora.errors import InputError
 from pdf2lora.runtime.files import file_sha256
+
+MAX_SUFFIXES = 3  # of files that are no PDFs, in a message
 
 
 @dataclass(frozen=True)
@@ -43,9 +54,16 @@ def list_corpus(folder: Path) -> Listing:
     """
     sources: list[Source] = []
     unread: list[str] = []
+    other_suffixes: Counter[str] = Counter()
     for file in sorted(folder.rglob("*")):
         suffix = file.suffix.lower()
-        if file.is_symlink() and file.is_dir():
+        if is_apple_double(file.name):
+            continue
+        if file.is_symlink() and not file.exists():
+            unread.append(
+                f"the link {file} leads to no file, so it is not read. Put the file there, or remove the link."
+            )
+        elif file.is_symlink() and file.is_dir():
             unread.append(f"the linked folder {file} is not read, because DVC does not track its files. Copy them.")
         elif suffix in OTHER_ARCHIVES and file.is_file():
             unread.append(f"{file} is not read, because it has no random access. Make a .zip or .tar archive.")
@@ -58,6 +76,13 @@ def list_corpus(folder: Path) -> Listing:
             sources += [Source(path, member) for member in members]
             if num_others:
                 unread.append(f"{num_others} files in {file} are not read, because they do not end in .pdf.")
+        elif file.is_file() and suffix != ".dvc" and not file.name.startswith("."):  # dvc import-url writes .dvc files
+            other_suffixes[suffix or file.name] += 1
+    if other_suffixes:
+        names = ", ".join(name for name, _ in other_suffixes.most_common(MAX_SUFFIXES))
+        unread.append(
+            f"{other_suffixes.total()} other files in {folder} ({names}) are not read, because they do not end in .pdf."
+        )
     return Listing(sources, unread)
 
 
@@ -66,7 +91,7 @@ def corpus_state(folder: Path) -> dict[Path, tuple[int, int]]:
     state = {}
     for file in folder.rglob("*"):
         if file.suffix.lower() in (".pdf", *ARCHIVES):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # the file is gone, or a link leads to no file
                 status = file.stat()
                 state[file] = (status.st_size, status.st_mtime_ns)
     return state
