@@ -1,4 +1,5 @@
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -7,6 +8,10 @@ from hypothesis import strategies as st
 
 from pdf2lora.documents.text import UNSPACED
 from pdf2lora.documents.word_hashes import ngram_hashes, word_hashes
+
+MARKS = "".join(
+    character for character in map(chr, range(0x20000)) if unicodedata.category(character)[0] == "M"
+).translate(dict.fromkeys(range(0xFE00, 0xFE10)))
 
 
 def same_words(text: str, words: list[str]) -> bool:
@@ -27,12 +32,19 @@ def test_characters_are_words_where_words_are_not_separated() -> None:
     assert same_words("한국어 텍스트", ["한국어", "텍스트"])
 
 
+def test_vowel_signs_belong_to_their_word() -> None:
+    assert same_words("हिन्दी भाषा", ["हिन्दी", "भाषा"])
+    assert same_words("كِتَابٌ، שָׁלוֹם", ["كِتَابٌ", "שָׁלוֹם"])
+    assert same_words("sun ☀\ufe0f sea", ["sun", "sea"])
+
+
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(st.text(st.sampled_from("aBé_09 .-\n数が한ﬁ\u0301İ"), max_size=30) | st.text(max_size=30))
 @example("")
 @example("...")
 def test_words_are_those_of_a_regular_expression(text: str) -> None:
-    words = re.findall(rf"[{UNSPACED}]|[^\W{UNSPACED}]+", text.lower())
+    letters = rf"[{UNSPACED}]|(?:[^\W{UNSPACED}]|(?![{UNSPACED}])[{MARKS}])+"
+    words = re.findall(letters, text.lower())
     assert word_hashes(text).tolist() == [int(word_hashes(word)[0]) for word in words]
 
 

@@ -4,6 +4,7 @@ The hashes are computed with numpy: a Python object for each word would take mos
 """
 
 import re
+import unicodedata
 from functools import cache
 
 import numpy as np
@@ -15,11 +16,15 @@ Hashes = NDArray[np.uint64]
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio
 _MAX_POSITIONS = 256  # in a word; each one has its own weight
+_MAX_MARK = 0x20000
+_VARIATION_SELECTORS = range(0xFE00, 0xFE10)  # they follow emoji
 _OTHER, _LETTER, _WHOLE_WORD = range(3)
 
 
 def word_hashes(text: str) -> Hashes:
     """Returns a hash of each word in lower case, without punctuation. In scripts without spaces, a character is a word.
+
+    Combining marks belong to their word, for example the vowel signs of Hindi, Arabic and Hebrew.
 
     The same word has the same hash on every machine.
     """
@@ -62,6 +67,8 @@ def _kinds() -> NDArray[np.uint8]:
     """The kind of each character of Unicode."""
     characters = "".join(map(chr, range(0x110000)))
     kinds = np.full(len(characters), _OTHER, dtype=np.uint8)
+    marks = (code for code, character in enumerate(characters[:_MAX_MARK]) if unicodedata.category(character)[0] == "M")
+    kinds[[code for code in marks if code not in _VARIATION_SELECTORS]] = _LETTER
     for kind, pattern in ((_WHOLE_WORD, rf"[{UNSPACED}]+"), (_LETTER, rf"[^\W{UNSPACED}]+")):
         for run in re.finditer(pattern, characters):
             kinds[run.start() : run.end()] = kind
