@@ -60,17 +60,21 @@ def main() -> None:
 def read_prompts(file: Path | None) -> list[str]:
     """The lines of the file, or one prompt from PROMPT or standard input.
 
-    Raises InputError if the prompt is missing, or the file does not exist.
+    Raises InputError if the prompt is missing or not UTF-8, or the file does not exist.
     """
-    if file is not None:
-        if not file.is_file():
-            raise InputError(f"--prompts: {file} does not exist. Give a text file with one prompt per line.")
-        prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        prompt = os.environ.get("PROMPT", "")
-        if not prompt and not sys.stdin.isatty():
-            prompt = sys.stdin.read().removesuffix("\n")
-        prompts = [prompt] if prompt.strip() else []
+    if file is not None and not file.is_file():
+        raise InputError(f"--prompts: {file} does not exist. Give a text file with one prompt per line.")
+    try:
+        if file is not None:
+            text = file.read_text(encoding="utf-8-sig")  # Windows programs write a byte order mark
+            prompts = [line for line in text.split("\n") if line.strip()]
+        else:
+            prompt = os.environ.get("PROMPT", "")
+            if not prompt and not sys.stdin.isatty():
+                prompt = sys.stdin.read().removesuffix("\n")
+            prompts = [prompt] if prompt.strip() else []
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file or 'standard input'}: not UTF-8 ({error}). Convert it with iconv -t UTF-8.") from None
     if not prompts:
         raise InputError('The prompt is empty. Give the beginning of a text: make generate PROMPT="The sea level"')
     return prompts

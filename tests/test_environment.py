@@ -1,5 +1,6 @@
 """Findings about the machine and its Python packages."""
 
+import psutil
 import pytest
 import torch
 
@@ -66,6 +67,22 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
 
     assert environment.find_gpus() == [T4]
     assert environment.gpu([T4], "auto").level == "note"
+
+
+def test_a_gpu_without_its_own_memory_uses_that_of_the_machine(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA GB10, 580.10, [N/A], 12.1'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
+    [gpu] = environment.find_gpus()
+
+    assert gpu.memory_gib == pytest.approx(psutil.virtual_memory().total / 2**30)
+
+
+def test_a_missing_git_is_a_problem(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert environment.git_identity().level == "problem"
 
 
 def test_the_number_of_gpus_that_a_run_uses():

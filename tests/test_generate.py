@@ -61,6 +61,19 @@ def test_reads_prompts_from_a_file(run, tmp_path):
     assert "--- base ---\nRivers $x" in printed
 
 
+def test_prompts_of_a_windows_program(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfThe sea\r\nRivers\xe2\x80\xa8and ice\r\n")
+
+    assert generate.read_prompts(tmp_path / "prompts.txt") == ["The sea", "Rivers\u2028and ice"]
+
+
+def test_a_prompt_that_is_not_utf8_is_refused(run, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("Stra\xdfe".encode("latin-1"))
+
+    with pytest.raises(SystemExit, match=r"prompts\.txt: not UTF-8 .*Convert it"):
+        run("--prompts", "prompts.txt")
+
+
 def test_an_empty_prompt_is_refused(run):
     with pytest.raises(SystemExit, match="The prompt is empty"):
         run()

@@ -46,6 +46,14 @@ def test_other_formats_are_refused(tmp_path: Path, name: str, words: str) -> Non
         find_layout(tmp_path)
 
 
+def test_mistral_s_own_layout_is_refused(tmp_path: Path) -> None:
+    for name in ("params.json", "consolidated.safetensors", "tekken.json"):
+        (tmp_path / name).touch()
+
+    with pytest.raises(InputError, match=r"the layout of Mistral's own programs .* in Hugging Face's layout"):
+        find_layout(tmp_path)
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no source model is there.*params.json.*config.json"):
         find_layout(tmp_path)

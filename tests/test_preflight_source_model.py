@@ -49,6 +49,15 @@ def test_meta_s_layout_needs_the_version(source, params_with):
     assert findings[0].text == "models/source/tiny: Meta's layout, 0.00 GiB of weights"
 
 
+def test_a_git_lfs_pointer_is_named(source, params_with):
+    write_tiny_meta(source, "3.1")
+    (source / "consolidated.00.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+
+    findings, _ = source_model(params_with(**{"models.tiny": {"llama_version": "3.1"}}))
+
+    assert "consolidated.00.pth: this is a Git LFS pointer" in findings[0].text
+
+
 def test_a_licence_is_named(source, params_with):
     write_tiny_llama(source)
     (source / "LICENSE").touch()

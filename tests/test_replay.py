@@ -32,6 +32,23 @@ def test_a_folder_without_text_is_refused(tmp_path):
         list(read_replay(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", "Stra\xdfe".encode("latin-1"), r"a\.txt is not UTF-8 .*Convert it"),
+        ("a.jsonl", b'{"text": "The sea"}\n', r"a line of .*a\.jsonl has not the format of data/documents\.jsonl"),
+        ("a.jsonl", b"The sea\n", r"a line of .*a\.jsonl has not the format"),
+        ("a.jsonl", b'"The sea"\n', r"a line of .*a\.jsonl has not the format"),
+    ],
+    ids=["latin_1", "other_records", "no_json", "string"],
+)
+def test_a_file_in_another_format_is_named(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(InputError, match=words):
+        list(read_replay(tmp_path))
+
+
 def test_text_that_evaluate_scores_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"train\.replay: 50\.\d% of the 13-word sequences of the test documents"):
         check(tmp_path, [TEXTS[0], TEXTS[1]], [TEXTS[1], TEXTS[2]])

@@ -1,5 +1,6 @@
 """Text of another kind that train mixes into the corpus, so that the adapted model forgets less (train.replay)."""
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,16 +17,24 @@ def read_replay(folder: Path) -> Iterator[str]:
 
     A .txt file is one document in UTF-8. A .jsonl file has the format of data/documents.jsonl and data/split.
 
-    Raises InputError if the folder has no text.
+    Raises InputError if the folder has no text, or a file is in another encoding or format.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix in (".txt", ".jsonl"))
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (".txt", ".jsonl"))
     if not files:
         raise InputError(f"train.replay: {folder} has no text. Put .txt files there, or data/documents.jsonl of PDFs.")
     for file in files:
-        if file.suffix == ".txt":
-            yield file.read_text(encoding="utf-8")
-        else:
-            yield from (document.text for document in read_documents(file) if document.reason is None)
+        try:
+            if file.suffix.lower() == ".txt":
+                yield file.read_text(encoding="utf-8")
+            else:
+                yield from (document.text for document in read_documents(file) if document.reason is None)
+        except UnicodeDecodeError as error:
+            raise InputError(f"train.replay: {file} is not UTF-8 ({error}). Convert it with iconv -t UTF-8.") from None
+        except (json.JSONDecodeError, TypeError) as error:
+            raise InputError(
+                f"train.replay: a line of {file} has not the format of data/documents.jsonl ({error}). Put its texts "
+                "into .txt files."
+            ) from None
 
 
 def require_unseen(replay: Iterable[str], scored: Iterable[str], name: str, folder: Path, workers: Workers) -> None:

@@ -71,7 +71,9 @@ def find_gpus() -> list[Gpu]:
     gpus = []
     for line in result.stdout.splitlines():
         name, driver, mebibytes, capability = (field.strip() for field in line.split(","))
-        gpus.append(Gpu(name, driver, float(mebibytes) / 1024, float(capability)))
+        # A GPU without its own memory has [N/A] there.
+        memory_gib = float(mebibytes) / 1024 if mebibytes.isdigit() else psutil.virtual_memory().total / GIB
+        gpus.append(Gpu(name, driver, memory_gib, float(capability)))
     return gpus
 
 
@@ -135,6 +137,8 @@ def flash_attention(attention: str, gpus: list[Gpu]) -> Finding:
 
 def git_identity() -> Finding:
     """Whether git has a user name and address, because `dvc exp run` commits each experiment."""
+    if shutil.which("git") is None:
+        return Finding("problem", "git", "not installed; DVC and the experiments need it. Install git.")
     process = subprocess.run(["git", "var", "GIT_COMMITTER_IDENT"], capture_output=True, text=True, check=False)
     if process.returncode == 0:
         return Finding("ok", "git", "user.name and user.email are set")

@@ -12,6 +12,7 @@ from pdf2lora.preflight.model_shape import model_shape
 from pdf2lora.weights.huggingface_files import HuggingFaceFiles, read_huggingface
 from pdf2lora.weights.huggingface_tokenizer import require_tokenizer_version
 from pdf2lora.weights.layout import find_layout
+from pdf2lora.weights.lfs_pointer import require_no_pointer
 from pdf2lora.weights.licences import find_licences
 from pdf2lora.weights.params_json import ModelArgs, read_model_args, require_version
 from pdf2lora.weights.tokenizer import require_tokenizer_kind
@@ -68,6 +69,7 @@ def inspect_source_model(source: Path, llama_version: str | None) -> HuggingFace
         raise InputError(
             f"{source / 'consolidated.00.pth'}: the file is missing. Download all shards of the source model."
         )
+    require_no_pointer(source / "consolidated.00.pth")
     return args
 
 

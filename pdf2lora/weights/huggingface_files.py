@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from pdf2lora.errors import InputError
 from pdf2lora.weights.config_json import LinearLayers, read_llama_layers
 from pdf2lora.weights.json_files import read_json, whole_number
+from pdf2lora.weights.lfs_pointer import require_no_pointer
 from pdf2lora.weights.safetensors_header import StoredWeight
 from pdf2lora.weights.weight_files import read_weights
 
@@ -219,6 +220,7 @@ def largest_token_id(tokenizer: Tokenizer) -> int:
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Raises InputError if the file is not a tokenizer.json."""
+    require_no_pointer(path)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more specific

@@ -11,6 +11,11 @@ def find_layout(source: Path) -> Literal["meta", "huggingface"]:
     """Raises InputError if the folder `source` has neither layout. The message has the reason and the remedy."""
     if (source / "config.json").is_file():
         return "huggingface"
+    if (source / "consolidated.safetensors").is_file():
+        raise InputError(
+            f"{source}: this is the layout of Mistral's own programs (consolidated.safetensors). Download the model in "
+            "Hugging Face's layout (config.json, model*.safetensors, tokenizer.json)."
+        )
     if (source / "params.json").is_file() or any(source.glob("consolidated.*.pth")):
         return "meta"
     if (source / "original" / "params.json").is_file():

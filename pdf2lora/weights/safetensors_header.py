@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from pdf2lora.errors import InputError
+from pdf2lora.weights.lfs_pointer import require_no_pointer
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ def read_header(file: Path) -> dict[str, StoredWeight]:
 
     Raises InputError if the file is truncated or is not a safetensors file.
     """
+    require_no_pointer(file)
     try:
         with safe_open(file, framework="np"):  # checks the header, the offsets and the length of the file
             pass

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from pdf2lora.errors import InputError
 from pdf2lora.weights.bpe_merges import merges_of
 from pdf2lora.weights.converted_tokenizer import ConvertedTokenizer, prepend_bos
+from pdf2lora.weights.lfs_pointer import require_no_pointer
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -24,7 +25,8 @@ LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d{1,9})")
 
 
 def is_tiktoken(path: Path) -> bool:
-    """Whether the first line is a token and a rank."""
+    """Whether the first line is a token and a rank. Raises InputError if the file is a Git LFS pointer."""
+    require_no_pointer(path)
     with path.open("rb") as file:
         return LINE.fullmatch(file.readline().rstrip(b"\r\n")) is not None
 
