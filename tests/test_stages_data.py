@@ -275,7 +275,8 @@ def test_a_folder_without_pdfs_is_refused() -> None:
     (CORPUS / "notes.txt").touch()
     (CORPUS / "folder.pdf").mkdir()
     assert error_message(extract.main) == (
-        "error: corpus: data/pdfs/reports has no .pdf file. Put PDFs there or select another corpus."
+        "error: corpus: data/pdfs/reports has no .pdf file. Put PDFs there or select another corpus. "
+        "1 other files in data/pdfs/reports (.txt) are not read, because they do not end in .pdf."
     )
     assert has_no_outputs()
 
