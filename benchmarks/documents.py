@@ -50,12 +50,12 @@ EDITED_SHARE = 0.02
 EXTRAPOLATED = 100_000
 READ = """
 import numpy as np
-from pathlib import Path
+from pdf2lora.paths import TOKENS
 from pdf2lora.token_files import TokenFile
-sequences = TokenFile.open(Path("data/tokens"), "train").sequences(512)
+sequences = TokenFile.open(TOKENS, "train").sequences(512)
 order = np.random.default_rng(0).permutation(len(sequences))
 total = sum(int(sequences.batch(indices)[0].sum()) for indices in np.array_split(order, -(-len(order) // 64)))
-windows = TokenFile.open(Path("data/tokens"), "test").windows(seq_length=512, stride=256)
+windows = TokenFile.open(TOKENS, "test").windows(seq_length=512, stride=256)
 total += sum(int(window.input_ids.sum()) for window in windows)
 """
 

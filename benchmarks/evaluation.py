@@ -8,7 +8,6 @@ The windows have random tokens, and every token is scored. The model is models/b
 import json
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -16,11 +15,10 @@ from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.model.device import device
 from pdf2lora.model.forward import build_forward
 from pdf2lora.params import read_params
+from pdf2lora.paths import BASE
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.tokens import windows
 from pdf2lora.training.job import build_model
-
-BASE = Path("models/base")
 
 
 def main() -> None:

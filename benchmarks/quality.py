@@ -20,13 +20,13 @@ from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.kernel_choice import Kernels
 from pdf2lora.params import Params, read_params
+from pdf2lora.paths import BASE, TOKENS
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.token_files import TokenFile
 from pdf2lora.training.data_order import DataOrder
 from pdf2lora.training.job import build_model
 from pdf2lora.training.loop import BatchPlan, Learner
 
-BASE, TOKENS = Path("models/base"), Path("data/tokens")
 KERNELS: tuple[Kernels, ...] = ("reference", "fused", "fp8")
 
 

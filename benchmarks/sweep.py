@@ -13,15 +13,14 @@ from pathlib import Path
 from benchmarks.table import machine
 from pdf2lora.model.gradient_checkpointing import SUPPORTED_GRADIENT_CHECKPOINTING
 from pdf2lora.params import read_params
+from pdf2lora.paths import BASE, BATCH, TOKENS
 from pdf2lora.token_files import TokenFile
 from pdf2lora.training.batch_search import Measurement, per_device_batch
 from pdf2lora.training.probe import Prober
 
-BASE, TOKENS, METRICS = Path("models/base"), Path("data/tokens"), Path("metrics/batch.json")
-
 
 def main() -> None:
-    params, chosen = read_params(), json.loads(METRICS.read_text())
+    params, chosen = read_params(), json.loads(BATCH.read_text())
     sequences = TokenFile.open(TOKENS, "train").sequences(params.compute.seq_length)
     prober = Prober(params)
     effective = chosen["effective_batch"]

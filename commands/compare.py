@@ -17,8 +17,9 @@ import pandas as pd
 
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.evaluation.comparison import Comparison, compare, parse_table
-from pdf2lora.evaluation.revisions import DOCUMENTS, is_evaluated, read_at
+from pdf2lora.evaluation.revisions import is_evaluated, read_at
 from pdf2lora.params import read_params
+from pdf2lora.paths import EVAL_DOCUMENTS
 
 NO_TERMINAL = (10_000, 24)  # columns and lines: a table that goes to a file is not cut
 FINISHED = (None, "Success")  # State in exp_show; None is a commit, or an experiment that ran in the workspace
@@ -59,7 +60,7 @@ def read_table(row: Row) -> pd.DataFrame | None:
     """metrics/eval_documents.csv; None before its evaluate stage ran."""
     if row["State"] not in FINISHED or not is_evaluated(row["rev"], Path()):
         return None
-    text = read_at(row["rev"], DOCUMENTS, Path())
+    text = read_at(row["rev"], EVAL_DOCUMENTS, Path())
     return None if text is None else parse_table(text)
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from pdf2lora.documents.sources import Listing, list_corpus
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.params import Params, read_params
+from pdf2lora.paths import CORPORA, SOURCE_MODELS
 from pdf2lora.preflight import environment
 from pdf2lora.preflight.corpus import corpus
 from pdf2lora.preflight.environment import Gpu
 from pdf2lora.preflight.findings import Finding, has_problem
-from pdf2lora.preflight.folders import CORPORA, SOURCE_MODELS, require_folders
+from pdf2lora.preflight.folders import require_folders
 from pdf2lora.preflight.forecast import Estimate, forecast, required_disk_gib, schedule_notes, training_sequences
 from pdf2lora.preflight.model_shape import ModelShape, model_shape
 from pdf2lora.preflight.placement import placement, streams_layers

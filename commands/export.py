@@ -24,6 +24,7 @@ from pdf2lora.model.device import device
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.initialization import INITIAL
 from pdf2lora.params import Params, read_params
+from pdf2lora.paths import ADAPTER, BASE, CORPORA, SOURCE_MODELS, SPLIT_DOCUMENTS, TOKENS
 from pdf2lora.report.card import render_card
 from pdf2lora.report.results import read_results
 from pdf2lora.runtime.distributed import Processes
@@ -33,9 +34,6 @@ from pdf2lora.token_files import TokenFile
 from pdf2lora.weights.merge import merge, read_adapter
 from pdf2lora.weights.plain_adapter import write_plain_adapter
 
-BASE = Path("models/base")
-ADAPTER = Path("models/adapter")
-TEST, TOKENS = Path("data/split/test.jsonl"), Path("data/tokens")
 MERGED = Path("models/merged")
 RELEASE = Path("models/adapter_release")
 CONFIG = "adapter_config.json"
@@ -59,8 +57,8 @@ def main() -> None:
 
 def export(params: Params, adapter: Path) -> None:
     """Writes both folders. adapter: an adapter of the unchanged base."""
-    source = Path("models/source") / params.model
-    results = read_results(source, [f"data/pdfs/{params.corpus}", str(source), "data/split", str(BASE), str(ADAPTER)])
+    source = SOURCE_MODELS / params.model
+    results = read_results(source, [CORPORA / params.corpus, source, SPLIT_DOCUMENTS, BASE, ADAPTER])
     licences = [source / name for name in results.licence_files]
 
     with atomic_directory(MERGED) as folder:
@@ -120,7 +118,7 @@ def copy_files(files: list[Path], folder: Path) -> None:
 def measure(model: Path, params: Params) -> Metrics:
     """The test metrics of an unquantized model, computed as in evaluate."""
     tokens = TokenFile.open(TOKENS, "test")
-    documents = zip(read_documents(TEST), tokens.documents(), strict=True)
+    documents = zip(read_documents(SPLIT_DOCUMENTS / "test.jsonl"), tokens.documents(), strict=True)
     sizes = [text_size(document.text, encoded) for document, encoded in documents]
     windows = tokens.windows(seq_length=params.compute.seq_length, stride=params.evaluate.stride)
     with tqdm(total=len(windows), desc="perplexity", unit="window", disable=None) as progress:

@@ -16,10 +16,8 @@ from pathlib import Path
 
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.params import read_params
+from pdf2lora.paths import ADAPTER, BASE
 from pdf2lora.runtime.inputs import require_inputs
-
-BASE = Path("models/base")
-ADAPTER = Path("models/adapter")
 
 
 @report_input_errors

@@ -10,7 +10,8 @@ from pathlib import Path
 from pdf2lora.documents.sources import list_corpus
 from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
 from pdf2lora.params import read_params
-from pdf2lora.preflight.folders import CORPORA, require_folders
+from pdf2lora.paths import CORPORA
+from pdf2lora.preflight.folders import require_folders
 from pdf2lora.preflight.source_model import inspect_for
 from pdf2lora.runtime.files import atomic_write
 from pdf2lora.runtime.processes import stage_main

@@ -8,19 +8,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pdf2lora.params import read_params
+from pdf2lora.paths import BASE, SOURCE_MODELS
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.manifest import write_manifest
 from pdf2lora.runtime.processes import stage_main
 from pdf2lora.weights.conversion import convert
 
-BASE = Path("models/base")
 METRICS = Path("metrics/convert.json")
 
 
 @stage_main
 def main() -> None:
     params = read_params()
-    source = Path("models/source") / params.model
+    source = SOURCE_MODELS / params.model
 
     with (
         atomic_directory(BASE) as folder,

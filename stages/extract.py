@@ -16,11 +16,11 @@ from pdf2lora.documents.records import write_through
 from pdf2lora.documents.sources import list_corpus, require_sources
 from pdf2lora.errors import InputError
 from pdf2lora.params import read_params
+from pdf2lora.paths import CORPORA, DOCUMENTS
 from pdf2lora.runtime.files import atomic_write, write_json
 from pdf2lora.runtime.processes import stage_main
 from pdf2lora.runtime.scratch import fingerprint, scratch_folder, stage_code
 
-DOCUMENTS = Path("data/documents.jsonl")
 METRICS = Path("metrics/extract.json")
 
 
@@ -28,7 +28,7 @@ METRICS = Path("metrics/extract.json")
 def main() -> None:
     began = time.monotonic()
     params = read_params()
-    folder = Path("data/pdfs") / params.corpus
+    folder = CORPORA / params.corpus
     listing = list_corpus(folder)
     require_sources(folder, listing)
     print(f"extract: {len(listing.sources)} PDFs in {folder}", flush=True)

@@ -8,13 +8,13 @@ throughputs are numbers of this machine, so they are in metrics/machine.json.
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from pdf2lora.errors import InputError
 from pdf2lora.params import FindBatch, Params, Placement, read_params
+from pdf2lora.paths import BASE, BATCH
 from pdf2lora.runtime.files import write_json
 from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.launcher import allot_devices
@@ -24,8 +24,6 @@ from pdf2lora.tokens import require_context
 from pdf2lora.training.batch_search import AS_FAST, Choice, Measurement, Mode, choose, memory_model, search_modes
 from pdf2lora.training.probe_processes import Capabilities, ProbeProcesses
 
-BASE = Path("models/base")
-METRICS = Path("metrics/batch.json")
 PROGRESS = "{desc}: probe {n}, {elapsed}{postfix}"  # the number of probes is not known in advance
 
 
@@ -60,7 +58,7 @@ def main() -> None:
 
     searched, choice = outcome.searched, outcome.choice
     result = batch_json(params, capabilities, num_processes, budget_gib, outcome)
-    write_json(METRICS, result)
+    write_json(BATCH, result)
     num_probes = sum(len(mode.probes) for mode in searched)
     reason = capabilities.reference_reason
     print(

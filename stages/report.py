@@ -7,6 +7,7 @@ them. machine.html has the numbers of this machine, which differ from run to run
 from pathlib import Path
 
 from pdf2lora.params import read_params
+from pdf2lora.paths import ADAPTER, BASE, CORPORA, DOCUMENTS, SOURCE_MODELS, SPLIT_DOCUMENTS, TOKENS
 from pdf2lora.report.card import render_card
 from pdf2lora.report.machine import read_measurements, render_machine
 from pdf2lora.report.page import render_page, result_figures
@@ -17,17 +18,15 @@ from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.processes import stage_main
 
 REPORTS = Path("reports")
-MACHINE = Path("metrics/machine.json")
-MACHINE_CURVES = Path("metrics/machine")
 
 
 @stage_main
 def main() -> None:
     params = read_params()
     require_inputs_of("report")
-    source = Path("models/source") / params.model
-    hashed = ["data/documents.jsonl", "data/split", "data/tokens", "models/base", "models/adapter", "metrics/eval.json"]
-    results = read_results(source, [f"data/pdfs/{params.corpus}", str(source), *hashed])
+    source = SOURCE_MODELS / params.model
+    hashed = [DOCUMENTS, SPLIT_DOCUMENTS, TOKENS, BASE, ADAPTER, Path("metrics/eval.json")]
+    results = read_results(source, [CORPORA / params.corpus, source, *hashed])
     figures = result_figures(results)
 
     with atomic_directory(REPORTS / "figures") as folder:
@@ -35,7 +34,7 @@ def main() -> None:
     pages = {
         "index.html": render_page(results, params, svgs),
         "model_card.md": render_card(results, params),
-        "machine.html": render_machine(read_measurements(MACHINE, MACHINE_CURVES), params),
+        "machine.html": render_machine(read_measurements(), params),
     }
     for name, text in pages.items():
         with atomic_write(REPORTS / name) as partial:

@@ -13,6 +13,7 @@ from pdf2lora.documents.records import copy_documents, read_documents, read_with
 from pdf2lora.documents.sketches import SketchBatches, sketch_texts
 from pdf2lora.documents.splitting import split
 from pdf2lora.params import read_params
+from pdf2lora.paths import DOCUMENTS, SPLIT_DOCUMENTS
 from pdf2lora.runtime.cluster import map_on_cluster
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.inputs import require_inputs_of
@@ -20,8 +21,6 @@ from pdf2lora.runtime.parallel import Workers
 from pdf2lora.runtime.processes import stage_main
 from pdf2lora.runtime.scratch import fingerprint, scratch_folder, stage_code
 
-DOCUMENTS = Path("data/documents.jsonl")
-SPLITS = Path("data/split")
 METRICS = Path("metrics/split.json")
 
 
@@ -62,7 +61,7 @@ def main() -> None:
             }
             for name, numbers in splits.items()
         }
-        with atomic_directory(SPLITS) as folder:
+        with atomic_directory(SPLIT_DOCUMENTS) as folder:
             for name, numbers in splits.items():
                 copy_documents(DOCUMENTS, [offsets[number] for number in numbers], folder / f"{name}.jsonl")
             train, test = (

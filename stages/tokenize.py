@@ -12,11 +12,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pdf2lora.documents.records import SPLITS as NAMES
-from pdf2lora.documents.records import read_documents
+from pdf2lora.documents.records import SPLITS, read_documents
 from pdf2lora.documents.replay import read_replay, require_unseen
 from pdf2lora.evaluation.general import read_general
 from pdf2lora.params import read_params
+from pdf2lora.paths import BASE, REPLAY, SPLIT_DOCUMENTS, TOKENS
 from pdf2lora.runtime.cluster import map_on_cluster
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.inputs import require_inputs_of
@@ -27,10 +27,6 @@ from pdf2lora.token_cache import TokenCache
 from pdf2lora.token_files import EncodeBatches, encode_texts, write_tokens
 from pdf2lora.tokens import Encoder
 
-BASE = Path("models/base")
-SPLITS = Path("data/split")
-REPLAY = Path("data/replay")
-TOKENS = Path("data/tokens")
 METRICS = Path("metrics/tokenize.json")
 PACKAGES = ("tokenizers",)  # another version can give other tokens
 
@@ -54,8 +50,8 @@ def main() -> None:
 
     counts = {}
     with atomic_directory(TOKENS) as folder:
-        for name in NAMES:
-            documents = read_documents(SPLITS / f"{name}.jsonl")
+        for name in SPLITS:
+            documents = read_documents(SPLIT_DOCUMENTS / f"{name}.jsonl")
             progress = tqdm(documents, desc=f"tokenize {name}", unit="document", disable=None)
             counts[name] = write(folder, name, (document.text for document in progress))
         if replay == "none":
@@ -71,7 +67,7 @@ def main() -> None:
 
 def require_unseen_replay(folder: Path) -> None:
     """Refuses replay text that evaluate scores."""
-    tests = (document.text for document in read_documents(SPLITS / "test.jsonl"))
+    tests = (document.text for document in read_documents(SPLIT_DOCUMENTS / "test.jsonl"))
     scratch = scratch_folder("tokenize", fingerprint(folder.name))
     with Workers() as workers:
         require_unseen(read_replay(folder), read_general(), "the general text (data/general)", scratch, workers)

@@ -3,15 +3,12 @@
 Runs in one process per GPU (compute.num_processes). accelerate launch and torchrun can also start it.
 """
 
-from pathlib import Path
-
 from pdf2lora.params import read_params
+from pdf2lora.paths import BASE
 from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.launcher import is_main_process, run_in_processes
 from pdf2lora.runtime.manifest import start_check
 from pdf2lora.runtime.processes import stage_main
-
-BASE = Path("models/base")
 
 
 @stage_main

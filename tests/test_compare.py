@@ -143,7 +143,7 @@ class TestTable:
 def test_the_table_comes_from_the_commit_of_a_finished_experiment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("metrics").mkdir()
-    Path(compare.DOCUMENTS).write_text("id,bytes,tokens,adapted_perplexity\na.pdf,9,7,2.5\n")
+    compare.EVAL_DOCUMENTS.write_text("id,bytes,tokens,adapted_perplexity\na.pdf,9,7,2.5\n")
     identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "x"]):
         subprocess.run(["git", *command], check=True)

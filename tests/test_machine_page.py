@@ -13,11 +13,12 @@ def params():
     return read_params(REPOSITORY / "params.yaml")
 
 
-def test_has_the_numbers_and_curves_of_each_stage(tmp_path, params):
+def test_has_the_numbers_and_curves_of_each_stage(tmp_path, monkeypatch, params):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "metrics").mkdir()
     write_machine(tmp_path)
 
-    page = render_machine(read_measurements(tmp_path / "metrics/machine.json", tmp_path / "metrics/machine"), params)
+    page = render_machine(read_measurements(), params)
 
     assert "<tr><td>tokens/s</td><td>34,567</td><td>–</td></tr>" in page
     assert "<tr><td>mean GPU utilization, %</td><td>90</td><td>–</td></tr>" in page
@@ -32,10 +33,10 @@ def test_names_a_missing_gpu(params):
     assert "GPU utilization" not in page
 
 
-def test_a_machine_without_measurements(tmp_path, params):
-    measurements = read_measurements(tmp_path / "machine.json", tmp_path / "machine")
+def test_a_machine_without_measurements(tmp_path, monkeypatch, params):
+    monkeypatch.chdir(tmp_path)
 
-    assert "No stage ran on this machine" in render_machine(measurements, params)
+    assert "No stage ran on this machine" in render_machine(read_measurements(), params)
 
 
 def test_a_stage_of_a_few_seconds_has_no_curve():

@@ -37,12 +37,14 @@ PLUMBING = {
     "pdf2lora/documents/cluster.py": "the machines that read PDFs; it compares their code and packages",
     "pdf2lora/errors.py": "error messages",
     "pdf2lora/params.py": "validation; the values are params of the stage",
+    "pdf2lora/paths.py": "a path that changes also changes in dvc.yaml",
     "pdf2lora/runtime": "files, locks, processes, monitoring",
     "pdf2lora/training/throughput.py": "tokens/s of one machine",
     "pdf2lora/training/tracking.py": "log lines, and curves of numbers that the training loop computes",
 }
 LAYERS = (  # from low to high: a module imports only its own layer and lower ones
     "errors",
+    "paths",
     "families",
     "runtime",
     "params",

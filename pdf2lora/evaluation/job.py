@@ -21,6 +21,7 @@ from pdf2lora.model.initialization import restore_trained_base
 from pdf2lora.model.kernel_choice import choose_exact_kernels
 from pdf2lora.model.loading import load_adapter, load_base, read_config
 from pdf2lora.params import Params
+from pdf2lora.paths import ADAPTER, BASE, EVAL_DOCUMENTS, SPLIT_DOCUMENTS, TOKENS
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_write, write_json
 from pdf2lora.runtime.manifest import MANIFEST
@@ -29,12 +30,8 @@ from pdf2lora.runtime.scratch import project_root
 from pdf2lora.token_files import TokenFile
 from pdf2lora.tokens import Encoder, require_context, windows
 
-BASE = Path("models/base")
-ADAPTER = Path("models/adapter")
-TEST = Path("data/split/test.jsonl")
-TOKENS = Path("data/tokens")
+TEST = SPLIT_DOCUMENTS / "test.jsonl"
 METRICS = Path("metrics/eval.json")
-DOCUMENTS = Path("metrics/eval_documents.csv")
 SAMPLES = Path("data/samples.json")
 
 
@@ -126,6 +123,6 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
 
     write_json(METRICS, metrics)
     write_json(SAMPLES, sample_entries(openings, base.texts, adapted_texts))
-    with atomic_write(DOCUMENTS) as partial:
+    with atomic_write(EVAL_DOCUMENTS) as partial:
         table.to_csv(partial, index=False, lineterminator="\n")
     print(*(f"evaluate: {line}" for line in lines), sep="\n")

@@ -8,8 +8,8 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pdf2lora.errors import InputError
+from pdf2lora.paths import EVAL_DOCUMENTS
 
-DOCUMENTS = "metrics/eval_documents.csv"
 CACHE = ".dvc/cache/files/md5"
 
 Entry = dict[str, Any]  # of dvc.lock: path, md5, ...
@@ -35,7 +35,7 @@ def resolve_commit(name: str, project: Path) -> str:
     return commits[0]
 
 
-def read_at(commit: str, file: str, project: Path) -> str | None:
+def read_at(commit: str, file: str | Path, project: Path) -> str | None:
     """The text of a file of the project in a commit; None if the commit does not have it.
 
     `./` makes git read the path from the project's folder, which can be a sub-folder of the git repository.
@@ -48,7 +48,7 @@ def read_documents_at(commit: str, project: Path) -> str:
 
     Raises InputError if the commit does not have it, or evaluate did not run on its adapter and test documents.
     """
-    table = read_at(commit, DOCUMENTS, project)
+    table = read_at(commit, EVAL_DOCUMENTS, project)
     if table is None or not is_evaluated(commit, project):
         raise InputError(
             f"evaluate.compare_to: commit {commit[:7]} is not evaluated. Choose a commit after evaluate, or 'none'."

@@ -5,10 +5,7 @@ from pathlib import Path
 
 from pdf2lora.errors import InputError
 from pdf2lora.params import Params
-
-CORPORA = Path("data/pdfs")
-SOURCE_MODELS = Path("models/source")
-REPLAY = Path("data/replay")
+from pdf2lora.paths import CORPORA, REPLAY, SOURCE_MODELS
 
 
 def require_folders(params: Params) -> None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pdf2lora.params import Params
+from pdf2lora.paths import BASE
 from pdf2lora.preflight.environment import Gpu
 from pdf2lora.preflight.findings import Finding
 from pdf2lora.preflight.model_shape import GIB, ModelShape
@@ -16,7 +16,6 @@ from pdf2lora.training.data_order import DataOrder
 from pdf2lora.training.schedule import schedule_warnings
 from pdf2lora.training.throughput import peak_flop_per_s
 
-BASE = Path("models/base")
 ADAPTER_BYTES_PER_PARAMETER = 4 + 4 + 2  # weight, gradient, 8-bit moments
 # Of one token: 2 FLOP per parameter in the forward pass, 2 in the backward pass through frozen weights, 2 to recompute
 # the forward pass. Attention scores, LoRA and the head's gradient are not counted.

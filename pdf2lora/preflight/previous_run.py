@@ -9,9 +9,9 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pdf2lora.params import Params
-from pdf2lora.preflight.folders import CORPORA, SOURCE_MODELS
+from pdf2lora.paths import BASE, CORPORA, SOURCE_MODELS, SPLIT_DOCUMENTS
 
-TOKENIZER = Path("models/base/tokenizer.json")
+TOKENIZER = BASE / "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class PreviousRun:
         if not (self.has_current_text and self.has_current_base and TOKENIZER.exists()):
             return False
         outs = self.stages["split"].get("outs", ())
-        split_md5 = [out["md5"] for out in outs if out["path"] == "data/split"]
+        split_md5 = [out["md5"] for out in outs if out["path"] == str(SPLIT_DOCUMENTS)]
         tokenizer_md5 = hashlib.md5(TOKENIZER.read_bytes()).hexdigest()
         deps = {dep["path"]: dep["md5"] for dep in self.stages.get("tokenize", {}).get("deps", ())}
-        return [deps.get("data/split"), deps.get(str(TOKENIZER))] == [*split_md5, tokenizer_md5]
+        return [deps.get(str(SPLIT_DOCUMENTS)), deps.get(str(TOKENIZER))] == [*split_md5, tokenizer_md5]
 
     @property
     def has_current_base(self) -> bool:

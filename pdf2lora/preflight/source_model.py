@@ -6,8 +6,8 @@ from pathlib import Path
 from pdf2lora.errors import InputError
 from pdf2lora.families import FAMILIES, is_target
 from pdf2lora.params import ALL_LINEAR, Params
+from pdf2lora.paths import SOURCE_MODELS
 from pdf2lora.preflight.findings import Finding
-from pdf2lora.preflight.folders import SOURCE_MODELS
 from pdf2lora.preflight.model_shape import model_shape
 from pdf2lora.weights.huggingface_files import HuggingFaceFiles, read_huggingface
 from pdf2lora.weights.huggingface_tokenizer import require_tokenizer_version

@@ -7,14 +7,13 @@ from typing import Literal
 
 from pdf2lora.documents.sources import Source
 from pdf2lora.params import Params
+from pdf2lora.paths import TOKENS
 from pdf2lora.preflight.corpus import count_pages
 from pdf2lora.preflight.previous_run import PreviousRun
 from pdf2lora.token_files import TokenFile
 
 CHARACTERS_PER_PAGE = 2900  # mean of the demo after cleaning
 CHARACTERS_PER_TOKEN = 4.0  # English prose in Llama 3's vocabulary, rounded down
-
-TOKENS = Path("data/tokens")
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from pdf2lora.params import Params
+from pdf2lora.paths import MACHINE, MACHINE_CURVES
 from pdf2lora.report import figures, style
 from pdf2lora.report.results import read_columns
 from pdf2lora.report.templates import get_template
@@ -43,18 +43,19 @@ Columns = Mapping[str, list[float]]
 class Measurements:
     machine: dict[str, Any]  # processor, GPU, versions of the libraries
     stages: dict[str, dict[str, Any]]
-    curves: dict[str, Columns]  # stage -> seconds and measured columns
+    curves: Mapping[str, Columns]  # stage -> seconds and measured columns
 
 
-def read_measurements(metrics: Path, folder: Path) -> Measurements:
+def read_measurements() -> Measurements:
     """Reads metrics/machine.json and the curves in metrics/machine. Empty if no stage ran on this machine."""
-    stages = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
+    stages = json.loads(MACHINE.read_text(encoding="utf-8")) if MACHINE.exists() else {}
     machine = stages.pop("machine", {})
-    curves = {stage: read_columns(folder / f"{stage}.tsv") for stage in stages if (folder / f"{stage}.tsv").exists()}
+    files = {stage: MACHINE_CURVES / f"{stage}.tsv" for stage in stages}
+    curves = {stage: read_columns(file) for stage, file in files.items() if file.exists()}
     for stage, columns in curves.items():
         if utilization := columns.get("gpu_utilization_percent"):
             stages[stage]["mean_gpu_utilization_percent"] = math.fsum(utilization) / len(utilization)
-    return Measurements(machine, stages, dict(curves))
+    return Measurements(machine, stages, curves)
 
 
 def machine_figures(curves: Mapping[str, Columns]) -> figures.Figures:

@@ -10,6 +10,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pdf2lora.documents.records import SPLITS, Document, read_documents
+from pdf2lora.paths import DOCUMENTS, EVAL_DOCUMENTS, SPLIT_DOCUMENTS
 from pdf2lora.runtime.scratch import pipeline_stages
 from pdf2lora.weights.licences import find_licences
 
@@ -52,12 +53,12 @@ class Results:
     licence_files: list[str]  # of the source model
 
 
-def read_results(source: Path, paths: Iterable[str]) -> Results:
+def read_results(source: Path, paths: Iterable[Path]) -> Results:
     """Reads the outputs of the stages in the current folder. Memory does not grow with the corpus.
 
     source: the folder of the source model; paths: files and folders whose hashes are read from dvc.lock.
     """
-    documents, excluded = _read_corpus(Path("data/documents.jsonl"))
+    documents, excluded = _read_corpus(DOCUMENTS)
     return Results(
         extract=_json("metrics/extract.json"),
         split=_json("metrics/split.json"),
@@ -70,7 +71,7 @@ def read_results(source: Path, paths: Iterable[str]) -> Results:
         },
         kept_step=_json("metrics/train/metrics.json").get("kept_step"),
         replay_share=_json("metrics/train/metrics.json").get("replay_share"),
-        test_documents=_rows(Path("metrics/eval_documents.csv")),
+        test_documents=_rows(EVAL_DOCUMENTS),
         documents=documents,
         split_of=_read_splits({document.id for document in documents}),
         excluded=excluded,
@@ -98,7 +99,7 @@ def _read_splits(ids: Set[str]) -> dict[str, str]:
     return {
         document.id: split
         for split in SPLITS
-        for document in read_documents(Path(f"data/split/{split}.jsonl"))
+        for document in read_documents(SPLIT_DOCUMENTS / f"{split}.jsonl")
         if document.id in ids
     }
 
@@ -117,7 +118,7 @@ def read_columns(file: Path) -> dict[str, list[float]]:
     return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else ())}
 
 
-def read_artifacts(lock: Path, paths: Iterable[str]) -> list[Artifact]:
+def read_artifacts(lock: Path, paths: Iterable[Path]) -> list[Artifact]:
     """Reads the entries of these files and folders in dvc.lock. Unknown ones are left out.
 
     DVC updates dvc.lock after each stage. So while report runs, its own entry is of the previous run; it is not read.
@@ -130,7 +131,7 @@ def read_artifacts(lock: Path, paths: Iterable[str]) -> list[Artifact]:
     entries = {entry["path"]: entry for kind in ("deps", "outs") for stage in current for entry in stage.get(kind, ())}
     return [
         Artifact(path, entry["md5"], entry["size"], entry.get("nfiles", 1))
-        for path in paths
+        for path in map(str, paths)
         if "md5" in (entry := entries.get(path, {}))
     ]
 

@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import psutil
 
+from pdf2lora.paths import MACHINE, MACHINE_CURVES
 from pdf2lora.runtime.files import write_json
 
-MACHINE = Path("metrics/machine.json")
-CURVES = Path("metrics/machine")
 SAMPLE_S = 1.0
 
 log = logging.getLogger(__name__)
@@ -87,8 +85,8 @@ def machine_metrics(stage: str) -> Iterator[dict[str, Any]]:
     finally:
         monitor.stop()
     _write_entry(stage, {"seconds": round(monitor.seconds, 1), **metrics, **monitor.peaks()})
-    CURVES.mkdir(parents=True, exist_ok=True)
-    (CURVES / f"{stage}.tsv").write_text(monitor.to_tsv(), encoding="utf-8")
+    MACHINE_CURVES.mkdir(parents=True, exist_ok=True)
+    (MACHINE_CURVES / f"{stage}.tsv").write_text(monitor.to_tsv(), encoding="utf-8")
 
 
 def device_name() -> str:

@@ -25,6 +25,7 @@ from pdf2lora.model.initialization import INITIAL, initialize
 from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.model.loading import add_lora, load_base, read_config
 from pdf2lora.params import Params, Placement
+from pdf2lora.paths import ADAPTER, BASE, BATCH, TOKENS
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_directory
 from pdf2lora.runtime.launcher import Stopped
@@ -43,10 +44,6 @@ from pdf2lora.training.schedule import schedule_warnings
 from pdf2lora.training.throughput import model_flops_utilization
 from pdf2lora.training.tracking import Tracker, Trackers, log_to_file, require_trackers
 
-BASE = Path("models/base")
-TOKENS = Path("data/tokens")
-BATCH = Path("metrics/batch.json")
-ADAPTER = Path("models/adapter")
 METRICS = Path("metrics/train")
 
 log = logging.getLogger("train")

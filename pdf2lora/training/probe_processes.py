@@ -10,17 +10,15 @@ import signal
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pdf2lora.errors import InputError
 from pdf2lora.params import Params, Placement
+from pdf2lora.paths import BASE, TOKENS
 from pdf2lora.runtime.launcher import PIPE, job_environment
 from pdf2lora.token_files import TokenFile
 from pdf2lora.training.batch_search import Measurement
 
-BASE = Path("models/base")
-TOKENS = Path("data/tokens")
 ANSWER_S = 600.0  # longest time for one answer; the first one includes the import of torch
 GRACE_S = 5.0  # time that the other processes have to answer after the first failure
 NUM_TRIES = 2  # a process may have been killed for another reason than memory

@@ -9,7 +9,6 @@ more than 1e-4.
 
 import math
 import sys
-from pathlib import Path
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -21,16 +20,16 @@ from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.loading import load_adapter, load_base
 from pdf2lora.params import read_params
+from pdf2lora.paths import ADAPTER, BASE, SPLIT_DOCUMENTS
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.tokens import Encoder, windows
 
-BASE, ADAPTER, TEST = Path("models/base"), Path("models/adapter"), Path("data/split/test.jsonl")
 TOLERANCE = 1e-4
 
 
 def main() -> None:
     params = read_params()
-    encoder, texts = Encoder.load(BASE), [document.text for document in read_documents(TEST)]
+    encoder, texts = Encoder.load(BASE), [document.text for document in read_documents(SPLIT_DOCUMENTS / "test.jsonl")]
     encoded = encoder.encode(texts)
     num_tokens = sum(map(len, encoded))
     model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from pdf2lora.evaluation.comparison import compare, require_pairs
-from pdf2lora.evaluation.revisions import DOCUMENTS
+from pdf2lora.paths import EVAL_DOCUMENTS
 from tests.long.clones import make_clone, run
 
 
@@ -32,7 +32,7 @@ def main() -> None:
             metrics = json.loads((clone / "metrics/eval.json").read_text(encoding="utf-8"))
             perplexities.append(metrics["adapted"]["perplexity"])
             improvements.append(metrics["improvement"]["share"])
-            tables.append(pd.read_csv(clone / DOCUMENTS))
+            tables.append(pd.read_csv(clone / EVAL_DOCUMENTS))
             print(f"seed {seed}: perplexity {perplexities[-1]:.3f}, {improvements[-1]:.2%} lower than base", flush=True)
     mean, deviation = statistics.mean(perplexities), statistics.stdev(perplexities)
     print(f"perplexity {mean:.3f} +- {deviation:.3f} ({deviation / mean:.2%}; standard deviation over seeds)")
