@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from interpreted import cpu_kernels, needs_interpreter  # noqa: F401
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, quiet, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, fill_b, quiet, write_tiny_llama
 
 from pdf2lora.model import dropout
 from pdf2lora.model.dropout import CounterDropout, DropoutRate, DropoutState, dropout_state, keep_mask
@@ -122,10 +122,7 @@ def base(tmp_path_factory):
 def adapted(base, p):
     torch.manual_seed(0)
     model = add_lora(load_base(base, QUANTIZATION, COMPUTE), changed(LORA, lora_dropout=p))
-    for name, value in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(value, std=0.05)
-    return model.train()
+    return fill_b(model).train()
 
 
 def test_lora_layers_share_a_state_and_have_their_own_masks(base):

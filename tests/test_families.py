@@ -11,7 +11,7 @@ from conftest import prose
 from example_run import write_run
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_families import LLAMA_LAYERS, tiny_config, write_tiny_family
-from tiny_llama import COMPUTE, EOS, LORA, changed, quiet, random_sequences, write_split
+from tiny_llama import COMPUTE, EOS, LORA, changed, fill_b, quiet, random_sequences, write_split
 from tiny_meta import convert_default
 from tiny_training import build_learner
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -83,10 +83,7 @@ def test_the_merged_model_equals_base_and_adapter(converted: Converted, tmp_path
     _, base = converted(architecture)
     torch.manual_seed(0)
     adapted = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.05)
-    adapted.save_pretrained(tmp_path / "adapter")
+    fill_b(adapted).save_pretrained(tmp_path / "adapter")
     (tmp_path / "merged").mkdir()
 
     num_merged = merge(base, tmp_path / "adapter", tmp_path / "merged")

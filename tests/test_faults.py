@@ -19,7 +19,7 @@ import pytest
 from conftest import REPOSITORY, extract_files, hanging_pdf, prose, write_pdf
 from dask_processes import wait_until
 from helpers import run_forked
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, write_split, write_tiny_llama
+from tiny_llama import TINY_SETTINGS, write_split, write_tiny_llama
 
 from pdf2lora.documents.language import detect_language
 from pdf2lora.documents.records import Extraction, Reason, read_documents
@@ -32,10 +32,7 @@ from stages import evaluate, train
 from stages import extract as extract_stage
 
 SETTINGS = {
-    **{f"train.{key}": value for key, value in TRAIN.model_dump().items()},
-    **{f"compute.{key}": value for key, value in COMPUTE.model_dump().items()},
-    **{f"lora.{key}": value for key, value in LORA.model_dump().items()},
-    **{f"quantization.{key}": value for key, value in QUANTIZATION.model_dump().items()},
+    **TINY_SETTINGS,
     "evaluate.stride": 16,
     "corpus": "reports",
     "extract.min_characters": 50,

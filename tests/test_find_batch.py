@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import prose
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, changed, quiet, write_split, write_tiny_llama
+from tiny_llama import TINY_SETTINGS, TRAIN, by_key, changed, quiet, write_split, write_tiny_llama
 
 from pdf2lora.errors import InputError
 from pdf2lora.params import FindBatch
@@ -20,11 +20,8 @@ from stages import find_batch
 pytestmark = quiet
 LIMITS = FindBatch(min=1, max=16, steps=2, memory_gib="auto", cpu_memory_gib=0.008, gpu_headroom_gib=1.0)
 SETTINGS: dict[str, Any] = {
-    **{f"train.{key}": value for key, value in TRAIN.model_dump().items()},
-    **{f"compute.{key}": value for key, value in COMPUTE.model_dump().items()},
-    **{f"lora.{key}": value for key, value in LORA.model_dump().items()},
-    **{f"quantization.{key}": value for key, value in QUANTIZATION.model_dump().items()},
-    **{f"find_batch.{key}": value for key, value in LIMITS.model_dump().items()},
+    **TINY_SETTINGS,
+    **by_key(find_batch=LIMITS),
     "evaluate.stride": 12,
 }
 

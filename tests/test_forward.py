@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed, quiet, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed, fill_b, quiet, write_tiny_llama
 
 from pdf2lora.model.forward import ReferenceForward, build_forward
 from pdf2lora.model.gradient_checkpointing import GradientCheckpointing
@@ -19,11 +19,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def model(base):
-    model = add_lora(load_base(base, QUANTIZATION, COMPUTE), LORA)
-    for name, value in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(value, std=0.05)
-    return model
+    return fill_b(add_lora(load_base(base, QUANTIZATION, COMPUTE), LORA))
 
 
 def test_reference_is_the_model_without_its_head(model):

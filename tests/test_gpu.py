@@ -25,6 +25,7 @@ from tiny_llama import (
     QUANTIZATION,
     TRAIN,
     changed,
+    fill_b,
     quiet,
     random_sequences,
     same,
@@ -104,10 +105,7 @@ def adapted(base, lora=NO_DROPOUT, *, bits=4, compute=BFLOAT16, placement="gpu")
     """The base model with an adapter whose B is not zero, as after training."""
     torch.manual_seed(0)
     model = add_lora(load_base(base, changed(QUANTIZATION, bits=bits), compute, placement=placement), lora)
-    for name, value in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(value, std=0.02)
-    return model
+    return fill_b(model, std=0.02)
 
 
 def in_float32(base, model, lora=NO_DROPOUT):

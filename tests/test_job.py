@@ -24,7 +24,7 @@ import torch
 from conftest import REPOSITORY, prose
 from helpers import run_forked
 from safetensors.torch import load_file
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, changed, quiet, same, write_split, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, TINY_SETTINGS, changed, quiet, same, write_split, write_tiny_llama
 
 from pdf2lora.evaluation.scoring import nats_per_token
 from pdf2lora.model.forward import build_forward
@@ -44,10 +44,7 @@ pytestmark = [
 ]
 TEXTS = {"train": [prose(seed, 20) for seed in range(3)], "validation": [prose(10, 12)], "test": []}
 SETTINGS: dict[str, Any] = {
-    **{f"train.{key}": value for key, value in TRAIN.model_dump().items()},
-    **{f"compute.{key}": value for key, value in COMPUTE.model_dump().items()},
-    **{f"lora.{key}": value for key, value in LORA.model_dump().items()},
-    **{f"quantization.{key}": value for key, value in QUANTIZATION.model_dump().items()},
+    **TINY_SETTINGS,
     "train.save_steps": 3,
     "evaluate.stride": 12,
 }

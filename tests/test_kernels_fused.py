@@ -8,7 +8,7 @@ import pytest
 import torch
 from interpreted import NEAR, attention_forward, cpu_kernels, needs_interpreter, relative_error, scaled_product  # noqa: F401
 from tiny_families import CHANGES, write_tiny_family
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, quiet, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, fill_b, quiet, write_tiny_llama
 from torch import nn
 from torch.nn import functional
 
@@ -55,11 +55,7 @@ def base(tmp_path_factory):
 def adapted(base, **changes):
     """The base model with an adapter whose B is not zero, as after training."""
     torch.manual_seed(0)
-    model = add_lora(load_base(base, QUANTIZATION, COMPUTE), changed(NO_DROPOUT, **changes))
-    for name, value in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(value, std=0.05)
-    return model
+    return fill_b(add_lora(load_base(base, QUANTIZATION, COMPUTE), changed(NO_DROPOUT, **changes)))
 
 
 def some_ids(batch, seq_length, *, seed=0):

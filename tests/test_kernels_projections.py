@@ -2,6 +2,7 @@ import pytest
 import torch
 from interpreted import cpu_kernels, linear4bit, needs_interpreter, present, random  # noqa: F401
 from peft import LoraConfig, inject_adapter_in_model
+from tiny_llama import fill_b
 from torch import nn
 
 from pdf2lora.model.gradient_checkpointing import GradientCheckpointing
@@ -24,9 +25,7 @@ def test_projections_stack_the_matrices_of_those_with_lora():
     """The second of three projections has no LoRA. Its rows of B are zero, and it has no rank."""
     model = nn.ModuleDict({"first": linear4bit(24, 64), "plain": linear4bit(16, 64), "last": linear4bit(8, 64)})
     inject_adapter_in_model(LoraConfig(r=5, lora_alpha=10, target_modules=["first", "last"]), model)
-    for name, value in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(value)
+    fill_b(model, std=1.0)
     modules = list(model.values())
     projections = Projections(modules, torch.float32)
     x = random(9, 64)

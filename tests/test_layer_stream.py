@@ -6,8 +6,7 @@ from helpers import run_forked
 from interpreted import attention_forward, cpu_kernels, needs_interpreter, scaled_product  # noqa: F401
 from test_kernels_fused import ALL_LINEAR, NO_DROPOUT, hidden_and_gradients, some_ids
 from tiny_families import write_tiny_family
-from tiny_llama import COMPUTE, QUANTIZATION, changed, quiet
-from torch import nn
+from tiny_llama import COMPUTE, QUANTIZATION, changed, fill_b, quiet
 
 from pdf2lora.errors import InputError
 from pdf2lora.model import loading, packed_layers
@@ -38,11 +37,7 @@ def adapted(base, placement, *, double=True):
     torch.manual_seed(0)
     quantization = changed(QUANTIZATION, bnb_4bit_use_double_quant=double)
     causal_lm = load_base(base, quantization, COMPUTE, placement=placement)
-    model = add_lora(causal_lm, changed(NO_DROPOUT, target_modules=["q_proj"]))
-    for name, value in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(value, std=0.05)
-    return model
+    return fill_b(add_lora(causal_lm, changed(NO_DROPOUT, target_modules=["q_proj"])))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from tiny_families import write_tiny_family
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, quiet, trainable, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, fill_b, quiet, trainable, write_tiny_llama
 from torch import Tensor, nn
 
 from pdf2lora.errors import InputError
@@ -46,10 +46,7 @@ def gradients(model) -> dict[str, Tensor]:
 def redraw_b(model):
     """Makes the B matrices nonzero, as after training."""
     torch.manual_seed(1)
-    for name, value in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(value, std=0.05)
-    return model
+    return fill_b(model)
 
 
 # the base

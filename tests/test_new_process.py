@@ -8,13 +8,10 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, changed_params, prose, write_pdf
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, write_tiny_llama
+from tiny_llama import TINY_SETTINGS, write_tiny_llama
 
 SETTINGS = {
-    **{f"train.{key}": value for key, value in TRAIN.model_dump().items()},
-    **{f"compute.{key}": value for key, value in COMPUTE.model_dump().items()},
-    **{f"lora.{key}": value for key, value in LORA.model_dump().items()},
-    **{f"quantization.{key}": value for key, value in QUANTIZATION.model_dump().items()},
+    **TINY_SETTINGS,
     "corpus": "reports",
     "extract.min_characters": 50,
     "evaluate.stride": 16,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import run_forked
-from tiny_llama import BOS, COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, quiet, write_tiny_llama
+from tiny_llama import BOS, COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, fill_b, quiet, write_tiny_llama
 
 from pdf2lora.evaluation.scoring import nats_per_document, nats_per_token, nats_per_window
 from pdf2lora.model import loss
@@ -42,9 +42,7 @@ def adapted(base, *, bits, lora=LORA):
 def randomize_b(model):
     """Makes the adapter change the output, as a trained one does."""
     torch.manual_seed(0)
-    for name, value in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(value, std=0.05)
+    fill_b(model)
 
 
 def windows_of(documents=DOCUMENTS):

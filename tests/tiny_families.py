@@ -5,22 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_llama import BOS, EOS, PAD, VOCABULARY_SIZE, byte_tokenizer
+from tiny_llama import SIZES, byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.1,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "pad_token_id": PAD,
-}
 LLAMA_LAYERS = {
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),

@@ -23,6 +23,19 @@ from pdf2lora.tokens import Encoder, Sequences
 BOS, EOS, END_OF_TURN, PAD = range(256, 260)
 VOCABULARY_SIZE = 260
 CONTEXT_LENGTH = 128
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT_LENGTH,
+    "initializer_range": 0.1,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
 SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|pad|>"]
 
 QUANTIZATION = Quantization(bits=4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, placement="auto")
@@ -64,6 +77,7 @@ TRAIN = Train(
     report_to="none",
 )
 S = TypeVar("S", bound=Section)
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 # What PEFT says of a base elsewhere than in models/base, transformers 5.23 of names that 5.17 has no others for, and
 # bitsandbytes of paged optimizers on a CPU.
@@ -77,26 +91,20 @@ def changed(section: S, **changes: object) -> S:
     return type(section)(**(section.model_dump() | changes))
 
 
+def by_key(**sections: Section) -> dict[str, Any]:
+    """The settings of these sections as changes of params.yaml: {"train.seed": 0, ...}."""
+    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.model_dump().items()}
+
+
+TINY_SETTINGS = by_key(quantization=QUANTIZATION, lora=LORA, compute=COMPUTE, train=TRAIN)
+
+
 def write_tiny_llama(folder: Path, *, seed: int = 0, eos: int | list[int] = EOS, **changes: Any) -> Path:
     """config.json, model.safetensors, tokenizer.json, the manifest; random weights that are large enough to matter.
 
     changes: of the LlamaConfig.
     """
-    settings = {
-        "vocab_size": VOCABULARY_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": CONTEXT_LENGTH,
-        "initializer_range": 0.1,
-        "tie_word_embeddings": False,
-        "bos_token_id": BOS,
-        "eos_token_id": eos,
-        "pad_token_id": PAD,
-    }
-    config = LlamaConfig(**(settings | changes))
+    config = LlamaConfig(**(SIZES | {"tie_word_embeddings": False, "eos_token_id": eos} | changes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(folder)
@@ -143,6 +151,14 @@ def make_document(name: str, text: str) -> Document:
         reason=None,
         text=text,
     )
+
+
+def fill_b(model: Model, *, std: float = 0.05) -> Model:
+    """Draws the LoRA matrices B, which are zero before training, so that the adapter changes the output."""
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=std)
+    return model
 
 
 def random_sequences(num_sequences: int, *, seq_length: int = 32, seed: int = 0) -> Sequences:
