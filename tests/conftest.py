@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dask_processes import REPOSITORY, start_scheduler
+from dask_processes import start_scheduler
+from helpers import REPOSITORY
 from PIL import Image
 from reportlab.lib.pdfencrypt import StandardEncryption
 from reportlab.lib.utils import ImageReader

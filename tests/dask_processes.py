@@ -3,15 +3,14 @@
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+from helpers import REPOSITORY, wait_until
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "5s",  # a worker that stops is given up after this time
     "DASK_DISTRIBUTED__WORKER__DAEMON": "False",
@@ -51,13 +50,6 @@ def wait_for_workers(scheduler: Path, number: int) -> None:
 
     with Client(scheduler_file=str(scheduler), set_as_default=False) as client:
         client.wait_for_workers(number, timeout=60)
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def end_process(item: object) -> None:

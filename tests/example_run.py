@@ -4,8 +4,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from conftest import REPOSITORY
-from helpers import write_documents
+from helpers import REPOSITORY, write_documents
 from ruamel.yaml import YAML
 from tiny_llama import make_document
 

@@ -3,8 +3,8 @@
 import ast
 
 import pytest
-from conftest import REPOSITORY
 from example_run import write_run
+from helpers import REPOSITORY
 from ruamel.yaml import YAML
 
 from pdf2lora.params import read_params

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from conftest import EXTRACT_SETTINGS, prose, write_pdf
-from dask_processes import REPOSITORY, start_scheduler, wait_until, worker
-from helpers import write_documents
+from dask_processes import start_scheduler, worker
+from helpers import REPOSITORY, wait_until, write_documents
 from test_worker import slow_pdf
 
 from pdf2lora.documents import ocr, sketches

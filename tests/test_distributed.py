@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from helpers import run_forked
+from forked import run_forked
 
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.launcher import PeerLost

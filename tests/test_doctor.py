@@ -12,7 +12,8 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import REPOSITORY, prose, write_pdf
+from conftest import prose, write_pdf
+from helpers import REPOSITORY
 from ruamel.yaml import YAML
 from tiny_llama import write_split, write_tiny_llama
 

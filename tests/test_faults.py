@@ -16,9 +16,9 @@ from typing import Any
 import dvclive.live  # noqa: F401  # train imports it; forks of this process need not
 import psutil
 import pytest
-from conftest import REPOSITORY, extract_files, hanging_pdf, prose, write_pdf
-from dask_processes import wait_until
-from helpers import run_forked
+from conftest import extract_files, hanging_pdf, prose, write_pdf
+from forked import run_forked
+from helpers import REPOSITORY, wait_until
 from tiny_llama import TINY_SETTINGS, write_split, write_tiny_llama
 
 from pdf2lora.documents.language import detect_language

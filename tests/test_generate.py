@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from tiny_adapter import write_tiny_models
 from tiny_llama import quiet
 

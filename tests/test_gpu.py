@@ -16,7 +16,8 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, prose
+from conftest import prose
+from helpers import REPOSITORY
 from tiny_families import write_tiny_family
 from tiny_llama import (
     BOS,

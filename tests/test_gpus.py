@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 from pdf2lora.errors import InputError
 from pdf2lora.runtime import gpus

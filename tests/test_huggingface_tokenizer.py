@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from tiny_llama import write_tiny_llama
 from tokenizer_texts import TRICKY_TEXTS, train_sentencepiece
 from transformers import AutoTokenizer

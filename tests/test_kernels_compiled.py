@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 CAPABILITIES = [80, 89, 90, 120]  # A100, RTX 4090, H100, RTX 5090
 WITH_FP8 = {"_add_rmsnorm", "_rmsnorm_backward", "_swiglu", "_swiglu_backward", "_quantize", "_convert"}

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPOSITORY, has_cuda_driver
+from conftest import has_cuda_driver
+from helpers import REPOSITORY
 
 pytestmark = pytest.mark.skipif(has_cuda_driver(), reason="the launcher would wait for as many GPUs as processes")
 

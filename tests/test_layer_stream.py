@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import run_forked
+from forked import run_forked
 from interpreted import attention_forward, cpu_kernels, needs_interpreter, scaled_product  # noqa: F401
 from test_kernels_fused import ALL_LINEAR, NO_DROPOUT, hidden_and_gradients, some_ids
 from tiny_families import write_tiny_family

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import run_forked
+from forked import run_forked
 from tiny_llama import (
     COMPUTE,
     LORA,

@@ -1,8 +1,8 @@
 """reports/machine.html."""
 
 import pytest
-from conftest import REPOSITORY
 from example_run import write_machine
+from helpers import REPOSITORY
 
 from pdf2lora.params import read_params
 from pdf2lora.report.machine import Measurements, machine_figures, read_measurements, render_machine

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from safetensors.torch import load_file, save_file
 from tiny_adapter import write_tiny_adapter
 from tiny_llama import LORA, QUANTIZATION, changed, quiet, write_tiny_llama

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, changed_params, prose, write_pdf
+from conftest import changed_params, prose, write_pdf
+from helpers import REPOSITORY
 from tiny_llama import TINY_SETTINGS, write_tiny_llama
 
 SETTINGS = {

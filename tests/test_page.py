@@ -4,8 +4,8 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from conftest import REPOSITORY
 from example_run import write_run
+from helpers import REPOSITORY
 
 from pdf2lora.params import read_params
 from pdf2lora.report import style

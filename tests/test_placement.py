@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from tiny_llama import QUANTIZATION, changed
 
 from pdf2lora.params import read_params

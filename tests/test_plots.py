@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 import vl_convert
-from conftest import REPOSITORY
 from dvc_render import VegaRenderer
+from helpers import REPOSITORY
 
 from commands import plots
 

@@ -1,7 +1,7 @@
 """Findings about the source model, and settings that must fit it."""
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from tiny_families import write_tiny_family
 from tiny_llama import write_tiny_llama
 from tiny_meta import rewrite_json, write_tiny_meta

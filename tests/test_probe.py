@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
-from helpers import run_forked
+from forked import run_forked
+from helpers import REPOSITORY
 from ruamel.yaml import YAML
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, TRAIN, changed, quiet, same, trainable, write_tiny_llama
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 from pdf2lora.errors import InputError
 from pdf2lora.runtime import processes

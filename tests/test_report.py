@@ -4,8 +4,8 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 from example_run import write_machine, write_run
+from helpers import REPOSITORY
 from ruamel.yaml import YAML
 
 from pdf2lora.report.figures import documents, over_steps

@@ -4,9 +4,8 @@ import math
 from dataclasses import replace
 
 import pytest
-from conftest import REPOSITORY
 from example_run import write_run
-from helpers import write_documents
+from helpers import REPOSITORY, write_documents
 from ruamel.yaml import YAML
 from tiny_llama import make_document
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import run_forked
+from forked import run_forked
 from tiny_llama import BOS, COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, fill_b, quiet, write_tiny_llama
 
 from pdf2lora.evaluation.scoring import nats_per_document, nats_per_token, nats_per_window

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, prose, write_pdf
-from helpers import write_documents
+from conftest import prose, write_pdf
+from helpers import REPOSITORY, write_documents
 
 from pdf2lora.documents import ocr
 from pdf2lora.documents.extraction import extract as extract_pdfs

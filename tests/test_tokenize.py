@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, prose
+from conftest import prose
+from helpers import REPOSITORY
 from ruamel.yaml import YAML
 from tiny_llama import write_texts, write_tiny_llama
 from tiny_meta import rewrite_json

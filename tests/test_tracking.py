@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import REPOSITORY
-from helpers import run_forked
+from forked import run_forked
+from helpers import REPOSITORY
 from ruamel.yaml import YAML
 from tiny_llama import TRAIN, changed, quiet, write_tiny_llama
 from tiny_training import run_training

@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
-from conftest import REPOSITORY
 from example_run import write_run
+from helpers import REPOSITORY
 
 from pdf2lora.params import read_params
 from pdf2lora.report.results import read_results

@@ -116,18 +116,21 @@ def allot_devices(num_processes: int | Literal["auto"]) -> Iterator[tuple[int, l
         yield count, locks
 
 
-def job_environment(count: int) -> dict[str, str]:
-    """The variables that all processes of a job on this machine share."""
+def job_environments(count: int) -> list[dict[str, str]]:
+    """The variables of each process of a job on this machine. A job of one process needs none."""
+    if count == 1:
+        return [{}]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return {
+    shared = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, num_cores() // count))),
     }
+    return [shared | {"RANK": str(index), "LOCAL_RANK": str(index)} for index in range(count)]
 
 
 # The launcher's side
@@ -176,15 +179,13 @@ def _launch(module: str, count: int, locks: list[int]) -> None:
 
 
 def _start(module: str, count: int, locks: list[int]) -> list[_Worker]:
-    job = job_environment(count)
     workers = []
-    for index in range(count):
+    for index, environment in enumerate(job_environments(count)):
         ours, theirs = os.pipe()
         os.set_blocking(ours, False)
-        own = {"RANK": str(index), "LOCAL_RANK": str(index), PIPE: str(theirs)}
         process = subprocess.Popen(
             [sys.executable, "-m", module],
-            env=os.environ | job | own,
+            env=os.environ | environment | {PIPE: str(theirs)},
             pass_fds=[theirs, *locks],
             stdin=subprocess.DEVNULL,
         )

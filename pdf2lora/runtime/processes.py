@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from pdf2lora.errors import report_input_errors
-from pdf2lora.runtime.launcher import PIPE
+from pdf2lora.runtime.launcher import PIPE, is_main_process
 from pdf2lora.runtime.locks import exclusive_lock
 
 POLL_S = 0.2
@@ -61,7 +61,7 @@ def single_instance(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def wrapper() -> None:
-        if os.environ.get("RANK", "0") != "0" or PIPE in os.environ:  # the main process or the launcher holds the lock
+        if not is_main_process() or PIPE in os.environ:  # the main process or the launcher holds the lock
             main()
             return
         folder = LOCKS / stage

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pdf2lora.errors import InputError
 from pdf2lora.params import Params, Placement
 from pdf2lora.paths import BASE, TOKENS
-from pdf2lora.runtime.launcher import PIPE, job_environment
+from pdf2lora.runtime.launcher import PIPE, job_environments
 from pdf2lora.token_files import TokenFile
 from pdf2lora.training.batch_search import Measurement
 
@@ -166,11 +166,9 @@ class ProbeProcesses:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        environment = job_environment(self.count) if self.count > 1 else {}
-        for index in range(self.count):
+        for environment in job_environments(self.count):
             ours, theirs = context.Pipe()
-            own = environment | ({"RANK": str(index), "LOCAL_RANK": str(index)} if environment else {})
-            process = context.Process(target=_serve, args=(theirs, self.params, own), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, self.params, environment), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
