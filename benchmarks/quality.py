@@ -22,6 +22,7 @@ from pdf2lora.model.kernel_choice import Kernels
 from pdf2lora.params import Params, read_params
 from pdf2lora.paths import BASE, TOKENS
 from pdf2lora.runtime.distributed import Processes
+from pdf2lora.runtime.files import write_json
 from pdf2lora.token_files import TokenFile
 from pdf2lora.training.data_order import DataOrder
 from pdf2lora.training.job import build_model
@@ -80,7 +81,7 @@ def main() -> None:
             "standard_deviation": round(float(np.std(perplexities, ddof=1)), 4),
         }
         print(kernels, results[kernels], flush=True)
-        Path(file).write_text(json.dumps(results, indent=2) + "\n")
+        write_json(Path(file), results)
 
 
 if __name__ == "__main__":

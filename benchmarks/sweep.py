@@ -14,6 +14,7 @@ from benchmarks.table import machine
 from pdf2lora.model.gradient_checkpointing import SUPPORTED_GRADIENT_CHECKPOINTING
 from pdf2lora.params import read_params
 from pdf2lora.paths import BASE, BATCH, TOKENS
+from pdf2lora.runtime.files import write_json
 from pdf2lora.token_files import TokenFile
 from pdf2lora.training.batch_search import Measurement, per_device_batch
 from pdf2lora.training.probe import Prober
@@ -50,7 +51,7 @@ def main() -> None:
     share = choice["tokens_per_s"] / best["tokens_per_s"]
     print(f"budget {chosen['budget_gib']} GiB: best {best}, chosen {choice}, {share:.1%} of the best")
     result = {"machine": machine(), "budget_gib": chosen["budget_gib"], "best": best, "chosen": choice, "rows": rows}
-    Path(sys.argv[1]).write_text(json.dumps(result, indent=2) + "\n")
+    write_json(Path(sys.argv[1]), result)
 
 
 if __name__ == "__main__":

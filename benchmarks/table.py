@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pdf2lora.preflight.environment import installed
+from pdf2lora.runtime.files import write_json
 
 RUNS = [
     "report full:19",
@@ -38,7 +39,7 @@ def main() -> None:
         print(*map(json.dumps, printed), sep="\n", flush=True)
         if finished.returncode:
             print(f"{run}: exit status {finished.returncode}", finished.stderr[-1500:], flush=True)
-        Path(file).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+        write_json(Path(file), {"machine": machine(), "rows": rows})
     print(markdown(rows))
 
 

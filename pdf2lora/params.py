@@ -323,12 +323,12 @@ class Params(Section):
     @property
     def llama_version(self) -> str | None:
         """Llama version of the selected model; None for a model without an entry in `models`."""
-        return self.models[self.model].llama_version if self.model in self.models else None
+        return self.models.get(self.model, SourceModel()).llama_version
 
     @property
     def hub_id(self) -> str | None:
         """The base model's name on the Hugging Face hub, if it is known."""
-        return self.models[self.model].hub_id if self.model in self.models else None
+        return self.models.get(self.model, SourceModel()).hub_id
 
     @model_validator(mode="after")
     def _require_consistent_keys(self) -> Self:

@@ -20,7 +20,7 @@ def fake_extract(
 ) -> Iterator[tuple[Source, Extraction]]:
     for source in sources:
         text = (folder / source.path).read_text()
-        yield source, Extraction(1, 1, "pypdf2", {"pypdf2": outcome}, len(text), text, None)
+        yield source, Extraction(1, 1, "pypdf2", {"pypdf2": outcome}, len(text), text)
 
 
 def write_files(folder: Path, texts: dict[str, str]) -> list[Source]:

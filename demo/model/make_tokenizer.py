@@ -10,10 +10,10 @@ import base64
 import sys
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, trainers
 
 from demo.model.text import train_and_held_out
-from pdf2lora.weights.tiktoken_files import LLAMA3_SPLIT, byte_letters
+from pdf2lora.weights.tiktoken_files import byte_letters, llama3_pre_tokenizer
 
 NUM_RANKS = 3840
 TARGET = Path("models/source/demo/tokenizer.model")
@@ -22,12 +22,7 @@ TARGET = Path("models/source/demo/tokenizer.model")
 def main() -> None:
     train, _ = train_and_held_out(Path(sys.argv[1]))
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = llama3_pre_tokenizer()
     byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
     trainer = trainers.BpeTrainer(vocab_size=NUM_RANKS, initial_alphabet=list(byte_of), show_progress=False)
     tokenizer.train_from_iterator(train, trainer)

@@ -44,7 +44,7 @@ def extract_on_cluster(
             try:
                 extraction = cluster.result(future)
             except WorkersDied:
-                extraction = Extraction(None, 0, None, {"dask": Reason.CRASHED}, 0, "", Reason.CRASHED)
+                extraction = Extraction(attempts={"dask": Reason.CRASHED}, reason=Reason.CRASHED)
             yield source, extraction
 
 

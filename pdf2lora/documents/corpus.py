@@ -43,7 +43,7 @@ def extract_corpus(
     for source in sources:
         sha256 = hashes[source]
         if isinstance(sha256, Reason):
-            yield Document(source.id, "", None, 0, None, {}, 0, 0, sha256, "")
+            yield Document(source.id, sha256="", reason=sha256)
             continue
         extraction = crashed.get(sha256) or Extraction(**json.loads((cache / f"{sha256}.json").read_bytes()))
         reason, text = extraction.reason, extraction.text

@@ -45,13 +45,13 @@ class Attempt:
 class Extraction:
     """The text of one PDF, or the reason why there is none."""
 
-    num_pages: int | None
-    pages_read: int
-    engine: str | None
-    attempts: dict[str, str]
-    characters_raw: int
-    text: str
-    reason: str | None
+    num_pages: int | None = None
+    pages_read: int = 0
+    engine: str | None = None
+    attempts: dict[str, str] = field(default_factory=dict)
+    characters_raw: int = 0
+    text: str = ""
+    reason: str | None = None
     pages_ocr: int = 0
     pages_reordered: int = 0
     pages_unreadable: int = 0
@@ -65,14 +65,14 @@ class Document:
 
     id: str  # path in the corpus folder; of an archive's member: path of the archive, then path in it
     sha256: str  # of the PDF's bytes; "" for a member that cannot be read
-    num_pages: int | None  # of the file; None if no engine could count them
-    pages_read: int
-    engine: str | None  # that read the text
-    attempts: dict[str, str]  # engine -> "complete" or the reason that stopped it
-    characters_raw: int  # before cleaning
-    characters: int  # of text
-    reason: str | None  # why it is left out; None = kept
-    text: str
+    num_pages: int | None = None  # of the file; None if no engine could count them
+    pages_read: int = 0
+    engine: str | None = None  # that read the text
+    attempts: dict[str, str] = field(default_factory=dict)  # engine -> "complete" or the reason that stopped it
+    characters_raw: int = 0  # before cleaning
+    characters: int = 0  # of text
+    reason: str | None = None  # why it is left out; None = kept
+    text: str = ""
     pages_ocr: int = 0  # read by OCR
     pages_reordered: int = 0  # two columns that are drawn row by row, put in reading order
     pages_unreadable: int = 0  # left out, because their font has no Unicode map

@@ -1,6 +1,7 @@
 """Selects the best text of a document, or the reason why the document is left out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pdf2lora.documents import cleaning
 from pdf2lora.documents.language import detect_language
@@ -33,8 +34,7 @@ def best_attempt(attempts: Sequence[Attempt]) -> Attempt | None:
 
 def _without_codes(attempt: Attempt) -> Attempt:
     """Removes the text of pages whose font has no Unicode map. The other pages can be readable."""
-    pages = ["" if has_codes(page) else page for page in attempt.pages]
-    return Attempt(**vars(attempt) | {"pages": pages})
+    return replace(attempt, pages=["" if has_codes(page) else page for page in attempt.pages])
 
 
 def _is_better(candidate: Attempt, best: Attempt) -> bool:
@@ -56,7 +56,7 @@ def _fill_empty_pages(best: Attempt, attempts: Sequence[Attempt]) -> Attempt:
     for number, page in enumerate(best.pages):
         others = [attempt.pages[number] for attempt in attempts if attempt.pages[number:]]
         pages.append(next((text for text in [page, *others] if text.strip()), ""))
-    return Attempt(**vars(best) | {"pages": pages})
+    return replace(best, pages=pages)
 
 
 def pages_for_ocr(attempts: Sequence[Attempt], best: Attempt | None, max_pages: int) -> list[int]:
@@ -78,7 +78,7 @@ def add_ocr(best: Attempt | None, ocr: Attempt, numbers: Sequence[int]) -> Attem
     for number, page in zip(numbers, ocr.pages, strict=False):  # a stopped OCR has fewer pages
         if page.strip():
             pages[number] = page
-    return Attempt(**vars(best) | {"pages": pages})
+    return replace(best, pages=pages)
 
 
 def judge(

@@ -22,7 +22,7 @@ def load_unquantized(folder: Path, quantization: Quantization, compute: Compute)
     Decoder layers that do not fit on the GPU stay in host memory. accelerate copies each of them to the GPU when a
     forward pass needs it.
     """
-    unquantized = Quantization(**(quantization.model_dump() | {"bits": 16}))
+    unquantized = quantization.model_copy(update={"bits": 16})
     fits = not torch.cuda.is_available() or _weights_gib(folder, compute) < _free_gpu_gib()
     return load_base(folder, unquantized, compute, None if fits else _placement(folder, compute))
 

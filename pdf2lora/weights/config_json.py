@@ -32,9 +32,8 @@ def read_llama_layers(config: Mapping[str, Any], path: Path) -> LinearLayers:
     """
     hidden = whole_number(config, "hidden_size", path)
     num_heads = whole_number(config, "num_attention_heads", path)
-    has_kv_heads, has_head_dim = (config.get(key) is not None for key in ("num_key_value_heads", "head_dim"))
-    num_kv_heads = whole_number(config, "num_key_value_heads", path) if has_kv_heads else num_heads
-    head_dim = whole_number(config, "head_dim", path) if has_head_dim else hidden // num_heads
+    num_kv_heads = whole_number(config, "num_key_value_heads", path, default=num_heads)
+    head_dim = whole_number(config, "head_dim", path, default=hidden // num_heads)
     intermediate = whole_number(config, "intermediate_size", path)
     return llama_layers(
         hidden=hidden, query=num_heads * head_dim, key=num_kv_heads * head_dim, intermediate=intermediate

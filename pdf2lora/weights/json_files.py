@@ -24,9 +24,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def whole_number(values: Mapping[str, Any], key: str, path: Path) -> int:
-    """values[key], a whole number from 1 to MAX_DIMENSION. Raises InputError for any other value."""
+def whole_number(values: Mapping[str, Any], key: str, path: Path, default: int | None = None) -> int:
+    """values[key], a whole number from 1 to MAX_DIMENSION, or the default if the file does not have the key.
+
+    Raises InputError for any other value.
+    """
     value = values.get(key)
+    if value is None and default is not None:
+        return default
     if type(value) is int and 1 <= value <= MAX_DIMENSION:
         return value
     raise InputError(
@@ -35,9 +40,11 @@ def whole_number(values: Mapping[str, Any], key: str, path: Path) -> int:
     )
 
 
-def positive_number(values: Mapping[str, Any], key: str, path: Path) -> float:
-    """values[key], a finite number above 0. Raises InputError for any other value."""
+def positive_number(values: Mapping[str, Any], key: str, path: Path, default: float | None = None) -> float:
+    """values[key], a finite number above 0, or the default. Raises InputError for any other value."""
     value = values.get(key)
+    if value is None and default is not None:
+        return default
     if isinstance(value, (int, float)) and 0 < value < math.inf:
         return float(value)
     raise InputError(f"{path}: {key} is {json.dumps(value)}; it must be a number above 0. Download the file again.")

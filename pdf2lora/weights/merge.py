@@ -5,7 +5,6 @@ The files of the base are copied. Then each adapted weight is overwritten in the
 shape, dtype and offset. So memory holds only one weight.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pdf2lora.errors import InputError
+from pdf2lora.runtime.files import write_json
 from pdf2lora.runtime.free_space import require_disk_space
 from pdf2lora.runtime.manifest import MANIFEST
 from pdf2lora.weights.json_files import read_json
@@ -102,11 +102,11 @@ def write_config(file: Path) -> None:
 
     Older versions of vLLM and llama.cpp need these keys. Without them they silently use the default base, unscaled.
     """
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     rope = dict(config.get("rope_parameters") or {})
     if "rope_theta" in rope:  # otherwise the model has several rotary embeddings, by type of layer, or none
         config["rope_theta"] = rope.pop("rope_theta")
         config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     if "dtype" in config:
         config["torch_dtype"] = config["dtype"]
-    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(file, config)

@@ -94,7 +94,7 @@ def read_model_args(path: Path, llama_version: str) -> ModelArgs:
             f"Set {key} to the version of the source model ({' or '.join(fitting)})."
         )
     dim, n_heads = whole_number(params, "dim", path), whole_number(params, "n_heads", path)
-    n_kv_heads = n_heads if params.get("n_kv_heads") is None else whole_number(params, "n_kv_heads", path)
+    n_kv_heads = whole_number(params, "n_kv_heads", path, default=n_heads)
     if dim % (2 * n_heads):
         raise InputError(
             f"{path}: dim is {dim}; it must be a multiple of 2 * n_heads ({2 * n_heads}), because each head consists "
@@ -105,7 +105,6 @@ def read_model_args(path: Path, llama_version: str) -> ModelArgs:
             f"{path}: n_heads is {n_heads}; it must be a multiple of n_kv_heads ({n_kv_heads}). "
             "Download the file again."
         )
-    has_multiplier, has_multiple = (params.get(key) is not None for key in ("ffn_dim_multiplier", "multiple_of"))
     return ModelArgs(
         dim=dim,
         n_layers=whole_number(params, "n_layers", path),
@@ -114,6 +113,6 @@ def read_model_args(path: Path, llama_version: str) -> ModelArgs:
         vocab_size=None if params.get("vocab_size", -1) == -1 else whole_number(params, "vocab_size", path),
         norm_eps=positive_number(params, "norm_eps", path),
         rope_theta=positive_number({"rope_theta": version.rope_theta, **params}, "rope_theta", path),
-        ffn_dim_multiplier=positive_number(params, "ffn_dim_multiplier", path) if has_multiplier else 1.0,
-        multiple_of=whole_number(params, "multiple_of", path) if has_multiple else DEFAULT_MULTIPLE_OF,
+        ffn_dim_multiplier=positive_number(params, "ffn_dim_multiplier", path, default=1.0),
+        multiple_of=whole_number(params, "multiple_of", path, default=DEFAULT_MULTIPLE_OF),
     )

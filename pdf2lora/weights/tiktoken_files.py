@@ -50,12 +50,7 @@ def convert_tiktoken(content: bytes, path: Path, llama_version: str) -> Converte
         ignore_merges=True,  # as in tiktoken, a word that is a token needs no merges
     )
     tokenizer = Tokenizer(bpe)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = llama3_pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     special = llama3_special_tokens(llama_version)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
@@ -65,6 +60,16 @@ def convert_tiktoken(content: bytes, path: Path, llama_version: str) -> Converte
     )
     pad = special[-1] if llama_version == "3" else "<|finetune_right_pad_id|>"  # 3 has no token for padding
     return ConvertedTokenizer(tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, unk_token=None)
+
+
+def llama3_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Splits a text into words, and spells each word with the letters of its bytes."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 def llama3_special_tokens(llama_version: str) -> list[str]:
