@@ -1,13 +1,11 @@
 """The files of a finished run with invented numbers, for the tests of report and export."""
 
 import json
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from helpers import REPOSITORY, write_documents
+from helpers import REPOSITORY, make_document, write_documents
 from ruamel.yaml import YAML
-from tiny_llama import make_document
 
 
 @cache
@@ -24,7 +22,7 @@ def write_run(folder: Path, *, num_test: int = 4, num_validation: int = 1, impro
     names = [f"test-{n}.pdf" for n in range(num_test)]
     splits = {"train": ["a.pdf", "b.pdf"], "validation": ["v.pdf"][:num_validation], "test": names}
     documents = {name: make_document(name, f"text of {name} ") for ids in splits.values() for name in ids}
-    excluded = replace(make_document("<b>scan</b>.pdf", ""), reason="no_text_layer", engine=None)
+    excluded = make_document("<b>scan</b>.pdf", "", reason="no_text_layer", engine=None)
     (folder / "data/split").mkdir(parents=True)
     write_documents(folder / "data/documents.jsonl", [*documents.values(), excluded])
     for split, ids in splits.items():

@@ -2,12 +2,30 @@
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pdf2lora.documents.records import Document, write_through
+from pdf2lora.documents.records import COMPLETE, Document, write_through
+from pdf2lora.documents.text import text_sha256
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def make_document(name: str, text: str, **changes: Any) -> Document:
+    """A kept document of one page."""
+    document = Document(
+        id=name,
+        sha256=text_sha256(name + text),
+        num_pages=1,
+        pages_read=1,
+        engine="pdfium",
+        attempts={"pdfium": COMPLETE},
+        characters_raw=len(text),
+        characters=len(text),
+        text=text,
+    )
+    return replace(document, **changes)
 
 
 def write_documents(file: Path, documents: Iterable[Document]) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from conftest import EXTRACT_SETTINGS, prose, write_pdf
 from dask_processes import end_process, start_scheduler, wait_for_workers, worker
-from helpers import REPOSITORY, wait_until, write_documents
-from tiny_llama import BOS, EOS, byte_tokenizer, make_document, write_tiny_llama
+from helpers import REPOSITORY, make_document, wait_until, write_documents
+from tiny_llama import BOS, EOS, byte_tokenizer, write_tiny_llama
 
 from pdf2lora.documents import sketches
 from pdf2lora.documents.cluster import extract_on_cluster

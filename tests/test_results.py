@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 from example_run import write_run
-from helpers import REPOSITORY, write_documents
+from helpers import REPOSITORY, make_document, write_documents
 from ruamel.yaml import YAML
-from tiny_llama import make_document
 
 from pdf2lora.report import results
 from pdf2lora.report.results import find_licences, read_artifacts, read_columns, read_results

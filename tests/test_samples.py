@@ -2,8 +2,9 @@
 
 import pytest
 from conftest import prose
+from helpers import make_document
 from tiny_adapter import write_tiny_models
-from tiny_llama import COMPUTE, QUANTIZATION, changed, make_document, quiet
+from tiny_llama import COMPUTE, QUANTIZATION, changed, quiet
 
 from pdf2lora.evaluation.samples import continue_openings, read_openings, sample_entries
 from pdf2lora.model.forward import build_forward

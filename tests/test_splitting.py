@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import prose
+from helpers import make_document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_near_duplicates import edited, long_texts
-from test_records import document
 
 from pdf2lora.documents import splitting
 from pdf2lora.documents.near_duplicates import NUM_PERMUTATIONS, near_duplicate_groups, sketch
@@ -37,7 +37,7 @@ def split(documents: list[Document], *, similarity: float, **settings: Any) -> S
 
 
 def documents(number: int, first_seed: int = 0) -> list[Document]:
-    return [document(prose(seed), f"{seed}.pdf") for seed in range(first_seed, first_seed + number)]
+    return [make_document(f"{seed}.pdf", prose(seed)) for seed in range(first_seed, first_seed + number)]
 
 
 def split_documents(documents: list[Document], seed: int = 0, test: float = 0.1, validation: float = 0.05) -> Splits:
@@ -85,13 +85,13 @@ def test_too_few_documents_are_refused(number: int, validation: float) -> None:
 
 
 def test_a_corpus_of_copies_is_refused() -> None:
-    copies = [document(prose(1), f"{n}.pdf") for n in range(9)]
+    copies = [make_document(f"{n}.pdf", prose(1)) for n in range(9)]
     with pytest.raises(InputError, match=r"9 usable documents in 1 groups .*need at least 3 groups\. Add PDFs\.$"):
         split_documents(copies)
 
 
 def test_names_and_order_do_not_matter() -> None:
-    corpus = documents(10) + [document(edited(text, n), "copy.pdf") for text in long_texts(5) for n in range(4)]
+    corpus = documents(10) + [make_document("copy.pdf", edited(text, n)) for text in long_texts(5) for n in range(4)]
     renamed = [replace(d, id=f"other/{n}.pdf", sha256="other bytes") for n, d in enumerate(corpus)]
     random.Random(1).shuffle(renamed)
     first, second = split_documents(corpus), split_documents(renamed)
@@ -132,7 +132,7 @@ def test_an_additional_document_moves_at_most_one_other_across_a_boundary(number
 
 def test_near_duplicates_are_in_one_split() -> None:
     families = [[edited(text, number) for number in range(3)] for text in long_texts(8)]
-    corpus = [document(text, f"{n}-{m}.pdf") for n, family in enumerate(families) for m, text in enumerate(family)]
+    corpus = [make_document(f"{n}-{m}.pdf", text) for n, family in enumerate(families) for m, text in enumerate(family)]
     for seed in range(20):
         splits = split_by_text(split_documents(corpus, seed, test=0.2, validation=0.2))
         assert all(len({splits[text_sha256(text)] for text in family}) == 1 for family in families)
@@ -154,7 +154,7 @@ def test_a_split_is_complete_disjoint_and_independent_of_order_and_names(
     if len(set(texts)) < 3:
         return
     settings_ = {"test_fraction": test_fraction, "validation_fraction": validation_fraction}
-    corpus = [document(text, f"{number}.pdf") for number, text in enumerate(texts)]
+    corpus = [make_document(f"{number}.pdf", text) for number, text in enumerate(texts)]
     splits = split(corpus, **settings_, similarity=0.7, seed=1)
     shuffled = [replace(document, id=f"renamed-{document.id}") for document in corpus]
     order.shuffle(shuffled)

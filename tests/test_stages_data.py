@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import prose, write_pdf
-from helpers import REPOSITORY, write_documents
+from helpers import REPOSITORY, make_document, write_documents
 
 from pdf2lora.documents import ocr
 from pdf2lora.documents.extraction import extract as extract_pdfs
@@ -301,27 +301,10 @@ def test_wrong_params_stop_a_stage_before_it_writes(project: WriteParams, stage:
     assert has_no_outputs()
 
 
-def kept_document(number: int, **changes: Any) -> Document:
-    text = prose(number)
-    fields: dict[str, Any] = {
-        "id": f"{number}.pdf",
-        "sha256": str(number),
-        "num_pages": 1,
-        "pages_read": 1,
-        "engine": "pypdf2",
-        "attempts": {"pypdf2": "complete"},
-        "characters_raw": len(text),
-        "characters": len(text),
-        "reason": None,
-        "text": text,
-    }
-    return Document(**fields | changes)
-
-
 def write_corpus(number: int) -> None:
     """Writes `number` usable documents, and one that is left out."""
-    left_out = kept_document(1000, reason="encrypted", text="", characters=0)
-    write_documents(DOCUMENTS, [left_out, *map(kept_document, range(number))])
+    left_out = make_document("left_out.pdf", "", reason="encrypted")
+    write_documents(DOCUMENTS, [left_out, *(make_document(f"{n}.pdf", prose(n)) for n in range(number))])
 
 
 @pytest.mark.usefixtures("project")

@@ -9,12 +9,10 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
-from helpers import write_documents
+from helpers import make_document, write_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pdf2lora.documents.records import Document
-from pdf2lora.documents.text import text_sha256
 from pdf2lora.params import Compute, Lora, Quantization, Section, Train
 from pdf2lora.runtime.manifest import write_manifest
 from pdf2lora.token_files import encode_texts, write_tokens
@@ -136,21 +134,6 @@ def write_split(project: Path, split: str, texts: list[str], base: Path) -> None
     (project / "data/tokens").mkdir(exist_ok=True)
     encoder = Encoder.load(base)
     write_tokens(project / "data/tokens", split, encode_texts(encoder, texts), encoder)
-
-
-def make_document(name: str, text: str) -> Document:
-    return Document(
-        id=name,
-        sha256=text_sha256(name + text),
-        num_pages=1,
-        pages_read=1,
-        engine="pdfium",
-        attempts={"pdfium": "complete"},
-        characters_raw=len(text),
-        characters=len(text),
-        reason=None,
-        text=text,
-    )
 
 
 def fill_b(model: Model, *, std: float = 0.05) -> Model:
