@@ -1,23 +1,19 @@
 """A tiny random source model in Meta's layout: 2 layers, hidden size 64, and the tokenizer of its Llama version."""
 
-import base64
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
 from safetensors.torch import load_file
+from tokenizer_texts import RANKS, SENTENCEPIECE_VOCAB_SIZE, rank_lines, train_sentencepiece
 from torch import Tensor
 
 from pdf2lora.weights.conversion import convert
 
-MERGES = ["th", "the", " t", " the", "an", "and", " a", " and"]
-NUM_RANKS = 256 + len(MERGES)
-VOCAB_SIZE = NUM_RANKS + 256  # since Llama 3
-SENTENCEPIECE_VOCAB_SIZE = 300
+VOCAB_SIZE = len(RANKS) + 256  # since Llama 3
 INTERMEDIATE_SIZE = 88  # differs from the rule of params.json
 Weights = dict[str, Tensor]
 
@@ -37,7 +33,10 @@ def write_tiny_meta(
     """
     folder.mkdir()
     has_sentencepiece = version in ("1", "2")
-    (write_sentencepiece if has_sentencepiece else write_ranks)(folder / "tokenizer.model")
+    if has_sentencepiece:
+        train_sentencepiece(folder)
+    else:
+        (folder / "tokenizer.model").write_text("\n".join(rank_lines(RANKS)))
     params = make_params(version, **changes)
     vocab_size = SENTENCEPIECE_VOCAB_SIZE if has_sentencepiece else VOCAB_SIZE
     weights = make_weights(params, vocab_size, tied=tied, dtype=dtype)
@@ -100,28 +99,6 @@ def split_weights(weights: Weights, num_shards: int, *, embedding_dim: int) -> l
         for shard, part in zip(shards, parts, strict=True):
             shard[name] = part.clone()
     return shards
-
-
-def write_ranks(path: Path) -> None:
-    tokens = [bytes([byte]) for byte in range(256)] + [merge.encode() for merge in MERGES]
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
-
-
-def write_sentencepiece(path: Path) -> None:
-    text = path.with_name("text.txt")
-    text.write_text("The sea is warmer than it was.\nThe ice is thinner than it has been.\n")
-    sentencepiece.SentencePieceTrainer.Train(
-        input=str(text),
-        model_prefix=str(path.with_suffix("")),
-        model_type="bpe",
-        vocab_size=SENTENCEPIECE_VOCAB_SIZE,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    text.unlink()
-    path.with_suffix(".vocab").unlink()
 
 
 def rewrite_shard(folder: Path, change: Callable[[Weights], Any], number: int = 0) -> None:

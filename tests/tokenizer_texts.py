@@ -12,6 +12,7 @@ from typing import Any
 import sentencepiece
 
 KEY = "models.tiny.llama_version"
+SENTENCEPIECE_VOCAB_SIZE = 430
 TRAINING_TEXT = """It is raining on the hills, and the river doesn't rest: it'll rise by 1250 mm before the year 2040.
 The sea is warmer than it was; the ice is thinner than it has been. They've measured it, we're told, since 1979.
 Der Fluß läuft über; l'été a été très chaud; 海の温度が上がっている。
@@ -73,7 +74,7 @@ def train_sentencepiece(folder: Path, **options: Any) -> Path:
     text.write_text(TRAINING_TEXT * 3, encoding="utf-8")
     llama: dict[str, Any] = {
         "model_type": "bpe",
-        "vocab_size": 430,
+        "vocab_size": SENTENCEPIECE_VOCAB_SIZE,
         "byte_fallback": True,
         "split_digits": True,
         "normalization_rule_name": "identity",
@@ -83,6 +84,8 @@ def train_sentencepiece(folder: Path, **options: Any) -> Path:
     sentencepiece.SentencePieceTrainer.Train(
         input=str(text), model_prefix=str(folder / "tokenizer"), minloglevel=2, num_threads=1, **(llama | options)
     )
+    text.unlink()
+    (folder / "tokenizer.vocab").unlink()
     return folder / "tokenizer.model"
 
 
