@@ -1,4 +1,4 @@
-"""Fixtures for all tests: generated PDFs, params.yaml with changes, Python in another process."""
+"""Fixtures for all tests: PDFs of each kind, params.yaml with changes, Python in another process."""
 
 import ctypes
 import gc
@@ -6,10 +6,8 @@ import json
 import logging
 import math
 import os
-import random
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from functools import cache, partial
@@ -18,17 +16,9 @@ from typing import Any
 
 import pytest
 from dask_processes import start_scheduler
-from helpers import REPOSITORY
-from PIL import Image
-from reportlab.lib.pdfencrypt import StandardEncryption
-from reportlab.lib.utils import ImageReader
-from reportlab.pdfgen.canvas import Canvas
+from helpers import REPOSITORY, prose
 from ruamel.yaml import YAML
-
-from pdf2lora.documents.extraction import extract
-from pdf2lora.documents.records import Extraction
-from pdf2lora.documents.sources import Source
-from pdf2lora.runtime.files import file_sha256
+from tiny_pdfs import flate_bomb, hanging_pdf, raw_pdf, text_stream, write_pdf, write_scan
 
 
 def has_cuda_driver() -> bool:
@@ -56,22 +46,6 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 if not has_cuda_driver():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-EXTRACT_SETTINGS: dict[str, Any] = {  # section `extract` of params.yaml, for small PDFs
-    "engines": ["pdfium", "pypdf2"],
-    "max_pages": 30,
-    "timeout_s": 20.0,
-    "memory_gib": 0.5,
-    "clean": True,
-    "min_characters": 100,
-    "ocr": "none",
-    "ocr_timeout_s": 60.0,
-    "ocr_memory_gib": 4.0,
-}
-VOCABULARY = (
-    "sea ice river rain heat cloud wind coast forest soil harvest city grid carbon storm drought flood glacier ocean "
-    "model season decade region policy energy report measure cause change level growth loss risk demand supply"
-)
-
 
 # These files start first, so that the processes of `make test` end at the same time.
 SLOW_FILES = (
@@ -89,98 +63,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not has_cuda_driver():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-
-
-def prose(seed: int, num_words: int = 120) -> str:
-    """Random common words, different for each seed, in lines of at most 12 words."""
-    rng = random.Random(seed)
-    words = rng.choices(VOCABULARY.split(), k=num_words)
-    lines = [" ".join(words[start : start + 12]) for start in range(0, num_words, 12)]
-    return "\n".join(lines).capitalize() + "."
-
-
-def extract_files(files: Iterable[Path], *, num_workers: int = 1, **settings: Any) -> list[tuple[Path, Extraction]]:
-    """The extractions of some files, in their order."""
-    sources = {Source(file): file_sha256(file) for file in files}
-    results = dict(extract(Path(), sources, settings, num_workers=num_workers))
-    return [(source.path, results[source]) for source in sources]
-
-
-def write_pdf(file: Path, pages: list[str], password: str | None = None) -> Path:
-    """Writes a PDF with one string per page. A password encrypts it; an empty password too."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    encryption = None if password is None else StandardEncryption(password, ownerPassword="owner", strength=128)
-    canvas = Canvas(str(file), encrypt=encryption, invariant=1)
-    for page in pages:
-        text = canvas.beginText(72, 760)
-        text.textLines(page)
-        canvas.drawText(text)
-        canvas.showPage()
-    canvas.save()
-    return file
-
-
-def write_scan(file: Path) -> Path:
-    """Writes a PDF with one page that is an image."""
-    canvas = Canvas(str(file), invariant=1)
-    canvas.drawImage(ImageReader(Image.new("RGB", (20, 20), "gray")), 50, 50, 400, 600)
-    canvas.showPage()
-    canvas.save()
-    return file
-
-
-def text_stream(text: str) -> bytes:
-    """A PDF content stream that shows the lines of the text."""
-    return (
-        b"BT /F1 12 Tf 72 720 Td 14 TL "
-        + b" ".join(b"(%s) Tj T*" % line.encode() for line in text.split("\n"))
-        + b" ET"
-    )
-
-
-def raw_pdf(*contents: bytes, stream_filter: bytes = b"") -> bytes:
-    """A PDF with one page per content stream, written byte by byte. A PDF library would refuse such streams."""
-    page_numbers = range(4, 4 + 2 * len(contents), 2)
-    objects = [
-        b"<< /Type /Catalog /Pages 2 0 R >>",
-        b"<< /Type /Pages /Kids [%s] /Count %d >>" % (b" ".join(b"%d 0 R" % n for n in page_numbers), len(contents)),
-        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
-    ]
-    for number, content in zip(page_numbers, contents, strict=True):
-        objects += [
-            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 595 842] /Resources << /Font << /F1 3 0 R >> >> "
-            b"/Contents %d 0 R >>" % (number + 1),
-            b"<< %s/Length %d >>\nstream\n%s\nendstream" % (stream_filter, len(content), content),
-        ]
-    body, offsets = b"%PDF-1.4\n", []
-    for number, value in enumerate(objects, 1):
-        offsets.append(len(body))
-        body += b"%d 0 obj\n%s\nendobj\n" % (number, value)
-    table = b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1) + b"".join(
-        b"%010d 00000 n \n" % o for o in offsets
-    )
-    trailer = b"trailer << /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (len(objects) + 1, len(body))
-    return body + table + trailer
-
-
-def deflated_blanks(gib: int) -> bytes:
-    """A zlib stream of so many GiB of spaces, about 1 MB per GiB. It repeats one compressed MiB."""
-    deflate = zlib.compressobj(9)
-    first, next_ = (deflate.compress(b" " * 2**20) + deflate.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
-    size = gib * 2**30
-    low, high = (1 + 32 * size) % 65521, (size + 32 * size * (size + 1) // 2) % 65521
-    end_and_adler32 = b"\x03\x00" + (high << 16 | low).to_bytes(4, "big")
-    return first + next_ * (gib * 1024 - 1) + end_and_adler32
-
-
-def flate_bomb() -> bytes:
-    """A PDF of 10 kB whose page has 4 GiB."""
-    return raw_pdf(zlib.compress(deflated_blanks(4), 9), stream_filter=b"/Filter [/FlateDecode /FlateDecode] ")
-
-
-def hanging_pdf(*pages_before: str) -> bytes:
-    """A PDF whose last page ends in a comment without line end. PyPDF2 never stops reading it (CVE-2023-36464)."""
-    return raw_pdf(*map(text_stream, pages_before), b"BT ET % x")
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EXTRACT_SETTINGS, prose, write_pdf
+from helpers import prose
+from tiny_pdfs import EXTRACT_SETTINGS, write_pdf
 
 from pdf2lora.documents import archives
 from pdf2lora.documents.archives import DamagedMember, list_members, read_member

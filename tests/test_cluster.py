@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EXTRACT_SETTINGS, prose, write_pdf
 from dask_processes import start_scheduler, worker
-from helpers import REPOSITORY, wait_until, write_documents
+from helpers import REPOSITORY, prose, wait_until, write_documents
 from test_worker import slow_pdf
+from tiny_pdfs import EXTRACT_SETTINGS, write_pdf
 
 from pdf2lora.documents import ocr, sketches
 from pdf2lora.documents.cluster import extract_on_cluster

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EXTRACT_SETTINGS, prose, write_pdf
+from helpers import prose
+from tiny_pdfs import EXTRACT_SETTINGS, write_pdf
 
 from pdf2lora.documents.corpus import extract_corpus, summarize
 from pdf2lora.documents.extraction import Reader, extract

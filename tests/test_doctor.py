@@ -12,10 +12,10 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import prose, write_pdf
-from helpers import REPOSITORY
+from helpers import REPOSITORY, prose
 from ruamel.yaml import YAML
 from tiny_llama import write_split, write_tiny_llama
+from tiny_pdfs import write_pdf
 
 from commands import doctor
 from pdf2lora.model import quantization

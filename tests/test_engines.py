@@ -2,12 +2,13 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from conftest import prose, write_pdf
+from helpers import prose
 from PyPDF2 import PdfReader, PdfWriter
 from PyPDF2.generic import AnnotationBuilder, ArrayObject, DictionaryObject, NameObject, NumberObject, TextStringObject
 from reportlab.pdfbase import pdfmetrics
 from reportlab.pdfbase.ttfonts import TTFont
 from reportlab.pdfgen.canvas import Canvas
+from tiny_pdfs import write_pdf
 
 from pdf2lora.documents.engines import ENGINES, Encrypted
 

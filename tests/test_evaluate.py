@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import prose
+from helpers import prose
 from tiny_adapter import write_tiny_models
 from tiny_llama import quiet, write_split
 

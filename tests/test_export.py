@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import prose
 from dvc.repo import Repo
 from example_run import write_run
+from helpers import prose
 from safetensors.torch import load_file
 from tiny_adapter import write_tiny_models
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed, quiet, write_split

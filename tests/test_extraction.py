@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EXTRACT_SETTINGS, extract_files, hanging_pdf, prose, write_pdf
+from helpers import prose
+from tiny_pdfs import EXTRACT_SETTINGS, extract_files, hanging_pdf, write_pdf
 
 from pdf2lora.documents.extraction import extract, run_all
 from pdf2lora.documents.records import Extraction

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import prose
 from example_run import write_run
+from helpers import prose
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_families import LLAMA_LAYERS, tiny_config, write_tiny_family
 from tiny_llama import COMPUTE, EOS, LORA, changed, fill_b, quiet, random_sequences, write_split

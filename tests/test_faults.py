@@ -16,10 +16,10 @@ from typing import Any
 import dvclive.live  # noqa: F401  # train imports it; forks of this process need not
 import psutil
 import pytest
-from conftest import extract_files, hanging_pdf, prose, write_pdf
 from forked import run_forked
-from helpers import REPOSITORY, wait_until
+from helpers import REPOSITORY, prose, wait_until
 from tiny_llama import TINY_SETTINGS, write_split, write_tiny_llama
+from tiny_pdfs import extract_files, hanging_pdf, write_pdf
 
 from pdf2lora.documents.language import detect_language
 from pdf2lora.documents.records import Extraction, Reason, read_documents

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import prose
+from helpers import prose
 from tiny_llama import TINY_SETTINGS, TRAIN, by_key, changed, quiet, write_split, write_tiny_llama
 
 from pdf2lora.errors import InputError

@@ -16,8 +16,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
-from conftest import prose
-from helpers import REPOSITORY
+from helpers import REPOSITORY, prose
 from tiny_families import write_tiny_family
 from tiny_llama import (
     BOS,

@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import dvclive.live  # noqa: F401  # train imports it; forks of this process need not
 import pytest
 import torch
-from conftest import prose
 from forked import run_forked
-from helpers import REPOSITORY
+from helpers import REPOSITORY, prose
 from safetensors.torch import load_file
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, TINY_SETTINGS, changed, quiet, same, write_split, write_tiny_llama
 

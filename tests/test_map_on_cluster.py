@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EXTRACT_SETTINGS, prose, write_pdf
 from dask_processes import end_process, start_scheduler, wait_for_workers, worker
-from helpers import REPOSITORY, make_document, wait_until, write_documents
+from helpers import REPOSITORY, make_document, prose, wait_until, write_documents
 from tiny_llama import BOS, EOS, byte_tokenizer, write_tiny_llama
+from tiny_pdfs import EXTRACT_SETTINGS, write_pdf
 
 from pdf2lora.documents import sketches
 from pdf2lora.documents.cluster import extract_on_cluster

@@ -2,7 +2,7 @@ import random
 
 import numpy as np
 import pytest
-from conftest import prose
+from helpers import prose
 
 from pdf2lora.documents import near_duplicates
 from pdf2lora.documents.near_duplicates import NUM_PERMUTATIONS, band_width, sketch

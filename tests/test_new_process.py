@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import changed_params, prose, write_pdf
-from helpers import REPOSITORY
+from conftest import changed_params
+from helpers import REPOSITORY, prose
 from tiny_llama import TINY_SETTINGS, write_tiny_llama
+from tiny_pdfs import write_pdf
 
 SETTINGS = {
     **TINY_SETTINGS,

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pypdfium2
 import pytest
-from conftest import EXTRACT_SETTINGS, extract_files, prose, write_pdf, write_scan
+from helpers import prose
 from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen.canvas import Canvas
+from tiny_pdfs import EXTRACT_SETTINGS, extract_files, write_pdf, write_scan
 
 from pdf2lora.documents import ocr
 

@@ -1,7 +1,7 @@
 """Replay text: its files, and text that evaluate scores."""
 
 import pytest
-from conftest import prose
+from helpers import prose
 from tiny_llama import write_texts
 
 from pdf2lora.documents.replay import read_replay, require_unseen

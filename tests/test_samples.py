@@ -1,8 +1,7 @@
 """data/samples.json: continuations of both models and the nats of prompt and reference."""
 
 import pytest
-from conftest import prose
-from helpers import make_document
+from helpers import make_document, prose
 from tiny_adapter import write_tiny_models
 from tiny_llama import COMPUTE, QUANTIZATION, changed, quiet
 

@@ -1,7 +1,7 @@
 from typing import Any
 
 import pytest
-from conftest import prose
+from helpers import prose
 
 from pdf2lora.documents.records import COMPLETE, Attempt, Extraction, Reason
 from pdf2lora.documents.selection import add_ocr, best_attempt, judge, pages_for_ocr

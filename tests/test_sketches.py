@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import prose
+from helpers import prose
 
 from pdf2lora.documents import sketches
 from pdf2lora.documents.near_duplicates import sketch

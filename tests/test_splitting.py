@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import prose
-from helpers import make_document
+from helpers import make_document, prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_near_duplicates import edited, long_texts

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import prose, write_pdf
-from helpers import REPOSITORY, make_document, write_documents
+from helpers import REPOSITORY, make_document, prose, write_documents
+from tiny_pdfs import write_pdf
 
 from pdf2lora.documents import ocr
 from pdf2lora.documents.extraction import extract as extract_pdfs

@@ -5,8 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import prose
-from helpers import REPOSITORY
+from helpers import REPOSITORY, prose
 from ruamel.yaml import YAML
 from tiny_llama import write_texts, write_tiny_llama
 from tiny_meta import rewrite_json

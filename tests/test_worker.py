@@ -6,8 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import prose, raw_pdf, text_stream
+from helpers import prose
 from reportlab.pdfgen.canvas import Canvas
+from tiny_pdfs import raw_pdf, text_stream
 
 from pdf2lora.documents import worker as worker_module
 from pdf2lora.documents.records import COMPLETE, Reason
