@@ -8,6 +8,7 @@ The windows have random tokens, and every token is scored. The model is models/b
 import json
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -35,13 +36,11 @@ def main() -> None:
     for name in kernels or ["fused"]:
         forward = build_forward(model, name)
         started = time.perf_counter()
-        nats_per_document(
-            forward, random_windows, num_documents=len(rows), per_device_batch=int(batch), processes=alone
-        )
-        with model.disable_adapter():
-            nats_per_document(
-                forward, random_windows, num_documents=len(rows), per_device_batch=int(batch), processes=alone
-            )
+        for adapter in (nullcontext(), model.disable_adapter()):
+            with adapter:
+                nats_per_document(
+                    forward, random_windows, num_documents=len(rows), per_device_batch=int(batch), processes=alone
+                )
         print(f"{name}: {num_windows} windows, adapted and base: {time.perf_counter() - started:.1f} s", flush=True)
 
 

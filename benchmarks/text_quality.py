@@ -15,7 +15,6 @@ import re
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from pdf2lora.documents.corpus import extract_corpus
 from pdf2lora.documents.extraction import extract
 from pdf2lora.documents.records import Document
 from pdf2lora.documents.sources import list_corpus
-from pdf2lora.params import read_params
+from pdf2lora.params import Extract, read_params
 from pdf2lora.runtime.files import write_json
 
 
@@ -37,9 +36,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of each text")
     arguments = parser.parse_args()
 
-    settings = read_params().extract.model_dump()
+    settings = read_params().extract
     after = read_documents(arguments.pdfs, settings)
-    before = read_documents(arguments.pdfs, settings | {"engines": ["pypdf2"], "ocr": "none"})
+    before = read_documents(arguments.pdfs, settings.model_copy(update={"engines": ["pypdf2"], "ocr": "none"}))
     known = known_words(arguments.prose)
     model = load_model(arguments.model)
     rows = []
@@ -65,7 +64,7 @@ def main() -> None:
     print(json.dumps(results["summary"], indent=2))
 
 
-def read_documents(folder: Path, settings: Mapping[str, Any]) -> dict[str, Document]:
+def read_documents(folder: Path, settings: Extract) -> dict[str, Document]:
     with tempfile.TemporaryDirectory() as cache:
         documents = extract_corpus(folder, list_corpus(folder).sources, Path(cache), settings, extract)
         return {document.id: document for document in documents}

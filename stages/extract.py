@@ -35,14 +35,13 @@ def main() -> None:
     for sentence in listing.unread:
         print(f"extract: {sentence}")
 
-    settings = params.extract.model_dump()
     versions = [version(name) for name in PACKAGES]
     ocr_version = require_ocr(params.extract.ocr)
-    cache = scratch_folder("extract", fingerprint(settings, *stage_code("extract"), *versions, ocr_version))
+    cache = scratch_folder("extract", fingerprint(params.extract, *stage_code("extract"), *versions, ocr_version))
     run = extract
     if params.cluster.scheduler != "local":
         run = partial(extract_on_cluster, params.cluster.scheduler, params.cluster.corpus)
-    documents = extract_corpus(folder, listing.sources, cache, settings, run)
+    documents = extract_corpus(folder, listing.sources, cache, params.extract, run)
     with atomic_write(DOCUMENTS) as partial_file:
         metrics = summarize(write_through(partial_file, documents))
         left_out = ", ".join(f"{count} {reason}" for reason, count in metrics["left_out"].items()) or "none"

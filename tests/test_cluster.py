@@ -110,7 +110,7 @@ def test_another_version_of_the_code_or_of_a_package_is_refused(
     assert message.startswith("the Dask worker tcp://127.0.0.1:")
     assert ": the code is " in message
     monkeypatch.setattr(ocr, "installed_version", lambda: "rapidocr 99")
-    monkeypatch.setitem(EXTRACT_SETTINGS, "ocr", "rapidocr")
+    monkeypatch.setitem(globals(), "EXTRACT_SETTINGS", EXTRACT_SETTINGS.model_copy(update={"ocr": "rapidocr"}))
     with worker(scheduler):
         for name, value in (("pypdfium2", "0.1"), ("rapidocr", "99")):
 

@@ -14,12 +14,11 @@ from pdf2lora.errors import InputError
 from pdf2lora.runtime.files import file_sha256
 from tests.long.fuzz import fuzz_pdfs
 
-SETTINGS = EXTRACT_SETTINGS | {"num_workers": 1}
 SHORT_TIMEOUT_S = 1.0  # for an engine that hangs
 
 
 def read(file: Path, **changes: Any) -> Extraction:
-    [(_, extraction)] = extract_files([file], **SETTINGS | changes)
+    [(_, extraction)] = extract_files([file], **changes)
     return extraction
 
 
@@ -31,7 +30,7 @@ def flat(text: str) -> str:
 def extractions(pdfs: dict[str, Path]) -> dict[str, Extraction]:
     """The extractions of all PDFs that need no time limit."""
     names = [name for name in pdfs if name not in ("hanging", "bomb")]
-    results = extract_files([pdfs[name] for name in names], **SETTINGS)
+    results = extract_files([pdfs[name] for name in names])
     return dict(zip(names, [extraction for _, extraction in results], strict=True))
 
 
@@ -122,7 +121,7 @@ def test_a_document_that_hangs_on_its_first_page_is_left_out(tmp_path: Path) -> 
 @pytest.mark.parametrize("engine", ["pypdf2", "pdfium"])
 def test_a_bomb_stops_at_the_memory_limit_and_the_next_document_is_read(pdfs: dict[str, Path], engine: str) -> None:
     files = [pdfs["bomb"], pdfs["plain"]]
-    (_, bomb), (_, plain) = extract_files(files, **SETTINGS | {"engines": [engine]})
+    (_, bomb), (_, plain) = extract_files(files, engines=[engine])
     assert bomb.reason in ("out_of_memory", "crashed")
     assert bomb.attempts == {engine: bomb.reason}
     assert (plain.reason, plain.pages_read) == (None, 3)
@@ -131,7 +130,7 @@ def test_a_bomb_stops_at_the_memory_limit_and_the_next_document_is_read(pdfs: di
 def test_results_and_order_do_not_depend_on_the_number_of_workers(pdfs: dict[str, Path], tmp_path: Path) -> None:
     large = write_pdf(tmp_path / "large.pdf", [prose(seed) for seed in range(40)])
     files = [large, *(pdfs[name] for name in ("no_pdf", "plain", "short", "password", "one_bad_page", "scan"))]
-    one, two = (extract_files(files, **SETTINGS | {"max_pages": 40, "num_workers": number}) for number in (1, 2))
+    one, two = (extract_files(files, max_pages=40, num_workers=number) for number in (1, 2))
     assert [file for file, _ in two] == files
     assert one == two
 
@@ -148,7 +147,7 @@ def test_a_killed_process_is_reported_in_one_line(pdfs: dict[str, Path]) -> None
 
 
 def test_no_files_result_in_no_extractions() -> None:
-    assert extract_files([], **SETTINGS) == []
+    assert extract_files([]) == []
 
 
 def test_a_document_that_hangs_on_page_20_keeps_19_pages(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from pdf2lora.documents.records import Extraction, Reason, read_documents
 from pdf2lora.documents.sources import Source
 from pdf2lora.documents.worker import Worker
 from pdf2lora.errors import report_input_errors
-from pdf2lora.params import read_params
 from pdf2lora.runtime.manifest import MANIFEST
 from stages import evaluate, train
 from stages import extract as extract_stage
@@ -37,11 +36,7 @@ SETTINGS = {
     "corpus": "reports",
     "extract.min_characters": 50,
 }
-EXTRACT: dict[str, Any] = read_params(REPOSITORY / "params.yaml").extract.model_dump() | {
-    "engines": ["pypdf2"],
-    "min_characters": 10,
-    "ocr": "none",
-}
+EXTRACT: dict[str, Any] = {"engines": ["pypdf2"], "min_characters": 10}
 
 
 def run_extract(*, largest_file: int = resource.RLIM_INFINITY) -> Any:
@@ -281,7 +276,7 @@ def test_pdf_that_changes_while_it_is_read_is_an_error(project: Path, monkeypatc
 def test_killed_worker_changes_no_text(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After kill -9 or the out-of-memory killer, the document is read once more."""
     files = sorted(Path("data/pdfs/reports").iterdir())
-    undisturbed = extract_files(files, num_workers=1, **EXTRACT)
+    undisturbed = extract_files(files, **EXTRACT)
     processor_time_s = Worker._processor_time_s
     pids: list[int] = []
 
@@ -293,7 +288,7 @@ def test_killed_worker_changes_no_text(project: Path, monkeypatch: pytest.Monkey
         return processor_time_s(worker)
 
     monkeypatch.setattr(Worker, "_processor_time_s", kill_once)
-    assert extract_files(files, num_workers=1, **EXTRACT) == undisturbed
+    assert extract_files(files, **EXTRACT) == undisturbed
     assert len(set(pids)) == 2
 
 
@@ -307,7 +302,7 @@ def test_pdf_that_kills_its_worker_twice_has_crashed(project: Path, monkeypatch:
         raise EOFError
 
     monkeypatch.setattr(Worker, "_processor_time_s", kill)
-    [(_, extraction)] = extract_files([Path("data/pdfs/reports/0.pdf")], num_workers=1, **EXTRACT)
+    [(_, extraction)] = extract_files([Path("data/pdfs/reports/0.pdf")], **EXTRACT)
     assert extraction.reason == Reason.CRASHED
     assert len(killed) == 2
 

@@ -12,12 +12,11 @@ import pytest
 from helpers import prose
 from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen.canvas import Canvas
-from tiny_pdfs import EXTRACT_SETTINGS, extract_files, write_pdf, write_scan
+from tiny_pdfs import extract_files, write_pdf, write_scan
 
 from pdf2lora.documents import ocr
 
 NEEDS_OCR = pytest.mark.skipif(ocr.installed_version() is None, reason="needs requirements-ocr.txt")
-SETTINGS = EXTRACT_SETTINGS | {"ocr": "rapidocr", "num_workers": 1}
 
 
 def scan_of(source: Path, target: Path) -> Path:
@@ -70,7 +69,7 @@ def test_a_blank_page_needs_no_ocr(tmp_path: Path) -> None:
 @NEEDS_OCR
 def test_a_scan_is_read_with_few_errors(tmp_path: Path) -> None:
     scan = scan_of(write_pdf(tmp_path / "source.pdf", [prose(1), prose(2)]), tmp_path / "scan.pdf")
-    [(_, extraction)] = extract_files([scan], **SETTINGS)
+    [(_, extraction)] = extract_files([scan], ocr="rapidocr")
     assert (extraction.reason, extraction.engine, extraction.pages_ocr) == (None, "ocr", 2)
     expected = re.sub(r"\s+", " ", f"{prose(1)} {prose(2)}")
     assert error_rate(re.sub(r"\s+", " ", extraction.text), expected) < 0.02
@@ -84,7 +83,7 @@ def test_only_the_pages_without_text_are_read_by_ocr(tmp_path: Path) -> None:
     with pypdfium2.PdfDocument(write_pdf(tmp_path / "source.pdf", [prose(2)])) as source:
         canvas.drawImage(ImageReader(source[0].render(scale=200 / 72).to_pil()), 0, 0, *source[0].get_size())
     canvas.save()
-    [(_, extraction)] = extract_files([tmp_path / "mixed.pdf"], **SETTINGS)
+    [(_, extraction)] = extract_files([tmp_path / "mixed.pdf"], ocr="rapidocr")
     assert (extraction.engine, extraction.pages_ocr) == ("pdfium", 1)
     assert extraction.attempts == {"pdfium": "complete", "pypdf2": "complete", "ocr": "complete"}
     assert "has a text layer" in extraction.text
@@ -94,11 +93,11 @@ def test_only_the_pages_without_text_are_read_by_ocr(tmp_path: Path) -> None:
 @NEEDS_OCR
 def test_ocr_that_takes_too_long_is_killed(tmp_path: Path) -> None:
     scan = scan_of(write_pdf(tmp_path / "source.pdf", [prose(1)]), tmp_path / "scan.pdf")
-    [(_, extraction)] = extract_files([scan], **SETTINGS | {"ocr_timeout_s": 0.1})
+    [(_, extraction)] = extract_files([scan], ocr="rapidocr", ocr_timeout_s=0.1)
     assert extraction.reason == "no_text_layer"
 
 
 @NEEDS_OCR
 def test_a_picture_without_text_stays_without_text(tmp_path: Path) -> None:
-    [(_, extraction)] = extract_files([write_scan(tmp_path / "scan.pdf")], **SETTINGS)
+    [(_, extraction)] = extract_files([write_scan(tmp_path / "scan.pdf")], ocr="rapidocr")
     assert extraction.reason == "no_text_layer"

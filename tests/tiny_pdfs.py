@@ -13,23 +13,25 @@ from reportlab.pdfgen.canvas import Canvas
 from pdf2lora.documents.extraction import extract
 from pdf2lora.documents.records import Extraction
 from pdf2lora.documents.sources import Source
+from pdf2lora.params import Extract
 from pdf2lora.runtime.files import file_sha256
 
-EXTRACT_SETTINGS: dict[str, Any] = {  # section `extract` of params.yaml, for small PDFs
-    "engines": ["pdfium", "pypdf2"],
-    "max_pages": 30,
-    "timeout_s": 20.0,
-    "memory_gib": 0.5,
-    "clean": True,
-    "min_characters": 100,
-    "ocr": "none",
-    "ocr_timeout_s": 60.0,
-    "ocr_memory_gib": 4.0,
-}
+EXTRACT_SETTINGS = Extract(
+    engines=["pdfium", "pypdf2"],
+    max_pages=30,
+    timeout_s=20.0,
+    memory_gib=0.5,
+    clean=True,
+    min_characters=100,
+    ocr="none",
+    ocr_timeout_s=60.0,
+    ocr_memory_gib=4.0,
+)
 
 
-def extract_files(files: Iterable[Path], *, num_workers: int = 1, **settings: Any) -> list[tuple[Path, Extraction]]:
-    """The extractions of some files, in their order."""
+def extract_files(files: Iterable[Path], *, num_workers: int = 1, **changes: Any) -> list[tuple[Path, Extraction]]:
+    """The extractions of some files, in their order; changes: of EXTRACT_SETTINGS."""
+    settings = EXTRACT_SETTINGS.model_copy(update=changes)
     sources = {Source(file): file_sha256(file) for file in files}
     results = dict(extract(Path(), sources, settings, num_workers=num_workers))
     return [(source.path, results[source]) for source in sources]

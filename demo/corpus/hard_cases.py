@@ -1,8 +1,6 @@
-"""Makes seven documents that the pipeline must leave out or recognize as duplicates."""
+"""Makes PDFs without usable text: a scan, an incomplete download, a cover page."""
 
 import io
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pypdfium2
@@ -11,10 +9,6 @@ from reportlab.lib.pagesizes import A4
 from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen.canvas import Canvas
 
-from demo.corpus.article import Article
-from demo.corpus.layout import AGENCY, BULLETIN, JOURNAL, typeset
-
-PASSWORD = "hectopascal"
 SCAN_DPI = 100
 
 
@@ -29,11 +23,6 @@ def make_scan(source: Path, target: Path) -> None:
             canvas.drawImage(ImageReader(jpeg), 0, 0, *A4)
             canvas.showPage()
     canvas.save()
-
-
-def make_encrypted(article: Article, target: Path) -> None:
-    """Makes a report with a user password. No page is readable without it."""
-    typeset(article, JOURNAL, target, password=PASSWORD)
 
 
 def make_broken(source: Path, target: Path) -> None:
@@ -60,18 +49,3 @@ def make_cover(target: Path) -> None:
         text.textLine(line)
     canvas.drawText(text)
     canvas.save()
-
-
-def make_exact_copy(source: Path, target: Path) -> None:
-    """Makes a second file with the same bytes."""
-    shutil.copyfile(source, target)
-
-
-def make_second_edition(revised: Article, target: Path) -> None:
-    """Makes a revised edition: new title, two new paragraphs, a few reworded sentences, another style."""
-    typeset(revised, BULLETIN, target)
-
-
-def make_unmapped(article: Article, target: Path) -> None:
-    """Makes a document without a Unicode map in its fonts. A PDF engine returns "7KH" for "The"."""
-    typeset(article, replace(AGENCY, family="Shifted"), target)

@@ -8,20 +8,20 @@ import multiprocessing
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pdf2lora.documents import ocr
 from pdf2lora.documents.extraction import PACKAGES, extract_source, run_all
 from pdf2lora.documents.records import Extraction, Reason
 from pdf2lora.documents.sources import Source
 from pdf2lora.errors import InputError
+from pdf2lora.params import Extract
 from pdf2lora.runtime.cluster import WorkersDied, open_cluster
 
 NUM_WAITING = 2000  # names of PDFs at the scheduler at a time, enough for 500 cores
 
 
 def extract_on_cluster(
-    scheduler: str, shared_corpus: str, folder: Path, sources: Mapping[Source, str], settings: Mapping[str, Any]
+    scheduler: str, shared_corpus: str, folder: Path, sources: Mapping[Source, str], settings: Extract
 ) -> Iterator[tuple[Source, Extraction]]:
     """Like extraction.extract, on the workers of a scheduler.
 
@@ -34,8 +34,8 @@ def extract_on_cluster(
     if not sources:
         return
     folder_on_workers = str(folder.resolve()) if shared_corpus == "none" else shared_corpus.rstrip("/")
-    has_ocr = settings["ocr"] != "none" and ocr.installed_version() is not None
-    settings = {**settings, "ocr": "rapidocr" if has_ocr else "none"}
+    has_ocr = settings.ocr != "none" and ocr.installed_version() is not None
+    settings = settings.model_copy(update={"ocr": "rapidocr" if has_ocr else "none"})
     packages = PACKAGES + (ocr.PACKAGES if has_ocr else ())
     task = partial(extract_on_worker, folder_on_workers, settings)
     with open_cluster(scheduler, "extract", packages, task) as cluster:
@@ -48,7 +48,7 @@ def extract_on_cluster(
             yield source, extraction
 
 
-def extract_on_worker(folder: str, settings: Mapping[str, Any], source_and_sha256: tuple[Source, str]) -> Extraction:
+def extract_on_worker(folder: str, settings: Extract, source_and_sha256: tuple[Source, str]) -> Extraction:
     from distributed import get_worker
 
     worker = get_worker().address

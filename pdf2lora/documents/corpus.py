@@ -14,22 +14,22 @@ from tqdm import tqdm
 from pdf2lora.documents.records import COMPLETE, Document, Extraction, Reason
 from pdf2lora.documents.sources import Source, changed, corpus_state, hash_source
 from pdf2lora.documents.text import text_sha256
+from pdf2lora.params import Extract
 from pdf2lora.runtime.files import atomic_write
 from pdf2lora.runtime.parallel import num_cores
 
 SUMMED = ("pages_unreadable", "pages_ocr", "pages_reordered", "characters_raw", "characters")  # fields of a Document
 
-Extract = Callable[[Path, Mapping[Source, str], Mapping[str, Any]], Iterator[tuple[Source, Extraction]]]
+ExtractAll = Callable[[Path, Mapping[Source, str], Extract], Iterator[tuple[Source, Extraction]]]
 
 
 def extract_corpus(
-    folder: Path, sources: Sequence[Source], cache: Path, settings: Mapping[str, Any], run: Extract
+    folder: Path, sources: Sequence[Source], cache: Path, settings: Extract, run: ExtractAll
 ) -> Iterator[Document]:
     """Yields one Document per source, in the order of `sources`. Only the current text is in memory.
 
     folder: the corpus folder.
     cache: a folder of finished extractions, by SHA-256 of the PDF. A PDF in the cache is not read again.
-    settings: the section `extract` of params.yaml.
     run: extraction.extract, or a function that does the same on other machines.
 
     Raises InputError if the corpus changed during the extraction.
@@ -68,7 +68,7 @@ def _hash_all(folder: Path, sources: Sequence[Source]) -> dict[Source, str | Rea
 
 
 def _fill_cache(
-    folder: Path, hashes: Mapping[Source, str | Reason], cache: Path, settings: Mapping[str, Any], run: Extract
+    folder: Path, hashes: Mapping[Source, str | Reason], cache: Path, settings: Extract, run: ExtractAll
 ) -> dict[str, Extraction]:
     """Extracts the PDFs that are not in the cache. Writes each result at once, so an interrupted stage keeps it.
 

@@ -11,7 +11,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
 
 from pdf2lora.documents import ocr
 from pdf2lora.documents.archives import DamagedMember
@@ -61,12 +60,11 @@ def _read(worker: Worker, file: Path, engine: str, pages: Sequence[int]) -> Atte
 
 
 def extract(
-    folder: Path, sources: Mapping[Source, str], settings: Mapping[str, Any], *, num_workers: int | None = None
+    folder: Path, sources: Mapping[Source, str], settings: Extract, *, num_workers: int | None = None
 ) -> Iterator[tuple[Source, Extraction]]:
     """Yields (source, extraction) as they finish. The results do not depend on num_workers.
 
     sources: each PDF with the SHA-256 of its bytes.
-    settings: the section `extract` of params.yaml.
     num_workers: None means one worker per core.
 
     Raises InputError if a PDF changed or a worker was killed.
@@ -119,7 +117,7 @@ def run_all(
 _thread = threading.local()
 
 
-def extract_source(folder: str, settings: Mapping[str, Any], source: Source, sha256: str) -> Extraction:
+def extract_source(folder: str, settings: Extract, source: Source, sha256: str) -> Extraction:
     """Extracts one PDF with the Reader of this thread, which keeps its child process.
 
     Raises:
@@ -127,7 +125,7 @@ def extract_source(folder: str, settings: Mapping[str, Any], source: Source, sha
         InputError: the PDF does not have this SHA-256 any more.
     """
     if getattr(_thread, "settings", None) != settings:
-        _thread.settings, _thread.reader = settings, Reader(Extract.model_construct(**settings))
+        _thread.settings, _thread.reader = settings, Reader(settings)
     try:
         with local_file(folder, source) as file:
             extraction: Extraction = _thread.reader.read(file)

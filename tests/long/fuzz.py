@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import psutil
 
@@ -26,22 +25,23 @@ from pdf2lora.documents.extraction import extract
 from pdf2lora.documents.sources import Source
 from pdf2lora.documents.worker import MAX_CHARACTERS
 from pdf2lora.errors import InputError
+from pdf2lora.params import Extract
 from pdf2lora.runtime.files import file_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 PDFS = ROOT / "data/pdfs/demo"
 SOURCE_MODEL = ROOT / "models/source/demo"
-TIMEOUT_S = 3.0
-MEMORY_GIB = 1.0
-SETTINGS: dict[str, Any] = {
-    "engines": ["pypdf2", "pdfium"],
-    "max_pages": 30,
-    "clean": True,
-    "min_characters": 300,
-    "ocr": "none",
-    "ocr_timeout_s": 60.0,
-    "ocr_memory_gib": 4.0,
-}
+SETTINGS = Extract(
+    engines=["pypdf2", "pdfium"],
+    max_pages=30,
+    timeout_s=3.0,
+    memory_gib=1.0,
+    clean=True,
+    min_characters=300,
+    ocr="none",
+    ocr_timeout_s=60.0,
+    ocr_memory_gib=4.0,
+)
 NUMBERS = [b"0", b"-1", b"1", b"65536", b"2147483648", b"99999999999999999999"]
 NAMES = [
     b"/FlateDecode",
@@ -82,8 +82,7 @@ def fuzz_pdfs(folder: Path, number: int, seed: int, *, num_workers: int | None =
     outcomes: Counter[str] = Counter()
     files_with_result, last_s, longest_wait_s, largest_gib = [], start_s, 0.0, 0.0
     sources = {Source(file): file_sha256(file) for file in files}
-    settings = SETTINGS | {"timeout_s": TIMEOUT_S, "memory_gib": MEMORY_GIB}
-    for source, extraction in extract(Path(), sources, settings, num_workers=num_workers):
+    for source, extraction in extract(Path(), sources, SETTINGS, num_workers=num_workers):
         file = source.path
         files_with_result.append(file)
         outcomes[str(extraction.reason or "kept")] += 1
@@ -93,7 +92,7 @@ def fuzz_pdfs(folder: Path, number: int, seed: int, *, num_workers: int | None =
         assert len(extraction.text) <= 20 * MAX_CHARACTERS, file
     parent_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     assert sorted(files_with_result) == files, "results are missing"
-    assert largest_gib <= MEMORY_GIB, f"a worker uses {largest_gib:.2f} GiB"
+    assert largest_gib <= SETTINGS.memory_gib, f"a worker uses {largest_gib:.2f} GiB"
     summary = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
     return (
         f"fuzz: {number} PDFs in {time.monotonic() - start_s:.0f} s: {summary}; longest wait {longest_wait_s:.1f} s, "
