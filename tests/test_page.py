@@ -8,6 +8,7 @@ from example_run import write_run
 from helpers import REPOSITORY
 
 from pdf2lora.params import read_params
+from pdf2lora.paths import BASE
 from pdf2lora.report import style
 from pdf2lora.report.page import render_page, result_figures
 from pdf2lora.report.results import read_results
@@ -22,7 +23,7 @@ def page_of(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def make(changes: dict | None = None, extract: dict | None = None, **details: object) -> str:
-        results = read_results(write_run(tmp_path, **details) / "models/source/demo", ["models/base"])
+        results = read_results(write_run(tmp_path, **details) / "models/source/demo", [BASE])
         results.evaluation.update(changes or {})
         results.extract.update(extract or {})
         return render_page(results, read_params(REPOSITORY / "params.yaml"), {})
@@ -36,7 +37,7 @@ def html(tmp_path_factory) -> str:
     folder = write_run(tmp_path_factory.mktemp("run"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        results = read_results(folder / "models/source/demo", ["models/base"])
+        results = read_results(folder / "models/source/demo", [BASE])
         svgs = {name: style.svg(figure) for name, figure in result_figures(results).items()}
     return render_page(results, read_params(REPOSITORY / "params.yaml"), svgs)
 

@@ -2,18 +2,20 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from example_run import write_run
 from helpers import REPOSITORY, make_document, write_documents
 from ruamel.yaml import YAML
 
+from pdf2lora.paths import ADAPTER, BASE, CORPORA
 from pdf2lora.report import results
 from pdf2lora.report.results import find_licences, read_artifacts, read_columns, read_results
 
 
 def test_artifacts_have_the_order_of_the_paths():
-    artifacts = read_artifacts(REPOSITORY / "dvc.lock", ["models/base", "no/such", "data/pdfs/demo"])
+    artifacts = read_artifacts(REPOSITORY / "dvc.lock", [BASE, Path("no/such"), CORPORA / "demo"])
 
     assert [artifact.path for artifact in artifacts] == ["models/base", "data/pdfs/demo"]
     assert artifacts[1].md5.endswith(".dir")
@@ -31,13 +33,13 @@ def test_entries_of_earlier_runs_are_not_read(tmp_path, other):
     }
     YAML(typ="safe").dump({"stages": stages}, tmp_path / "dvc.lock")
 
-    (artifact,) = read_artifacts(tmp_path / "dvc.lock", ["models/adapter"])
+    (artifact,) = read_artifacts(tmp_path / "dvc.lock", [ADAPTER])
 
     assert (artifact.md5, artifact.num_files) == ("now.dir", 2)
 
 
 def test_without_a_lock_there_are_no_artifacts(tmp_path):
-    assert read_artifacts(tmp_path / "dvc.lock", ["models/base"]) == []
+    assert read_artifacts(tmp_path / "dvc.lock", [BASE]) == []
 
 
 def test_an_empty_field_of_a_curve_is_nan(tmp_path):
