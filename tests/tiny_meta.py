@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tokenizer_texts import RANKS, SENTENCEPIECE_VOCAB_SIZE, rank_lines, train_sentencepiece
+from tokenizer_texts import SENTENCEPIECE_VOCAB_SIZE, rank_lines, train_sentencepiece
 from torch import Tensor
 
 from pdf2lora.weights.conversion import convert
 
+MERGES = [b"th", b"the", b" t", b" the", b"an", b"and", b" a", b" and"]
+RANKS = {token: rank for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), *MERGES])}
 VOCAB_SIZE = len(RANKS) + 256  # since Llama 3
 INTERMEDIATE_SIZE = 88  # differs from the rule of params.json
 Weights = dict[str, Tensor]
