@@ -278,8 +278,8 @@ class Evaluate(Section):
     per_device_batch: Positive
     """Windows in one forward pass. Changes time and memory, not the result."""
     unquantized_base: bool
-    """Also scores the base without quantization, which shows the cost of 4 or 8 bits. The first evaluate of a base takes
-    50% longer; later ones take its scores from .scratch/evaluate."""
+    """Also scores the base without quantization, which shows the cost of 4 or 8 bits. The first evaluate of a base
+    takes 50% longer; later ones take its scores from .scratch/evaluate."""
     compare_to: Annotated[str, Field(min_length=1)]
     """A git revision or DVC experiment whose adapter is the baseline of a paired comparison, or none."""
 

@@ -76,6 +76,28 @@ def test_pdfium_separates_the_lines_of_rotated_text(tmp_path: Path, angle: int) 
     assert page.text.split() == ["The", "sea", "rises", "and", "the", "ice", "of", "the", "mountains", "melts."]
 
 
+@pytest.mark.parametrize(("rise", "mark"), [(-3, "2"), (6, "17")], ids=["subscript", "footnote mark"])
+def test_pdfium_continues_a_line_after_a_small_character(tmp_path: Path, rise: int, mark: str) -> None:
+    """pdfium ends a line there. The rest of the row is neither a line nor a paragraph."""
+    canvas = Canvas(str(tmp_path / "row.pdf"))
+    for row, (before, after) in enumerate(
+        [("The oceans take up CO", ", and the"), ("land takes up CO", " more slowly.")]
+    ):
+        text = canvas.beginText(100, 700 - 14 * row)
+        for size, height, piece in ((12, 0, before), (7, rise, mark), (12, 0, after)):
+            text.setFont("Helvetica", size)
+            text.setRise(height)
+            text.textOut(piece)
+        canvas.drawText(text)
+    canvas.drawString(100, 672, "A third line.")
+    canvas.save()
+
+    lines = ENGINES["pdfium"](tmp_path / "row.pdf").read_page(0).text.splitlines()
+
+    expected = [f"The oceans take up CO{mark}, and the", f"land takes up CO{mark} more slowly.", "A third line."]
+    assert [line.replace(" ,", ",").rstrip() for line in lines] == expected
+
+
 def copy_of(source: Path) -> PdfWriter:
     writer = PdfWriter()
     writer.append_pages_from_reader(PdfReader(source))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pdf2lora.documents.columns import Box, column_order, union
-from pdf2lora.documents.paragraphs import paragraph_starts
+from pdf2lora.documents.paragraphs import continues_row, paragraph_starts
 
+SPACE = 0.1  # of the height of a line: a wider gap between two pieces of a row is a space
 LINE_END = re.compile("\r\n|\n|(?<=\ufffe)(?!\r?\n)")  # pdfium writes U+FFFE for a hyphen at a line end
 PROSE_LETTERS = 8  # in a column of prose, a line has at least 8 letters
 PROSE_SHARE = 0.8  # in at least 80% of the lines
@@ -100,16 +101,22 @@ def _text_with_gaps(text_page: Any) -> str:
         return bounded  # text outside of the page shifts the indices of characters
     lines = LINE_END.split(text)
     starts = [0, *(match.end() for match in LINE_END.finditer(text))]
-    first_letters = [
-        Box(*text_page.get_charbox(raw.FPDFText_GetCharIndexFromTextIndex(text_page, start), loose=True))
-        if line.strip()
-        else None
-        for start, line in zip(starts, lines, strict=True)
-    ]
+
+    def letter(index: int) -> Box:
+        return Box(*text_page.get_charbox(raw.FPDFText_GetCharIndexFromTextIndex(text_page, index), loose=True))
+
+    first_letters = [letter(start) if line.strip() else None for start, line in zip(starts, lines, strict=True)]
     is_start = paragraph_starts(first_letters)
-    result = []
-    for line, starts_paragraph in zip(lines, is_start, strict=True):
-        result += ["", line] if starts_paragraph and not line[:1].islower() else [line]
+    result = [lines[0]]
+    for number, line in enumerate(lines[1:], 1):
+        first, box = first_letters[number - 1 : number + 1]
+        if first and box:
+            last = letter(starts[number - 1] + len(lines[number - 1].rstrip()) - 1)
+            if continues_row(first, last, box):
+                gap = " " if box.left - last.right > SPACE * (box.top - box.bottom) else ""
+                result[-1] = result[-1].rstrip() + gap + line
+                continue
+        result += ["", line] if is_start[number] and not line.lstrip()[:1].islower() else [line]
     return "\n".join(result)
 
 

@@ -9,6 +9,7 @@ from pdf2lora.documents.columns import Box
 MAX_LINE_STEP = 1.4  # times the median distance between two lines of the page: a longer distance is a gap,
 MAX_HEIGHT_STEP = 1.1  # if it is also longer than 1.1 times the height of the line (headings are high)
 MIN_INDENT = 0.5  # of the height of the line
+SAME_ROW = 0.3  # of the height: the largest difference of two tops, and of two bottoms, in a row
 SAME_LEFT = 0.1  # of the height: the lines above and below an indented line start at the same x
 
 
@@ -25,6 +26,16 @@ def paragraph_starts(first_letters: Sequence[Box | None]) -> list[bool]:
         above is not None and box is not None and (_has_gap(above, box, step) or _is_indented(above, box, below))
         for above, box, below in neighbors
     ]
+
+
+def continues_row(first: Box, last: Box, box: Box) -> bool:
+    """Whether a piece of text continues a row: pdfium ends a line after a subscript or a footnote mark.
+
+    first, last: the letters of the row so far; the last one can be small. box: the first letter of the piece.
+    """
+    most = SAME_ROW * min(first.top - first.bottom, box.top - box.bottom)
+    has_same_font = abs(first.bottom - box.bottom) < most and abs(first.top - box.top) < most
+    return has_same_font and first.left < box.left and last.bottom < box.top and box.bottom < last.top
 
 
 def _has_gap(above: Box, box: Box, step: float) -> bool:
