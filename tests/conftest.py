@@ -97,6 +97,22 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield file
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama as a base model. Most tests use it, and none changes it."""
+    from tiny_llama import write_tiny_llama  # imports torch, which other tests do not need
+
+    return write_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny Llama and an adapter, as models/ after train."""
+    from tiny_adapter import write_tiny_models
+
+    return write_tiny_models(tmp_path_factory.mktemp("models"))
+
+
 @pytest.fixture
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """extract starts no processes except the one that runs the engines, as on a machine with one core."""

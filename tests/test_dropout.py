@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from interpreted import cpu_kernels, needs_interpreter  # noqa: F401
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, fill_b, quiet, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, fill_b, quiet
 
 from pdf2lora.model import dropout
 from pdf2lora.model.dropout import CounterDropout, DropoutRate, DropoutState, dropout_state, keep_mask
@@ -112,11 +112,6 @@ def test_module_scales_the_features_that_it_keeps_and_their_gradient():
 def test_training_without_a_seed_is_an_error():
     with pytest.raises(RuntimeError, match=r"call forward\.set_dropout"):
         CounterDropout(0.3, 0, DropoutState(CPU))(torch.ones(1, 2, 8))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 def adapted(base, p):

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import prose
-from tiny_adapter import write_tiny_models
 from tiny_llama import quiet, write_split
 
 from pdf2lora.evaluation import job
@@ -29,11 +28,6 @@ SETTINGS = {
     "evaluate.stride": 12,
     "evaluate.per_device_batch": 4,
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_tiny_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

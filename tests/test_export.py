@@ -10,7 +10,6 @@ from dvc.repo import Repo
 from example_run import write_run
 from helpers import prose
 from safetensors.torch import load_file
-from tiny_adapter import write_tiny_models
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed, quiet, write_split
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,11 +21,6 @@ from pdf2lora.runtime.manifest import MANIFEST, find_damage
 
 pytestmark = quiet
 SETTINGS = {"compute.seq_length": 32, "evaluate.stride": 16}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_tiny_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from forked import run_forked
 from helpers import REPOSITORY, prose, wait_until
-from tiny_llama import TINY_SETTINGS, write_split, write_tiny_llama
+from tiny_llama import TINY_SETTINGS, write_split
 from tiny_pdfs import extract_files, hanging_pdf, write_pdf
 
 from pdf2lora.documents.language import detect_language
@@ -83,11 +83,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_params: Calla
     for number in range(3):
         write_pdf(tmp_path / f"data/pdfs/reports/{number}.pdf", [prose(number), prose(10 + number)])
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

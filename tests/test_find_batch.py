@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from helpers import prose
-from tiny_llama import TINY_SETTINGS, TRAIN, by_key, changed, quiet, write_split, write_tiny_llama
+from tiny_llama import TINY_SETTINGS, TRAIN, by_key, changed, quiet, write_split
 
 from pdf2lora.errors import InputError
 from pdf2lora.params import FindBatch
@@ -24,11 +24,6 @@ SETTINGS: dict[str, Any] = {
     **by_key(find_batch=LIMITS),
     "evaluate.stride": 12,
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_llama import TRAIN, changed, quiet, random_sequences, same, trainable, write_tiny_llama
+from tiny_llama import TRAIN, changed, quiet, random_sequences, same, trainable
 from tiny_training import NO_DROPOUT, build_learner, run_training
 
 from pdf2lora.errors import InputError
@@ -15,11 +15,6 @@ pytestmark = [quiet, pytest.mark.filterwarnings("ignore:Detected call of `lr_sch
 GradScaler = torch.amp.GradScaler
 ROWS = np.arange(2)
 HUGE = 2.0**40  # overflows float16 in each backward pass
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed, fill_b, quiet, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed, fill_b, quiet
 
 from pdf2lora.model.forward import ReferenceForward, build_forward
 from pdf2lora.model.gradient_checkpointing import GradientCheckpointing
@@ -10,11 +10,6 @@ from pdf2lora.model.loading import add_lora, load_base
 pytestmark = quiet
 BFLOAT16 = changed(COMPUTE, compute_dtype="bfloat16")
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -8,18 +8,12 @@ import sys
 
 import pytest
 from helpers import REPOSITORY
-from tiny_adapter import write_tiny_models
 from tiny_llama import quiet
 
 from commands import generate
 
 pytestmark = quiet
 PROMPTS = ["It cost $5 in $HOME", "a $(shell id) b", "one\ntwo", 'it\'s "q" (x) `id` \\ $$']
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_tiny_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

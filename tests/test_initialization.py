@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed, quiet, same, trainable, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed, quiet, same, trainable
 from transformers import LlamaForCausalLM
 
 from pdf2lora.errors import InputError
@@ -21,11 +21,6 @@ pytestmark = quiet
 IDS = torch.arange(40)[None]
 CHANGE_BASE = ["pissa", "pissa_niter_4", "olora"]
 ALL = [*CHANGE_BASE, "loftq"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 def lora_of(method, **changes):

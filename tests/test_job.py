@@ -24,7 +24,7 @@ import torch
 from forked import run_forked
 from helpers import REPOSITORY, prose
 from safetensors.torch import load_file
-from tiny_llama import COMPUTE, LORA, QUANTIZATION, TINY_SETTINGS, changed, quiet, same, write_split, write_tiny_llama
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, TINY_SETTINGS, changed, quiet, same, write_split
 
 from pdf2lora.evaluation.scoring import nats_per_token
 from pdf2lora.model.forward import build_forward
@@ -89,11 +89,6 @@ def run(count: int = 1, prepare: Callable[[], object] = lambda: None) -> list[Ou
 def run_one(prepare: Callable[[], object] = lambda: None) -> Outcome:
     (outcome,) = run(1, prepare)
     return outcome
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

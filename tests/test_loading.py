@@ -19,11 +19,6 @@ IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 NO_DROPOUT = changed(LORA, lora_dropout=0.0)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
-
-
 def load(base, *, bits=4, compute=COMPUTE):
     return load_base(base, changed(QUANTIZATION, bits=bits), compute)
 

@@ -22,7 +22,6 @@ from tiny_llama import (
     same,
     tensors_of,
     trainable,
-    write_tiny_llama,
 )
 from tiny_training import (
     NO_DROPOUT,
@@ -44,11 +43,6 @@ from pdf2lora.training.loop import Learner, dropout_seed
 pytestmark = quiet
 LONG = changed(TRAIN, num_train_epochs=2, logging_steps=3, save_steps=2)  # 8 steps
 Run = Callable[..., Training]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

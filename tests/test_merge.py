@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_adapter import write_tiny_adapter
-from tiny_llama import quiet, write_tiny_llama
+from tiny_llama import quiet
 from transformers import LlamaForCausalLM
 
 from pdf2lora.errors import InputError
@@ -17,11 +17,6 @@ from pdf2lora.weights.merge import merge, read_adapter, write_config
 
 pytestmark = quiet
 VARIANTS = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_llama import quiet, random_sequences, tensors_of, write_tiny_llama
+from tiny_llama import quiet, random_sequences, tensors_of
 from tiny_training import NO_DROPOUT, build_learner
 
 from pdf2lora.tokens import IGNORED, Sequences
@@ -13,11 +13,6 @@ from pdf2lora.training import micro_batch
 from pdf2lora.training.loop import Learner
 
 pytestmark = quiet
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from forked import run_forked
-from tiny_llama import BOS, COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, fill_b, quiet, write_tiny_llama
+from tiny_llama import BOS, COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, fill_b, quiet
 
 from pdf2lora.evaluation.scoring import nats_per_document, nats_per_token, nats_per_window
 from pdf2lora.model import loss
@@ -22,11 +22,6 @@ pytestmark = quiet
 SEQ_LENGTH, STRIDE = 24, 10
 LENGTHS = (100, 7, 0, 24, 25, 61)  # one document is empty, one has the length of a window
 DOCUMENTS = [np.random.default_rng(number).integers(0, 256, length) for number, length in enumerate(LENGTHS)]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

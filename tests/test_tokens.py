@@ -13,11 +13,6 @@ from pdf2lora.tokens import IGNORED, Encoder, MixedSequences, Sequences, require
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
 def encoder(base):
     return Encoder.load(base)
 

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from forked import run_forked
 from helpers import REPOSITORY
 from ruamel.yaml import YAML
-from tiny_llama import TRAIN, changed, quiet, write_tiny_llama
+from tiny_llama import TRAIN, changed, quiet
 from tiny_training import run_training
 
 from pdf2lora.errors import InputError
@@ -32,11 +32,6 @@ pytestmark = quiet
 Curves = dict[str, list[tuple[int, float]]]
 CURVES = {f"{split}/{name}" for split in ("train", "validation") for name in ("loss", "perplexity")}
 CURVES |= {"learning_rate", "gradient_norm"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
