@@ -11,14 +11,14 @@ from pathlib import Path
 from pdf2lora.documents.sources import Listing, list_corpus
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.params import Params, read_params
-from pdf2lora.paths import CORPORA, SOURCE_MODELS
+from pdf2lora.paths import CORPORA
 from pdf2lora.preflight import environment
 from pdf2lora.preflight.corpus import corpus
 from pdf2lora.preflight.environment import Gpu
 from pdf2lora.preflight.findings import Finding, has_problem
 from pdf2lora.preflight.folders import require_folders
 from pdf2lora.preflight.forecast import Estimate, forecast, required_disk_gib, schedule_notes, training_sequences
-from pdf2lora.preflight.model_shape import ModelShape, model_shape
+from pdf2lora.preflight.model_shape import ModelShape
 from pdf2lora.preflight.placement import placement, streams_layers
 from pdf2lora.preflight.previous_run import PreviousRun
 from pdf2lora.preflight.source_model import source_model
@@ -35,7 +35,7 @@ def main() -> None:
     gpus = environment.find_gpus()
     folder = CORPORA / params.corpus
     machine = check_machine(params, gpus)
-    model_findings, files = source_model(params)
+    model_findings, shape = source_model(params)
     try:
         listing = list_corpus(folder)
         corpus_findings = corpus(folder, listing)
@@ -45,8 +45,7 @@ def main() -> None:
     findings = [Finding("ok", "params", "params.yaml is valid"), *machine, *inputs]
     estimates: list[Estimate] = []
 
-    if files is not None and not has_problem(inputs):
-        shape = model_shape(files, SOURCE_MODELS / params.model)
+    if shape is not None and not has_problem(inputs):
         previous = PreviousRun.read(params)
         tokens = count_training_tokens(params, previous, folder, listing.sources)
         estimates = forecast(params, previous, shape, gpus, tokens)

@@ -31,21 +31,21 @@ def levels(findings):
 def test_a_hugging_face_folder_needs_no_entry_in_models(source, params_with):
     write_tiny_llama(source)
 
-    findings, files = source_model(params_with())
+    findings, shape = source_model(params_with())
 
     assert levels(findings) == [("ok", "source model"), ("note", "licence")]
     assert findings[0].text == "models/source/tiny: LlamaForCausalLM, 0.00 GiB of weights"
-    assert files is not None
+    assert shape.num_layers == 2
 
 
 def test_meta_s_layout_needs_the_version(source, params_with):
     write_tiny_meta(source, "3.1")
 
-    findings, files = source_model(params_with())
-    assert (findings[0].level, files) == ("problem", None)
+    findings, shape = source_model(params_with())
+    assert (findings[0].level, shape) == ("problem", None)
     assert "models.tiny.llama_version is missing; models/source/tiny is in Meta's layout" in findings[0].text
 
-    findings, files = source_model(params_with(**{"models.tiny": {"llama_version": "3.1"}}))
+    findings, shape = source_model(params_with(**{"models.tiny": {"llama_version": "3.1"}}))
     assert findings[0].text == "models/source/tiny: Meta's layout, 0.00 GiB of weights"
 
 

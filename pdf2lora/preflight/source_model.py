@@ -8,7 +8,7 @@ from pdf2lora.families import FAMILIES, is_target
 from pdf2lora.params import ALL_LINEAR, Params
 from pdf2lora.paths import SOURCE_MODELS
 from pdf2lora.preflight.findings import Finding
-from pdf2lora.preflight.model_shape import model_shape
+from pdf2lora.preflight.model_shape import GIB, ModelShape, model_shape
 from pdf2lora.weights.huggingface_files import HuggingFaceFiles, read_huggingface
 from pdf2lora.weights.huggingface_tokenizer import require_tokenizer_version
 from pdf2lora.weights.layout import find_layout
@@ -17,23 +17,20 @@ from pdf2lora.weights.licences import find_licences
 from pdf2lora.weights.params_json import ModelArgs, read_model_args, require_version
 from pdf2lora.weights.tokenizer import require_tokenizer_kind
 
-GIB = 2**30
 
-
-def source_model(params: Params) -> tuple[list[Finding], HuggingFaceFiles | ModelArgs | None]:
-    """The findings about the files, and the files if they can be used."""
+def source_model(params: Params) -> tuple[list[Finding], ModelShape | None]:
+    """The findings about the files, and the shape of the model if they can be used."""
     source = SOURCE_MODELS / params.model
     try:
         files = inspect_for(params)
     except InputError as error:
         return [Finding("problem", "source model", str(error))], None
-    is_meta = isinstance(files, ModelArgs)
+    shape = model_shape(files, source)
     kind = "Meta's layout" if isinstance(files, ModelArgs) else files.config["architectures"][0]
-    num_bytes = sum(file.stat().st_size for file in source.glob("*.pth" if is_meta else "*.safetensors"))
-    finding = Finding("ok", "source model", f"{source}: {kind}, {num_bytes / GIB:.2f} GiB of weights")
-    if not is_meta and kind not in FAMILIES:
+    finding = Finding("ok", "source model", f"{source}: {kind}, {shape.num_bytes / GIB:.2f} GiB of weights")
+    if isinstance(files, HuggingFaceFiles) and kind not in FAMILIES:
         finding = replace(finding, level="note", text=f"{finding.text}; this family was not compared with transformers")
-    return [finding, _licence(source)], files
+    return [finding, _licence(source)], shape
 
 
 def inspect_for(params: Params) -> HuggingFaceFiles | ModelArgs:
