@@ -22,6 +22,7 @@ from pdf2lora.runtime.processes import stage_main
 from pdf2lora.runtime.scratch import fingerprint, scratch_folder, stage_code
 
 METRICS = Path("metrics/split.json")
+MIN_TRAIN_SHARE = 0.5  # of the characters that train should have; below, a warning is printed
 
 
 @stage_main
@@ -69,6 +70,12 @@ def main() -> None:
             )
             metrics["test_13grams_in_train"] = leakage(train, test, scratch, workers)
     write_json(METRICS, metrics)
+    train_share = sum(num_characters[number] for number in splits["train"]) / sum(num_characters)
+    if train_share < MIN_TRAIN_SHARE * (1 - params.split.test_fraction - params.split.validation_fraction):
+        print(
+            f"split: warning: train has only {train_share:.0%} of the characters, because the other splits have very long "
+            "documents. Change split.seed."
+        )
     counts = ", ".join(f"{len(numbers):,} {name}" for name, numbers in splits.items())
     print(f"split: {counts} documents; {num_new:,} new texts compared, {time.monotonic() - began:.1f} s")
 

@@ -138,6 +138,23 @@ def test_near_duplicates_are_in_one_split() -> None:
         assert set(splits.values()) == {"train", "validation", "test"}
 
 
+@pytest.mark.parametrize("num_others", [2, 40])
+def test_a_large_group_of_near_duplicates_is_in_train(num_others: int) -> None:
+    [text] = long_texts(1)
+    copies = [document(f"{text} {number}", f"copy-{number}.pdf") for number in range(10)]
+    for seed in range(10):
+        splits = split_documents(documents(num_others) + copies, seed)
+        assert {d.id for d in copies} <= {d.id for d in splits["train"]}
+        assert [len(splits[name]) for name in ("test", "validation")] == ([1, 1] if num_others == 2 else [5, 3])
+
+
+def test_the_smallest_groups_are_held_out_if_all_are_large() -> None:
+    families = [[edited(text, n) for n in range(size)] for text, size in zip(long_texts(3), (4, 2, 3), strict=True)]
+    corpus = [document(text, f"{n}-{m}.pdf") for n, family in enumerate(families) for m, text in enumerate(family)]
+    splits = split_documents(corpus)
+    assert {name: len(split) for name, split in splits.items()} == {"test": 2, "validation": 3, "train": 4}
+
+
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(
     seeds=st.lists(st.integers(0, 40), min_size=4, max_size=16),

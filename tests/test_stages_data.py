@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,18 @@ def test_split_writes_three_files_and_their_counts(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.startswith(
         "split: 17 train, 1 validation, 2 test documents; 20 new texts compared, "
     )
+
+
+@pytest.mark.usefixtures("project")
+def test_a_warning_if_a_very_long_document_is_not_in_train(capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(5)
+    split.main()
+    [test] = read_documents(Path("data/split/test.jsonl"))
+    assert "warning" not in capsys.readouterr().out
+    documents = [kept_document(n) for n in range(5)]
+    write_documents(DOCUMENTS, [replace(d, characters=10**6 if d.id == test.id else 500) for d in documents])
+    split.main()
+    assert "split: warning: train has only 0% of the characters" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("project")

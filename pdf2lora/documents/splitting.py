@@ -20,8 +20,9 @@ def split(
     hashes: of the text of each document. groups: the numbers of near-duplicates.
 
     The groups are sorted by a seeded hash of their texts. The first ones fill test and the next ones fill validation,
-    up to their fraction of the documents (at least one group). Train gets the rest. So the names and the order of the
-    files do not matter, and an additional document moves at most one other document across each boundary.
+    up to their fraction of the documents (at least one group). Train gets the rest, and the groups that are larger than
+    the fraction. So the names and the order of the files do not matter, and without near-duplicates an additional
+    document moves at most one other document across each boundary.
 
     Raises InputError if there are fewer groups than splits.
     """
@@ -44,6 +45,12 @@ def split(
     for name, size in (("test", num_test), ("validation", num_validation)):
         min_remaining = 2 if name == "test" and validation_fraction > 0 else 1
         while len(splits[name]) < size and len(remaining) > min_remaining:
-            splits[name] += sorted(remaining.pop(0), key=hashes.__getitem__)
+            place = next((place for place, group in enumerate(remaining) if len(group) <= size), None)
+            if place is None and splits[name]:
+                break
+            group = remaining.pop(
+                min(range(len(remaining)), key=lambda n: len(remaining[n])) if place is None else place
+            )
+            splits[name] += sorted(group, key=hashes.__getitem__)
     splits["train"] = [number for group in remaining for number in sorted(group, key=hashes.__getitem__)]
     return splits
