@@ -63,7 +63,7 @@ def check_machine(params: Params, gpus: list[Gpu]) -> list[Finding]:
     return [
         environment.python_version(),
         environment.packages(REQUIREMENTS),
-        environment.git_identity(),
+        environment.git(),
         environment.gpu(gpus, params.compute.num_processes),
         environment.torch_build(gpus),
         environment.bitsandbytes(params.quantization.bits, gpus),

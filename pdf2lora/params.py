@@ -34,6 +34,7 @@ Gib = Annotated[float, Field(gt=0)]
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
 ALL_LINEAR = "all-linear"
 Placement = Literal["gpu", "host"]  # of a base model's decoder layers
+DICTIONARY = re.compile(r"a valid dictionary( or instance of \w+)?")  # pydantic's words for a section
 INITIALIZATION = re.compile(r"gaussian|loftq|olora|pissa(_niter_\d+)?")
 REFUSED_INITIALIZATIONS = {
     "corda": "it needs the activations of a data set",
@@ -53,7 +54,7 @@ def _initialization(value: object) -> object:
 
 
 Initialization = Annotated[bool | str, BeforeValidator(_initialization)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch has no larger seed
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "aim", "clearml", "swanlab"]
 
 
@@ -408,6 +409,7 @@ def _describe(detail: ErrorDetails) -> Iterator[str]:
             yield f"{key} is {value!r}; it must have only letters, digits, '_' and '-'. {remedy}"
         case _:
             rule = detail["msg"].removeprefix("Input should ").replace("a valid integer", "an integer")
+            rule = DICTIONARY.sub("a section of keys and values", rule)
             yield f"{key} is {value!r}; it must {rule.replace('valid ', '')}. {remedy}"
 
 

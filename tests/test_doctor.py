@@ -31,6 +31,7 @@ def project(tmp_path, monkeypatch, write_params):
     """A fresh clone: two PDFs of two pages, a source model in Meta's layout, no outputs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(environment, "find_gpus", lambda: [])
+    subprocess.run(["git", "init", "--quiet"], check=True)
     write_params()
     shutil.copytree(REPOSITORY / "models/source/demo", "models/source/demo")
     shutil.copy(REPOSITORY / "requirements.txt", tmp_path)

@@ -1,5 +1,7 @@
 """Findings about the machine and its Python packages."""
 
+import subprocess
+
 import psutil
 import pytest
 import torch
@@ -82,7 +84,7 @@ def test_a_gpu_without_its_own_memory_uses_that_of_the_machine(tmp_path, monkeyp
 def test_a_missing_git_is_a_problem(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    assert environment.git_identity().level == "problem"
+    assert environment.git().level == "problem"
 
 
 def test_the_number_of_gpus_that_a_run_uses():
@@ -114,7 +116,7 @@ def test_too_little_memory_or_disk_is_a_problem(tmp_path):
     assert environment.memory(0.001).level == environment.disk(tmp_path, 0.001).level == "ok"
 
 
-def test_a_missing_git_identity_is_found(monkeypatch, tmp_path):
+def test_a_missing_git_repository_or_identity_is_found(monkeypatch, tmp_path):
     for name in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL", "EMAIL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -122,9 +124,14 @@ def test_a_missing_git_identity_is_found(monkeypatch, tmp_path):
         monkeypatch.setenv(name, str(tmp_path / "gitconfig"))
     (tmp_path / "gitconfig").write_text("[user]\n\tuseConfigOnly = true\n")
 
-    missing = environment.git_identity()
+    no_repository = environment.git()
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    missing = environment.git()
+
+    assert no_repository.level == "problem"
+    assert "Run: git init" in no_repository.text
 
     assert (missing.level, missing.subject) == ("note", "git")
     assert "git config --global user.name" in missing.text
     (tmp_path / "gitconfig").write_text("[user]\n\tname = A\n\temail = a@example.org\n")
-    assert environment.git_identity().level == "ok"
+    assert environment.git().level == "ok"

@@ -54,6 +54,9 @@ def test_params_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
+        ("train", None, "must be a section of keys and values"),
+        ("models", None, "must be a section of keys and values"),
+        ("train.seed", 2**63, "must be less than 9223372036854775808"),
         ("extract.max_pages", "many", "must be an integer"),
         ("extract.max_pages", 3.0, "must be an integer"),
         ("extract.max_pages", True, "must be an integer"),

@@ -135,10 +135,14 @@ def flash_attention(attention: str, gpus: list[Gpu]) -> Finding:
     return Finding("ok", "flash-attn", "not installed, so sdpa is used. It needs a GPU.")
 
 
-def git_identity() -> Finding:
-    """Whether git has a user name and address, because `dvc exp run` commits each experiment."""
+def git() -> Finding:
+    """Whether DVC can use git: `dvc repro` needs a repository, and `dvc exp run` a user name and address."""
     if shutil.which("git") is None:
         return Finding("problem", "git", "not installed; DVC and the experiments need it. Install git.")
+    if subprocess.run(["git", "rev-parse", "--git-dir"], capture_output=True, check=False).returncode != 0:
+        return Finding(
+            "problem", "git", "this folder is not in a git repository, but DVC needs one. Run: git init; git add --all"
+        )
     process = subprocess.run(["git", "var", "GIT_COMMITTER_IDENT"], capture_output=True, text=True, check=False)
     if process.returncode == 0:
         return Finding("ok", "git", "user.name and user.email are set")
