@@ -73,8 +73,8 @@ def main() -> None:
     train_share = sum(num_characters[number] for number in splits["train"]) / sum(num_characters)
     if train_share < MIN_TRAIN_SHARE * (1 - params.split.test_fraction - params.split.validation_fraction):
         print(
-            f"split: warning: train has only {train_share:.0%} of the characters, because the other splits have very long "
-            "documents. Change split.seed."
+            f"split: warning: train has only {train_share:.0%} of the characters, because the other splits have very "
+            "long documents. Change split.seed."
         )
     counts = ", ".join(f"{len(numbers):,} {name}" for name, numbers in splits.items())
     print(f"split: {counts} documents; {num_new:,} new texts compared, {time.monotonic() - began:.1f} s")
