@@ -50,7 +50,8 @@ def test_line_ends_of_all_systems(end: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "cut", ["\x02", "\x02\n", "\x02\r\n", "\ufffe", "\ufffe\r\n", "\u00ad\n", "\u00ad\r\n", "-\n", "\u2010\n", "- \n"]
+    "cut",
+    ["\x02", "\x02\n", "\x02\r\n", "\ufffe", "\ufffe\r\n", "\u00ad\n", "\u00ad\r\n", "-\n", "\u2010\n", "- \n", "¬\n"],
 )
 def test_a_word_hyphenated_at_a_line_end_is_joined(cut: str) -> None:
     assert clean([f"the adap{cut}tation of forests"]) == "the adaptation of forests"

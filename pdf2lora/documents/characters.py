@@ -11,8 +11,8 @@ OT1_LIGATURES = {"\x0b": "ff", "\x0c": "fi", "\r": "fl", "\x0e": "ffi", "\x0f": 
 OT1_CONTEXT = re.compile("[a-z][\x0b\x0c\x0e\x0f]|[\x0b\x0c\x0e\x0f][a-z]")
 OT1_CODE = re.compile("(?<=[A-Za-z])[\x0b\x0c\r\x0e\x0f]|[\x0b\x0c\r\x0e\x0f](?=[a-z])")
 
-# The hyphen at a line end: pdfium writes U+0002 or U+FFFE, some fonts write a soft hyphen.
-LINE_END_HYPHEN = re.compile("[\x02\ufffe]\n?|\u00ad\n")
+# The hyphen at a line end: pdfium writes U+0002 or U+FFFE, some fonts a soft hyphen, some OCR programs a not sign.
+LINE_END_HYPHEN = re.compile(r"[\x02\ufffe]\n?|\u00ad\n|(?<=[^\W\d_])¬[^\S\n]*\n")
 
 # Some characters are only another form of a letter: letters of mathematical fonts, Arabic letter forms, half-width and
 # vertical forms, no-break space and hyphen. Their decomposition in Unicode has one of these tags. Characters with other
