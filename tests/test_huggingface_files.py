@@ -78,6 +78,10 @@ def test_missing_files_are_named(source: Path) -> None:
     (source / "model.safetensors").rename(source / "other.safetensors")
     assert "model.safetensors is missing. Download all files" in refusal(source)
 
+    (source / "other.safetensors").rename(source / "model-00001-of-00001.safetensors")
+    assert "model.safetensors.index.json is missing. Download all files" in refusal(source)
+
+    (source / "model-00001-of-00001.safetensors").unlink()
     (source / "adapter_config.json").write_text("{}")
     assert "this is an adapter, not a base model" in refusal(source)
 

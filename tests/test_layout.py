@@ -18,20 +18,31 @@ def test_layouts(tmp_path: Path, name: str, layout: str) -> None:
     assert find_layout(tmp_path) == layout
 
 
-def test_meta_s_files_in_the_hub_s_subfolder_must_be_moved(tmp_path: Path) -> None:
-    (tmp_path / "original").mkdir()
-    (tmp_path / "original/params.json").touch()
-
-    words = f"{tmp_path}: Meta's files are in {tmp_path}/original, .* mv {tmp_path}/original/\\* {tmp_path}$"
-    with pytest.raises(InputError, match=words):
-        find_layout(tmp_path)
-
-
 def test_an_adapter_is_not_a_base_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/model"}))
     (tmp_path / "adapter_model.safetensors").touch()
 
     with pytest.raises(InputError, match=r"this is an adapter, not a base model. Download .* trained on \(org/model\)"):
+        find_layout(tmp_path)
+
+
+def test_an_adapter_beside_a_model_is_refused(tmp_path: Path) -> None:
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / name).touch()
+
+    with pytest.raises(InputError, match=r"has a model and an adapter .* Move the adapter's files away"):
+        find_layout(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["SmolLM2-135M/config.json", "original/params.json", "snapshots/93efa2f/config.json"])
+def test_files_in_a_subfolder_must_be_copied(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+
+    folder = (tmp_path / file).parent
+    with pytest.raises(
+        InputError, match=rf"the model's files are in {folder}\. Copy them: cp -L {folder}/\* {tmp_path}$"
+    ):
         find_layout(tmp_path)
 
 

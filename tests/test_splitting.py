@@ -141,7 +141,7 @@ def test_near_duplicates_are_in_one_split() -> None:
 @pytest.mark.parametrize("num_others", [2, 40])
 def test_a_large_group_of_near_duplicates_is_in_train(num_others: int) -> None:
     [text] = long_texts(1)
-    copies = [document(f"{text} {number}", f"copy-{number}.pdf") for number in range(10)]
+    copies = [make_document(f"copy-{number}.pdf", f"{text} {number}") for number in range(10)]
     for seed in range(10):
         splits = split_documents(documents(num_others) + copies, seed)
         assert {d.id for d in copies} <= {d.id for d in splits["train"]}
@@ -150,7 +150,7 @@ def test_a_large_group_of_near_duplicates_is_in_train(num_others: int) -> None:
 
 def test_the_smallest_groups_are_held_out_if_all_are_large() -> None:
     families = [[edited(text, n) for n in range(size)] for text, size in zip(long_texts(3), (4, 2, 3), strict=True)]
-    corpus = [document(text, f"{n}-{m}.pdf") for n, family in enumerate(families) for m, text in enumerate(family)]
+    corpus = [make_document(f"{n}-{m}.pdf", text) for n, family in enumerate(families) for m, text in enumerate(family)]
     splits = split_documents(corpus)
     assert {name: len(split) for name, split in splits.items()} == {"test": 2, "validation": 3, "train": 4}
 

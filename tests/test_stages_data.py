@@ -334,7 +334,7 @@ def test_a_warning_if_a_very_long_document_is_not_in_train(capsys: pytest.Captur
     split.main()
     [test] = read_documents(Path("data/split/test.jsonl"))
     assert "warning" not in capsys.readouterr().out
-    documents = [kept_document(n) for n in range(5)]
+    documents = list(read_documents(DOCUMENTS))
     write_documents(DOCUMENTS, [replace(d, characters=10**6 if d.id == test.id else 500) for d in documents])
     split.main()
     assert "split: warning: train has only 0% of the characters" in capsys.readouterr().out

@@ -38,7 +38,7 @@ def read_weights(source: Path) -> tuple[list[Path], dict[str, StoredWeight]]:
 
 
 def missing_weights_message(source: Path) -> str:
-    """The error message for a folder without model.safetensors."""
+    """The error message for a folder without model.safetensors and without its index."""
     if any(source.glob("*.gguf")):
         return (
             f"{source}: the weights are only in GGUF files. Download the model in Hugging Face's layout (config.json, "
@@ -51,6 +51,8 @@ def missing_weights_message(source: Path) -> str:
         )
     if (source / "adapter_config.json").is_file():
         return adapter_message(source)
+    if any(source.glob("model-*-of-*.safetensors")):
+        return f"{source}: model.safetensors.index.json is missing. Download all files of the source model."
     return f"{source}: model.safetensors is missing. Download all files of the source model."
 
 
