@@ -108,6 +108,7 @@ def test_a_path_out_of_the_archive_is_left_out(tmp_path: Path, write: Any, name:
     contents = read_all(archive)
     assert contents.pop("b.pdf") == b"ice"
     assert list(contents.values()) == ["unsafe_member"]
+    assert all(source.id.startswith(f"{name}/") for source in list_corpus(tmp_path).sources)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])

@@ -183,15 +183,17 @@ class TestDoctor:
         assert f"problem  source model  models/source/demo{words}" in output
         assert "forecast" not in output
 
-    def test_meta_s_files_in_the_hub_s_subfolder_must_be_moved(self, project, capsys):
+    def test_meta_s_files_in_the_hub_s_subfolder_must_be_copied(self, project, capsys):
         folder = project / "models/source/demo"
         folder.rename(project / "original")
         folder.mkdir()
         (project / "original").rename(folder / "original")
 
         output = printed(capsys, status=1)
-        assert "problem  source model  models/source/demo: Meta's files are in models/source/demo/original" in output
-        assert "mv models/source/demo/original/* models/source/demo\n" in output
+        assert (
+            "problem  source model  models/source/demo: the model's files are in models/source/demo/original" in output
+        )
+        assert "cp -L models/source/demo/original/* models/source/demo\n" in output
 
     def test_a_corpus_without_pdfs_is_a_problem(self, project, capsys):
         shutil.rmtree("data/pdfs/demo")

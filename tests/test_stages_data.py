@@ -407,3 +407,12 @@ def test_check_names_a_file_name_that_is_not_utf_8(project: WriteParams, folder:
     message = error_message(check.main)
 
     assert f"the name of '{folder}/sub/caf\\xe9.pdf' is not UTF-8, and DVC cannot store it. Rename" in message
+
+
+@pytest.mark.parametrize("target", ["gone.pdf", "link.pdf"], ids=["gone", "loop"])
+def test_check_refuses_a_link_to_no_file(project: WriteParams, target: str) -> None:
+    """DVC would end with an error at such a link."""
+    project({"model": "demo"})
+    (CORPUS / "link.pdf").symlink_to(target)
+
+    assert "link.pdf' leads to no file, and DVC cannot store it. Remove the link" in error_message(check.main)

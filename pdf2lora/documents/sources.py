@@ -35,7 +35,9 @@ class Source:
 
     @property
     def id(self) -> str:
-        path = self.path if self.member is None else self.path / self.member.name
+        path = (
+            self.path if self.member is None else Path(f"{self.path}/{self.member.name}")
+        )  # the name can start with /
         return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -59,11 +61,7 @@ def list_corpus(folder: Path) -> Listing:
         suffix = file.suffix.lower()
         if is_apple_double(file.name):
             continue
-        if file.is_symlink() and not file.exists():
-            unread.append(
-                f"the link {file} leads to no file, so it is not read. Put the file there, or remove the link."
-            )
-        elif file.is_symlink() and file.is_dir():
+        if file.is_symlink() and file.is_dir():
             unread.append(f"the linked folder {file} is not read, because DVC does not track its files. Copy them.")
         elif suffix in OTHER_ARCHIVES and file.is_file():
             unread.append(f"{file} is not read, because it has no random access. Make a .zip or .tar archive.")

@@ -9,7 +9,7 @@ from pdf2lora.paths import CORPORA, REPLAY, SOURCE_MODELS
 
 
 def require_folders(params: Params) -> None:
-    """Raises InputError if a folder that params.yaml names is missing, or if DVC cannot store the name of a file."""
+    """Raises InputError if a folder that params.yaml names is missing, or has a file that DVC cannot store."""
     _require_folder("corpus", CORPORA / params.corpus, "Put your PDFs there")
     _require_folder("model", SOURCE_MODELS / params.model, "Put the source model there")
     if params.train.replay != "none":
@@ -31,3 +31,8 @@ def _require_folder(key: str, folder: Path, remedy: str) -> None:
             raise InputError(
                 f"{key}: the name of '{printable}' is not UTF-8, and DVC cannot store it. Rename the file."
             ) from None
+        if path.is_symlink() and not path.exists():
+            raise InputError(
+                f"{key}: the link '{path}' leads to no file, and DVC cannot store it. Remove the link, or put the file "
+                "there."
+            )
