@@ -64,7 +64,7 @@ def test_pdfium_reads_texts_that_a_reader_typed_on_the_page(tmp_path: Path) -> N
     assert page.text.split("\n") == ["Name:", "Zoë Example"]
 
 
-@pytest.mark.parametrize("angle", [90, 180])
+@pytest.mark.parametrize("angle", [90, 180, 270])
 def test_pdfium_separates_the_lines_of_rotated_text(tmp_path: Path, angle: int) -> None:
     canvas = Canvas(str(tmp_path / "rotated.pdf"), pagesize=(600, 600))
     canvas.translate(300, 300)

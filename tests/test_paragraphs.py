@@ -1,5 +1,5 @@
 from pdf2lora.documents.columns import Box
-from pdf2lora.documents.paragraphs import paragraph_starts
+from pdf2lora.documents.paragraphs import order_of_vertical_lines, paragraph_starts
 
 
 def line(y: float, left: float = 72, height: float = 12) -> Box:
@@ -13,6 +13,19 @@ def starts(*boxes: Box | None) -> list[int]:
 def test_lines_at_equal_distances_are_one_paragraph() -> None:
     assert starts(*[line(700 - 13 * number) for number in range(8)]) == []
     assert starts(*[line(700 - 26 * number) for number in range(8)]) == []  # double-spaced
+
+
+def test_lines_that_run_down_are_read_from_right_to_left() -> None:
+    tops = [line(700, left) for left in (72, 100, 128, 156)]
+    bottoms = [line(400, left) for left in (72, 100, 128, 156)]
+    ends = [line(700, 300) for _ in range(4)]
+    assert order_of_vertical_lines(tops, bottoms) == [3, 2, 1, 0]
+    assert order_of_vertical_lines(tops[::-1], bottoms[::-1]) == [0, 1, 2, 3]
+    assert order_of_vertical_lines(tops, ends) == [0, 1, 2, 3]
+    assert order_of_vertical_lines([*tops, None, *tops], [ends[0], *bottoms[1:], None, *bottoms]) == [
+        *(0, 3, 2, 1),
+        *(4, 8, 7, 6, 5),
+    ]
 
 
 def test_a_gap_starts_a_paragraph() -> None:

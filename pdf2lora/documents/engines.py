@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pdf2lora.documents.columns import Box, column_order, union
-from pdf2lora.documents.paragraphs import continues_row, paragraph_starts
+from pdf2lora.documents.paragraphs import continues_row, order_of_vertical_lines, paragraph_starts
 
 SPACE = 0.1  # of the height of a line: a wider gap between two pieces of a row is a space
 LINE_END = re.compile("\r\n|\n|(?<=\ufffe)(?!\r?\n)")  # pdfium writes U+FFFE for a hyphen at a line end
@@ -105,17 +105,22 @@ def _text_with_gaps(text_page: Any) -> str:
     def letter(index: int) -> Box:
         return Box(*text_page.get_charbox(raw.FPDFText_GetCharIndexFromTextIndex(text_page, index), loose=True))
 
-    first_letters = [letter(start) if line.strip() else None for start, line in zip(starts, lines, strict=True)]
+    ends = [start + len(line.rstrip()) - 1 for start, line in zip(starts, lines, strict=True)]
+    first_letters, last_letters = (
+        [letter(index) if line.strip() else None for index, line in zip(indices, lines, strict=True)]
+        for indices in (starts, ends)
+    )
+    order = order_of_vertical_lines(first_letters, last_letters)
+    lines = [lines[number] for number in order]
+    first_letters, last_letters = ([boxes[number] for number in order] for boxes in (first_letters, last_letters))
     is_start = paragraph_starts(first_letters)
     result = [lines[0]]
     for number, line in enumerate(lines[1:], 1):
-        first, box = first_letters[number - 1 : number + 1]
-        if first and box:
-            last = letter(starts[number - 1] + len(lines[number - 1].rstrip()) - 1)
-            if continues_row(first, last, box):
-                gap = " " if box.left - last.right > SPACE * (box.top - box.bottom) else ""
-                result[-1] = result[-1].rstrip() + gap + line
-                continue
+        first, last, box = first_letters[number - 1], last_letters[number - 1], first_letters[number]
+        if first and last and box and continues_row(first, last, box):
+            gap = " " if box.left - last.right > SPACE * (box.top - box.bottom) else ""
+            result[-1] = result[-1].rstrip() + gap + line
+            continue
         result += ["", line] if is_start[number] and not line.lstrip()[:1].islower() else [line]
     return "\n".join(result)
 

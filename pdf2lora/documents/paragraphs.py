@@ -28,6 +28,26 @@ def paragraph_starts(first_letters: Sequence[Box | None]) -> list[bool]:
     ]
 
 
+def order_of_vertical_lines(first_letters: Sequence[Box | None], last_letters: Sequence[Box | None]) -> list[int]:
+    """Returns the numbers of the lines in reading order. Only lines that run down the page change their places.
+
+    pdfium returns such lines from left to right. They are read from right to left: vertical Japanese and Chinese, and
+    text that is rotated clockwise.
+    """
+    order: list[int] = []
+    run: list[int] = []  # neighboring lines that run down, from left to right
+    for number, (first, last) in enumerate(zip(first_letters, last_letters, strict=True)):
+        before = first_letters[run[-1]] if run else None
+        runs_down = (
+            first and last and last.bottom < first.bottom and last.left < first.right and first.left < last.right
+        )
+        if not (first and before and runs_down and before.left < first.left):
+            order += reversed(run)
+            run = []
+        (run if runs_down else order).append(number)
+    return order + run[::-1]
+
+
 def continues_row(first: Box, last: Box, box: Box) -> bool:
     """Whether a piece of text continues a row: pdfium ends a line after a subscript or a footnote mark.
 
