@@ -90,6 +90,7 @@ def test_hyphens_inside_a_line_stay(page: str) -> None:
         ("long-term plans. Long-\nterm plans", "long-term plans. Long-term plans"),
         ("ADAP-\nTATION and adaptation", "ADAPTATION and adaptation"),
         ("the EU-\nETS", "the EU-ETS"),
+        ("the day-to-\nday work of today", "the day-to-day work of today"),
         ("co-op-\neration in operation", "co-operation in operation"),
         ("short-\nand long-term plans", "short- and long-term plans"),
         ("short-\nor long-term, near-\nto\nmid-term", "short- or long-term, near- to mid-term"),

@@ -26,6 +26,19 @@ _HYPHENATED_WORD = re.compile(r"(-?)(?<![^\W\d_])([^\W\d_]+)-\n(?=(\w+)(-?)(?:\s
 # After a hyphen, they continue a list (short- and long-term, Ein- und Ausfuhr) or a compound (peer-to-peer).
 _CONJUNCTIONS = {"and", "und", "oder", "sowie", "och", "eller"}
 _ALL_CONJUNCTIONS = _CONJUNCTIONS | {"or", "to"}  # these two are also the ends of words: equat-or
+_LINKS = {
+    "to",
+    "in",
+    "on",
+    "of",
+    "by",
+    "for",
+    "and",
+    "or",
+    "at",
+    "the",
+    "a",
+}  # in compounds: day-to-day is not day-today
 # 1850-1900, CO2-equivalent, ocean–atmosphere, and/or and addresses are broken after the sign.
 _BROKEN_AFTER_SIGN = re.compile(rf"(?<=[\w/])([–—/]|-(?!\n(?:{'|'.join(_ALL_CONJUNCTIONS)})\b(?!-)))\n(?=\w)")
 
@@ -72,7 +85,8 @@ def _join_hyphenated(text: str, removed: Counter[str]) -> str:
 
     def join(match: re.Match[str]) -> str:
         hyphen_before, start, rest, hyphen_after, next_hyphen = match.groups()
-        is_word = f"{start}{rest}".casefold() in words
+        is_link = hyphen_before and start.casefold() in _LINKS
+        is_word = f"{start}{rest}".casefold() in words and not is_link
         conjunctions = _ALL_CONJUNCTIONS if hyphen_after or next_hyphen else _CONJUNCTIONS
         has_conjunction = rest.casefold() in conjunctions and not is_word
         if has_conjunction and not hyphen_after:
