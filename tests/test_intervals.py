@@ -48,6 +48,13 @@ def test_interval_of_documents_with_equal_lengths_is_that_of_students_t():
     assert (math.log(low), math.log(high)) == pytest.approx((values.mean() - half_width, values.mean() + half_width))
 
 
+def test_the_interval_of_a_perplexity_ends_at_1():
+    estimate = perplexity(np.array([10.0, 20.0, 90.0]), np.full(3, 10))
+
+    assert estimate.interval.low == 1
+    assert estimate.value == pytest.approx(math.exp(4))
+
+
 def test_a_long_document_makes_the_interval_wider():
     """The other documents hardly count, so the effective number of documents is small."""
     base, adapted, tokens = random_documents(num_documents=10)

@@ -34,9 +34,12 @@ class Estimate(NamedTuple):
 
 
 def perplexity(nats: Nats, tokens: Counts) -> Estimate:
-    """exp(total nats / total tokens). Each token has the same weight; it is not a mean over batches or documents."""
+    """exp(total nats / total tokens). Each token has the same weight; it is not a mean over batches or documents.
+
+    The interval ends at 1, because no perplexity is lower.
+    """
     mean, half_width = _mean(nats, tokens)
-    return Estimate(float(np.exp(mean)), _interval(np.exp, mean, half_width))
+    return Estimate(float(np.exp(mean)), _interval(lambda nll: np.exp(max(0.0, nll)), mean, half_width))
 
 
 def improvement(before: Nats, after: Nats, tokens: Counts) -> Estimate:
