@@ -57,6 +57,16 @@ def test_a_link_to_no_file_is_no_document(tmp_path: Path, target: str) -> None:
     assert corpus_state(tmp_path) == {}
 
 
+def test_git_lfs_pointers_are_counted(tmp_path: Path) -> None:
+    for name in ("a.pdf", "b.zip"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+    listing = list_corpus(tmp_path)
+    with pytest.raises(
+        InputError, match=r"has no \.pdf file\..* 2 files in .* are only Git LFS pointers\. Run git lfs pull"
+    ):
+        require_sources(tmp_path, listing)
+
+
 def test_other_documents_are_counted(tmp_path: Path) -> None:
     for name in ("a.docx", "b.docx", "c.txt", "d", "e.pdf", "f.pdf.dvc", ".gitignore", "._e.pdf"):
         (tmp_path / name).touch()

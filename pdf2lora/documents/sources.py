@@ -21,8 +21,9 @@ from pdf2lora.documents.archives import (
 )
 from pdf2lora.documents.records import Reason
 from pdf2lora.errors import InputError
-from pdf2lora.runtime.files import file_sha256
+from pdf2lora.runtime.files import file_sha256, is_lfs_pointer
 
+MAX_POINTER_BYTES = 1024  # a Git LFS pointer has about 130
 MAX_SUFFIXES = 3  # of files that are no PDFs, in a message
 
 
@@ -57,6 +58,7 @@ def list_corpus(folder: Path) -> Listing:
     sources: list[Source] = []
     unread: list[str] = []
     other_suffixes: Counter[str] = Counter()
+    num_pointers = 0
     for file in sorted(folder.rglob("*")):
         suffix = file.suffix.lower()
         if is_apple_double(file.name):
@@ -67,6 +69,9 @@ def list_corpus(folder: Path) -> Listing:
             unread.append(f"{file} is not read, because it has no random access. Make a .zip or .tar archive.")
         elif suffix in (".pdf", *ARCHIVES) and file.is_file():
             path = file.relative_to(folder)
+            if file.stat().st_size < MAX_POINTER_BYTES and is_lfs_pointer(file):
+                num_pointers += 1
+                continue
             if suffix == ".pdf":
                 sources.append(Source(path))
                 continue
@@ -76,6 +81,8 @@ def list_corpus(folder: Path) -> Listing:
                 unread.append(f"{num_others} files in {file} are not read, because they do not end in .pdf.")
         elif file.is_file() and suffix != ".dvc" and not file.name.startswith("."):  # dvc import-url writes .dvc files
             other_suffixes[suffix or file.name] += 1
+    if num_pointers:
+        unread.append(f"{num_pointers} files in {folder} are only Git LFS pointers. Run git lfs pull there.")
     if other_suffixes:
         names = ", ".join(name for name, _ in other_suffixes.most_common(MAX_SUFFIXES))
         unread.append(

@@ -19,6 +19,13 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether the file is a Git LFS pointer: a small text in its place, if Git LFS is not installed."""
+    start = b"version https://git-lfs.github.com/spec/"
+    with file.open("rb") as stream:
+        return stream.read(len(start)) == start
+
+
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder. It replaces `file` when the block ends without an exception.
