@@ -26,21 +26,11 @@ _HYPHENATED_WORD = re.compile(r"(-?)(?<![^\W\d_])([^\W\d_]+)-\n(?=(\w+)(-?)(?:\s
 # After a hyphen, they continue a list (short- and long-term, Ein- und Ausfuhr) or a compound (peer-to-peer).
 _CONJUNCTIONS = {"and", "und", "oder", "sowie", "och", "eller"}
 _ALL_CONJUNCTIONS = _CONJUNCTIONS | {"or", "to"}  # these two are also the ends of words: equat-or
-_LINKS = {
-    "to",
-    "in",
-    "on",
-    "of",
-    "by",
-    "for",
-    "and",
-    "or",
-    "at",
-    "the",
-    "a",
-}  # in compounds: day-to-day is not day-today
+# Between two hyphens they are a word of their own: day-to-day is not day-today.
+_LINKS = {"to", "in", "on", "of", "by", "for", "and", "or", "at", "the", "a"}
+_BEFORE_PARTS = {*"0123456789_.@=&"}  # before a part of a number, formula or address: 20th-century, N2O-rich
 # 1850-1900, CO2-equivalent, ocean–atmosphere, and/or and addresses are broken after the sign.
-_BROKEN_AFTER_SIGN = re.compile(rf"(?<=[\w/])([–—/]|-(?!\n(?:{'|'.join(_ALL_CONJUNCTIONS)})\b(?!-)))\n(?=\w)")
+_BROKEN_AFTER_SIGN = re.compile(rf"(?<=[\w/.)+%°])([–—/]|-(?!\n(?:{'|'.join(_ALL_CONJUNCTIONS)})\b(?!-)))\n(?=\w)")
 
 _LINE_BREAK_WITHOUT_SPACE = re.compile(rf"(?<=[{UNSPACED}{CJK_PUNCTUATION}])\n(?=[{UNSPACED}{CJK_PUNCTUATION}])")
 
@@ -85,6 +75,7 @@ def _join_hyphenated(text: str, removed: Counter[str]) -> str:
 
     def join(match: re.Match[str]) -> str:
         hyphen_before, start, rest, hyphen_after, next_hyphen = match.groups()
+        is_part = text[match.start() - 1 : match.start()] in _BEFORE_PARTS
         is_link = hyphen_before and start.casefold() in _LINKS
         is_word = f"{start}{rest}".casefold() in words and not is_link
         conjunctions = _ALL_CONJUNCTIONS if hyphen_after or next_hyphen else _CONJUNCTIONS
@@ -92,7 +83,7 @@ def _join_hyphenated(text: str, removed: Counter[str]) -> str:
         if has_conjunction and not hyphen_after:
             return f"{match[0][:-1]} "
         is_compound = f"{start}-{rest}".casefold() in compounds or (
-            not is_word and (hyphen_before or has_conjunction or rest[0].isupper() or rest[0].isdigit())
+            not is_word and (hyphen_before or is_part or has_conjunction or rest[0].isupper() or rest[0].isdigit())
         )
         removed["hyphens"] += not is_compound
         return f"{hyphen_before}{start}{'-' if is_compound else ''}"
