@@ -149,6 +149,30 @@ def test_pdfium_puts_right_to_left_lines_in_reading_order(tmp_path: Path) -> Non
     assert ENGINES["pdfium"](tmp_path / "hebrew.pdf").read_page(0).text.split() == words
 
 
+def test_a_drop_cap_belongs_to_the_first_word(tmp_path: Path) -> None:
+    canvas = Canvas(str(tmp_path / "cap.pdf"))
+    canvas.setFont("Helvetica", 36)
+    canvas.drawString(72, 720, "T")
+    canvas.setFont("Helvetica", 11)
+    for x, y, line in ((98, 737, "he sea rises and"), (98, 723, "the ice of the"), (72, 709, "mountains melts.")):
+        canvas.drawString(x, y, line)
+    canvas.save()
+    text = ENGINES["pdfium"](tmp_path / "cap.pdf").read_page(0).text
+    assert " ".join(text.split()) == "The sea rises and the ice of the mountains melts."
+
+
+def test_a_capital_letter_above_a_paragraph_stays_alone(tmp_path: Path) -> None:
+    canvas = Canvas(str(tmp_path / "index.pdf"))
+    canvas.setFont("Helvetica", 24)
+    canvas.drawString(72, 720, "A")
+    canvas.setFont("Helvetica", 11)
+    for y, line in ((700, "aerosols, 12"), (686, "albedo, 7")):
+        canvas.drawString(72, y, line)
+    canvas.save()
+    text = ENGINES["pdfium"](tmp_path / "index.pdf").read_page(0).text
+    assert text.split() == ["A", "aerosols,", "12", "albedo,", "7"]
+
+
 def test_pdfium_reads_blank_lines_between_paragraphs(tmp_path: Path) -> None:
     canvas = Canvas(str(tmp_path / "paragraphs.pdf"))
     for y, line in ((760, "The sea"), (747, "rises."), (720, "The ice"), (707, "melts."), (694, "Slowly.")):

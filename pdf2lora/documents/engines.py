@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pdf2lora.documents.columns import Box, column_order, union
-from pdf2lora.documents.paragraphs import continues_row, order_of_vertical_lines, paragraph_starts
+from pdf2lora.documents.paragraphs import continues_row, is_drop_cap, order_of_vertical_lines, paragraph_starts
 
 SPACE = 0.1  # of the height of a line: a wider gap between two pieces of a row is a space
 LINE_END = re.compile("\r\n|\n|(?<=\ufffe)(?!\r?\n)")  # pdfium writes U+FFFE for a hyphen at a line end
@@ -117,6 +117,9 @@ def _text_with_gaps(text_page: Any) -> str:
     result = [lines[0]]
     for number, line in enumerate(lines[1:], 1):
         first, last, box = first_letters[number - 1], last_letters[number - 1], first_letters[number]
+        if first and box and len(result[-1].strip()) == 1 and result[-1].strip().isupper() and is_drop_cap(first, box):
+            result[-1] = result[-1].strip() + line
+            continue
         if first and last and box and continues_row(first, last, box):
             gap = " " if box.left - last.right > SPACE * (box.top - box.bottom) else ""
             result[-1] = result[-1].rstrip() + gap + line
