@@ -8,8 +8,8 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from pdf2lora.cluster.extraction import extract_on_cluster
 from pdf2lora.documents import ocr
-from pdf2lora.documents.cluster import extract_on_cluster
 from pdf2lora.documents.corpus import extract_corpus, summarize
 from pdf2lora.documents.extraction import PACKAGES, extract
 from pdf2lora.documents.records import write_through

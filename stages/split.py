@@ -7,19 +7,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pdf2lora.documents.leakage import leakage
-from pdf2lora.documents.near_duplicates import near_duplicate_groups
+from pdf2lora.cluster.tasks import map_on_cluster
 from pdf2lora.documents.records import copy_documents, read_documents, read_with_offsets
-from pdf2lora.documents.sketches import SketchBatches, sketch_texts
-from pdf2lora.documents.splitting import split
 from pdf2lora.params import read_params
 from pdf2lora.paths import DOCUMENTS, SPLIT_DOCUMENTS
-from pdf2lora.runtime.cluster import map_on_cluster
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.parallel import Workers
 from pdf2lora.runtime.processes import stage_main
 from pdf2lora.runtime.scratch import fingerprint, scratch_folder, stage_code
+from pdf2lora.split.leakage import leakage
+from pdf2lora.split.near_duplicates import near_duplicate_groups
+from pdf2lora.split.sketches import SketchBatches, sketch_texts
+from pdf2lora.split.splitting import split
 
 METRICS = Path("metrics/split.json")
 MIN_TRAIN_SHARE = 0.5  # of the characters that train should have; below, a warning is printed

@@ -12,17 +12,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pdf2lora.cluster.tasks import map_on_cluster
 from pdf2lora.documents.records import SPLITS, read_documents
-from pdf2lora.documents.replay import read_replay, require_unseen
 from pdf2lora.evaluation.general import read_general
 from pdf2lora.params import read_params
 from pdf2lora.paths import BASE, REPLAY, SPLIT_DOCUMENTS, TOKENS
-from pdf2lora.runtime.cluster import map_on_cluster
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.parallel import Workers
 from pdf2lora.runtime.processes import stage_main
 from pdf2lora.runtime.scratch import fingerprint, scratch_folder, stage_code
+from pdf2lora.split.replay import read_replay, require_unseen
 from pdf2lora.token_cache import TokenCache
 from pdf2lora.token_files import EncodeBatches, encode_texts, write_tokens
 from pdf2lora.tokens import Encoder

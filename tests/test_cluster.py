@@ -16,14 +16,15 @@ from helpers import REPOSITORY, prose, wait_until, write_documents
 from test_worker import slow_pdf
 from tiny_pdfs import EXTRACT_SETTINGS, write_pdf
 
-from pdf2lora.documents import ocr, sketches
-from pdf2lora.documents.cluster import extract_on_cluster
+from pdf2lora.cluster import tasks
+from pdf2lora.cluster.extraction import extract_on_cluster
+from pdf2lora.cluster.tasks import environment, map_on_cluster
+from pdf2lora.documents import ocr
 from pdf2lora.documents.corpus import extract_corpus
 from pdf2lora.documents.extraction import extract
 from pdf2lora.documents.sources import list_corpus
 from pdf2lora.errors import InputError
-from pdf2lora.runtime import cluster
-from pdf2lora.runtime.cluster import environment, map_on_cluster
+from pdf2lora.split import sketches
 
 pytest.importorskip("distributed", reason="needs requirements-cluster.txt")
 pytestmark = pytest.mark.timeout(300)
@@ -101,8 +102,8 @@ def test_another_version_of_the_code_or_of_a_package_is_refused(
     for name in ("pdf2lora", "stages"):
         shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "dvc.yaml", checkout)
-    for name in ("cleaning", "sketches"):
-        (checkout / f"pdf2lora/documents/{name}.py").write_text("raise RuntimeError('another version')")
+    for name in ("documents/cleaning", "split/sketches"):
+        (checkout / f"pdf2lora/{name}.py").write_text("raise RuntimeError('another version')")
     with worker(scheduler, folder=checkout):
         message = error_of_run(scheduler, tmp_path)
         with pytest.raises(InputError, match=r"the code is \w+, but \w+ on this machine"):
@@ -118,7 +119,7 @@ def test_another_version_of_the_code_or_of_a_package_is_refused(
                 return {**environment(stage, packages), name: value}
 
             same = environment("extract", (name,))[name]
-            monkeypatch.setattr(cluster, "environment", changed)
+            monkeypatch.setattr(tasks, "environment", changed)
             assert f": {name} is {same}, but {value} on this machine" in error_of_run(scheduler, tmp_path)
 
 
@@ -134,7 +135,7 @@ def test_a_worker_without_the_project_is_refused(scheduler: Path, tmp_path: Path
 
 
 def test_a_scheduler_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "SCHEDULER_TIMEOUT_S", 1)
+    monkeypatch.setattr(tasks, "SCHEDULER_TIMEOUT_S", 1)
     assert "did not answer within 1 s" in error_of_run("tcp://127.0.0.1:9", tmp_path)
     assert "is not the file of a running scheduler" in error_of_run(tmp_path / "missing.json", tmp_path)
     (tmp_path / "stale.json").write_text(json.dumps({"address": "tcp://127.0.0.1:9"}))
@@ -144,7 +145,7 @@ def test_a_scheduler_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: p
 def test_a_scheduler_without_workers_is_refused(
     scheduler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "WORKERS_TIMEOUT_S", 1)
+    monkeypatch.setattr(tasks, "WORKERS_TIMEOUT_S", 1)
     assert "had no workers for 1 s" in error_of_run(scheduler, tmp_path)
 
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdf2lora.documents import leakage as module
 from pdf2lora.runtime import parallel
 from pdf2lora.runtime.parallel import Workers
+from pdf2lora.split import leakage as module
 
 
 def leakage(train: list[str], test: list[str]) -> float | None:

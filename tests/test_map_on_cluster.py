@@ -13,14 +13,15 @@ from helpers import REPOSITORY, make_document, prose, wait_until, write_document
 from tiny_llama import BOS, EOS, byte_tokenizer, write_tiny_llama
 from tiny_pdfs import EXTRACT_SETTINGS, write_pdf
 
-from pdf2lora.documents import sketches
-from pdf2lora.documents.cluster import extract_on_cluster
-from pdf2lora.documents.sketches import sketch_texts
+from pdf2lora.cluster import tasks
+from pdf2lora.cluster.extraction import extract_on_cluster
+from pdf2lora.cluster.tasks import WorkersDied, map_on_cluster, open_cluster
 from pdf2lora.documents.sources import Source
 from pdf2lora.errors import InputError
-from pdf2lora.runtime import cluster, parallel
-from pdf2lora.runtime.cluster import WorkersDied, map_on_cluster, open_cluster
+from pdf2lora.runtime import parallel
 from pdf2lora.runtime.files import file_sha256
+from pdf2lora.split import sketches
+from pdf2lora.split.sketches import sketch_texts
 from pdf2lora.token_files import encode_texts
 from pdf2lora.tokens import Encoder
 from stages import split, tokenize
@@ -34,7 +35,7 @@ def test_a_killed_worker_loses_nothing(scheduler: Path, tmp_path: Path, monkeypa
     """Each text is a batch, and at most four are at the scheduler."""
     monkeypatch.setattr(sketches, "batches", lambda texts: parallel.batches(texts, 1))
     monkeypatch.setattr("pdf2lora.token_files.MAX_BATCH_CHARACTERS", 1)
-    monkeypatch.setattr(cluster, "NUM_WAITING", 4)
+    monkeypatch.setattr(tasks, "NUM_WAITING", 4)
     encoder = Encoder.from_json(byte_tokenizer().to_str(), BOS, EOS)
     expected = [tokens.tolist() for tokens in encode_texts(encoder, TEXTS)]
     sketch_texts(TEXTS, tmp_path / "local.npy", map)
@@ -54,7 +55,7 @@ def test_a_killed_worker_loses_nothing(scheduler: Path, tmp_path: Path, monkeypa
         sketch_texts(texts_until_death(first), tmp_path / "dask.npy", run)
         assert (tmp_path / "dask.npy").read_bytes() == (tmp_path / "local.npy").read_bytes()
 
-        monkeypatch.setattr(cluster, "MAX_INLINE_BYTES", 1000)  # the tokenizer is sent once to each worker
+        monkeypatch.setattr(tasks, "MAX_INLINE_BYTES", 1000)  # the tokenizer is sent once to each worker
         run = partial(map_on_cluster, str(scheduler), "tokenize", ("tokenizers",))
         assert [tokens.tolist() for tokens in encode_texts(encoder, texts_until_death(second), run)] == expected
 
@@ -104,7 +105,7 @@ def test_the_stages_compute_on_the_cluster_of_params(
     tokenize.main()
     assert results() == expected
     shutil.rmtree(".scratch")
-    monkeypatch.setattr(cluster, "SCHEDULER_TIMEOUT_S", 1)
+    monkeypatch.setattr(tasks, "SCHEDULER_TIMEOUT_S", 1)
     for stage in (split, tokenize):
         with pytest.raises(
             SystemExit, match=r"^error: cluster\.scheduler: tcp://127\.0\.0\.1:9 did not answer [^\n]+$"
@@ -115,8 +116,8 @@ def test_the_stages_compute_on_the_cluster_of_params(
 
 def test_a_scheduler_that_ends_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if it ended before a task is submitted, or after a task was submitted that nobody does."""
-    monkeypatch.setattr(cluster, "SCHEDULER_TIMEOUT_S", 1)
-    monkeypatch.setattr(cluster, "POLL_S", 0.1)
+    monkeypatch.setattr(tasks, "SCHEDULER_TIMEOUT_S", 1)
+    monkeypatch.setattr(tasks, "POLL_S", 0.1)
     with (
         start_scheduler(tmp_path) as (file, process),
         worker(file),
@@ -143,7 +144,7 @@ def test_a_task_that_ends_its_workers_is_given_up(tmp_path: Path, monkeypatch: p
         assert "\n" not in str(caught.value)
 
         pdf = Source(write_pdf(tmp_path / "a.pdf", [prose(1)]))
-        monkeypatch.setattr("pdf2lora.documents.cluster.partial", lambda *arguments: end_process)
+        monkeypatch.setattr("pdf2lora.cluster.extraction.partial", lambda *arguments: end_process)
         sources = {pdf: file_sha256(pdf.path)}
         ((source, extraction),) = extract_on_cluster(str(scheduler), "none", tmp_path, sources, EXTRACT_SETTINGS)
         assert (source, extraction.reason) == (pdf, "crashed")

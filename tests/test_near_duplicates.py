@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from helpers import prose
 
-from pdf2lora.documents import near_duplicates
-from pdf2lora.documents.near_duplicates import NUM_PERMUTATIONS, band_width, sketch
-from pdf2lora.documents.word_hashes import ngram_hashes, word_hashes
+from pdf2lora.split import near_duplicates
+from pdf2lora.split.near_duplicates import NUM_PERMUTATIONS, band_width, sketch
+from pdf2lora.split.word_hashes import ngram_hashes, word_hashes
 
 
 def edited(text: str, num_edits: int) -> str:

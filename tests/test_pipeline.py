@@ -34,7 +34,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorte
 
 # Code that stages import and that cannot change an output. No stage depends on it.
 PLUMBING = {
-    "pdf2lora/documents/cluster.py": "the machines that read PDFs; it compares their code and packages",
+    "pdf2lora/cluster": "the machines that run the tasks; it compares their code and packages",
     "pdf2lora/errors.py": "error messages",
     "pdf2lora/params.py": "validation; the values are params of the stage",
     "pdf2lora/paths.py": "a path that changes also changes in dvc.yaml",
@@ -52,6 +52,8 @@ LAYERS = (  # from low to high: a module imports only its own layer and lower on
     "token_files",
     "token_cache",
     "documents",
+    "split",
+    "cluster",
     "weights",
     "model",
     "evaluation",

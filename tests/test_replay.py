@@ -4,9 +4,9 @@ import pytest
 from helpers import prose
 from tiny_llama import write_texts
 
-from pdf2lora.documents.replay import read_replay, require_unseen
 from pdf2lora.errors import InputError
 from pdf2lora.runtime.parallel import Workers
+from pdf2lora.split.replay import read_replay, require_unseen
 
 TEXTS = [prose(1, 60), prose(2, 60), prose(3, 60)]
 

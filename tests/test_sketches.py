@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from helpers import prose
 
-from pdf2lora.documents import sketches
-from pdf2lora.documents.near_duplicates import sketch
 from pdf2lora.documents.text import text_sha256
-from pdf2lora.documents.word_hashes import word_hashes
 from pdf2lora.runtime import parallel
 from pdf2lora.runtime.parallel import Workers
+from pdf2lora.split import sketches
+from pdf2lora.split.near_duplicates import sketch
+from pdf2lora.split.word_hashes import word_hashes
 
 TEXTS = [prose(seed) for seed in range(6)]
 

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_near_duplicates import edited, long_texts
 
-from pdf2lora.documents import splitting
-from pdf2lora.documents.near_duplicates import NUM_PERMUTATIONS, near_duplicate_groups, sketch
 from pdf2lora.documents.records import Document
 from pdf2lora.documents.text import text_sha256
-from pdf2lora.documents.word_hashes import word_hashes
 from pdf2lora.errors import InputError
+from pdf2lora.split import splitting
+from pdf2lora.split.near_duplicates import NUM_PERMUTATIONS, near_duplicate_groups, sketch
+from pdf2lora.split.word_hashes import word_hashes
 
 Splits = dict[str, list[Document]]
 

@@ -76,7 +76,7 @@ def changed(project):
     from dvc.repo import Repo
 
     stage = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["tokenize"]
-    stage["deps"] = [dep for dep in stage["deps"] if not dep.endswith(".py")]
+    stage["deps"] = [dep for dep in stage["deps"] if not dep.startswith(("pdf2lora/", "stages/"))]
     stage["cmd"] = "true"
     for folder in ("data/general", "data/replay"):
         (project / folder).mkdir()

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pdf2lora.documents.text import UNSPACED
-from pdf2lora.documents.word_hashes import ngram_hashes, word_hashes
+from pdf2lora.split.word_hashes import ngram_hashes, word_hashes
 
 MARKS = "".join(
     character for character in map(chr, range(0x20000)) if unicodedata.category(character)[0] == "M"

@@ -132,7 +132,7 @@ def open_cluster(
 
     def task(constants: bytes, function: bytes, item: bytes) -> Any:
         """Dask sends this function by value, because a worker that cannot import the project would end at once."""
-        from pdf2lora.runtime.cluster import run_on_worker
+        from pdf2lora.cluster.tasks import run_on_worker
 
         return run_on_worker(constants, function, item)
 

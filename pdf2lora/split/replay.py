@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pdf2lora.documents.leakage import NGRAM_WORDS, leakage
 from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError
 from pdf2lora.runtime.parallel import Workers
+from pdf2lora.split.leakage import NGRAM_WORDS, leakage
 
 MAX_LEAKAGE = 0.01  # share of 13-word sequences; common phrases give less
 

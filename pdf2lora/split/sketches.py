@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pdf2lora.documents.near_duplicates import NUM_PERMUTATIONS, sketch
 from pdf2lora.documents.text import text_sha256
-from pdf2lora.documents.word_hashes import word_hashes
 from pdf2lora.runtime.files import atomic_write
 from pdf2lora.runtime.parallel import batches
+from pdf2lora.split.near_duplicates import NUM_PERMUTATIONS, sketch
+from pdf2lora.split.word_hashes import word_hashes
 
 # One row for each text: text_sha256, num_words, sketch (see near_duplicates).
 ROW = np.dtype([("text_sha256", "S64"), ("num_words", np.int64), ("sketch", np.uint32, NUM_PERMUTATIONS)])

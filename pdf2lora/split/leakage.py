@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pdf2lora.documents.word_hashes import Hashes, ngram_hashes, word_hashes
 from pdf2lora.runtime.parallel import Workers, batches
+from pdf2lora.split.word_hashes import Hashes, ngram_hashes, word_hashes
 
 NGRAM_WORDS = 13  # as in Brown et al. 2020, Language Models are Few-Shot Learners, appendix C
 MAX_TEST_NGRAMS = 2**24  # in memory, 8 bytes each

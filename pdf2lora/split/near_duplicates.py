@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from pdf2lora.documents.word_hashes import Hashes, mix, ngram_hashes
+from pdf2lora.split.word_hashes import Hashes, mix, ngram_hashes
 
 SHINGLE_WORDS = 5
 NUM_PERMUTATIONS = 128

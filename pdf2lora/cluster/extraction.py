@@ -1,4 +1,4 @@
-"""Extraction on the workers of a Dask cluster (see runtime/cluster.py).
+"""Extraction on the workers of a Dask cluster (see cluster/tasks.py).
 
 One task is one PDF. The Dask worker starts worker processes that can be killed, as on one machine. After a task it
 compares the bytes of the PDF with those that the client saw.
@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from pdf2lora.cluster.tasks import WorkersDied, open_cluster
 from pdf2lora.documents import ocr
 from pdf2lora.documents.extraction import PACKAGES, extract_source, run_all
 from pdf2lora.documents.records import Extraction, Reason
 from pdf2lora.documents.sources import Source
 from pdf2lora.errors import InputError
 from pdf2lora.params import Extract
-from pdf2lora.runtime.cluster import WorkersDied, open_cluster
 
 NUM_WAITING = 2000  # names of PDFs at the scheduler at a time, enough for 500 cores
 
