@@ -76,26 +76,57 @@ def test_pdfium_separates_the_lines_of_rotated_text(tmp_path: Path, angle: int) 
     assert page.text.split() == ["The", "sea", "rises", "and", "the", "ice", "of", "the", "mountains", "melts."]
 
 
-@pytest.mark.parametrize(("rise", "mark"), [(-3, "2"), (6, "17")], ids=["subscript", "footnote mark"])
-def test_pdfium_continues_a_line_after_a_small_character(tmp_path: Path, rise: int, mark: str) -> None:
+def draw_pieces(canvas: Canvas, y: float, *pieces: str) -> None:
+    """One row; a piece that starts with ^ is raised and small, with _ lowered and small."""
+    text = canvas.beginText(100, y)
+    for piece in pieces:
+        is_small = piece[0] in "^_"
+        text.setFont("Helvetica", 7 if is_small else 12)
+        text.setRise({"^": 5, "_": -3}.get(piece[0], 0))
+        text.textOut(piece[is_small:])
+    canvas.drawText(text)
+
+
+def test_pdfium_continues_a_line_after_a_small_character(tmp_path: Path) -> None:
     """pdfium ends a line there. The rest of the row is neither a line nor a paragraph."""
     canvas = Canvas(str(tmp_path / "row.pdf"))
-    for row, (before, after) in enumerate(
-        [("The oceans take up CO", ", and the"), ("land takes up CO", " more slowly.")]
-    ):
-        text = canvas.beginText(100, 700 - 14 * row)
-        for size, height, piece in ((12, 0, before), (7, rise, mark), (12, 0, after)):
-            text.setFont("Helvetica", size)
-            text.setRise(height)
-            text.textOut(piece)
-        canvas.drawText(text)
+    draw_pieces(canvas, 700, "The oceans take up CO", "_2", ", and the")
+    draw_pieces(canvas, 686, "land takes up CO", "_2", " more slowly.")
     canvas.drawString(100, 672, "A third line.")
     canvas.save()
 
     lines = ENGINES["pdfium"](tmp_path / "row.pdf").read_page(0).text.splitlines()
 
-    expected = [f"The oceans take up CO{mark}, and the", f"land takes up CO{mark} more slowly.", "A third line."]
-    assert [line.replace(" ,", ",").rstrip() for line in lines] == expected
+    expected = ["The oceans take up CO2, and the", "land takes up CO2 more slowly.", "A third line."]
+    assert [line.rstrip() for line in lines] == expected
+
+
+def test_pdfium_reads_raised_digits_as_superscripts(tmp_path: Path) -> None:
+    canvas = Canvas(str(tmp_path / "raised.pdf"))
+    draw_pieces(
+        canvas,
+        700,
+        "In 2001 it was 10",
+        "^3",
+        " W m",
+        "^-2",
+        " on 5 km",
+        "^2",
+        " of CO",
+        "_2",
+        ", says the report",
+        "^12",
+        ".",
+    )
+    draw_pieces(canvas, 686, "Decision 3/CMA.3", "^8", " has 25 pages and 1,000 words in A4.")
+    canvas.save()
+
+    lines = ENGINES["pdfium"](tmp_path / "raised.pdf").read_page(0).text.splitlines()
+
+    assert [line.rstrip() for line in lines] == [
+        "In 2001 it was 10³ W m⁻² on 5 km² of CO2, says the report¹².",
+        "Decision 3/CMA.3⁸ has 25 pages and 1,000 words in A4.",
+    ]
 
 
 def copy_of(source: Path) -> PdfWriter:

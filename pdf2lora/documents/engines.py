@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from pdf2lora.documents.columns import Box, column_order, union
-from pdf2lora.documents.paragraphs import continues_row, is_drop_cap, order_of_vertical_lines, paragraph_starts
+from pdf2lora.documents.paragraphs import (
+    continues_row,
+    is_drop_cap,
+    is_raised,
+    order_of_vertical_lines,
+    paragraph_starts,
+)
 
 SPACE = 0.1  # of the height of a line: a wider gap between two pieces of a row is a space
+MAYBE_RAISED = re.compile(r"\S[\d+\-−–]*\d")
+SUPERSCRIPTS = str.maketrans("0123456789+-−–", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁻")
 LINE_END = re.compile("\r\n|\n|(?<=\ufffe)(?!\r?\n)")  # pdfium writes U+FFFE for a hyphen at a line end
 PROSE_LETTERS = 8  # in a column of prose, a line has at least 8 letters
 PROSE_SHARE = 0.8  # in at least 80% of the lines
@@ -99,12 +107,13 @@ def _text_with_gaps(text_page: Any) -> str:
     bounded = str(text_page.get_text_bounded())
     if len("".join(text.split())) != len("".join(bounded.split())):
         return bounded  # text outside of the page shifts the indices of characters
-    lines = LINE_END.split(text)
-    starts = [0, *(match.end() for match in LINE_END.finditer(text))]
 
     def letter(index: int) -> Box:
         return Box(*text_page.get_charbox(raw.FPDFText_GetCharIndexFromTextIndex(text_page, index), loose=True))
 
+    text = _with_superscripts(text, letter)
+    lines = LINE_END.split(text)
+    starts = [0, *(match.end() for match in LINE_END.finditer(text))]
     ends = [start + len(line.rstrip()) - 1 for start, line in zip(starts, lines, strict=True)]
     first_letters, last_letters = (
         [letter(index) if line.strip() else None for index, line in zip(indices, lines, strict=True)]
@@ -126,6 +135,23 @@ def _text_with_gaps(text_page: Any) -> str:
             continue
         result += ["", line] if is_start[number] and not line.lstrip()[:1].islower() else [line]
     return "\n".join(result)
+
+
+def _with_superscripts(text: str, letter: Callable[[int], Box]) -> str:
+    """Returns the text with raised digits and signs as superscripts: 10³, m⁻², and footnote marks. Subscripts stay.
+
+    letter: index in the text -> the box of this character, as high as its font.
+    """
+    characters = list(text)
+    for match in MAYBE_RAISED.finditer(text):
+        base = letter(match.start())
+        for index in range(match.start() + 1, match.end()):
+            box = letter(index)
+            if is_raised(base, box):
+                characters[index] = text[index].translate(SUPERSCRIPTS)
+            else:
+                base = box
+    return "".join(characters)
 
 
 def _form_values(document: Any, page: Any) -> list[str]:

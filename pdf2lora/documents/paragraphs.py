@@ -10,6 +10,7 @@ MAX_LINE_STEP = 1.4  # times the median distance between two lines of the page: 
 MAX_HEIGHT_STEP = 1.1  # if it is also longer than 1.1 times the height of the line (headings are high)
 MIN_INDENT = 0.5  # of the height of the line
 SAME_ROW = 0.3  # of the height: the largest difference of two tops, and of two bottoms, in a row
+RAISED_HEIGHT, RAISED_BOTTOM = 0.85, 0.15  # times the height of a letter: a superscript is lower, and begins above
 DROP_CAP = 1.8  # times the height of a line: a higher letter beside it is its large first letter
 SAME_LEFT = 0.1  # of the height: the lines above and below an indented line start at the same x
 
@@ -57,6 +58,12 @@ def continues_row(first: Box, last: Box, box: Box) -> bool:
     most = SAME_ROW * min(first.top - first.bottom, box.top - box.bottom)
     has_same_font = abs(first.bottom - box.bottom) < most and abs(first.top - box.top) < most
     return has_same_font and first.left < box.left and last.bottom < box.top and box.bottom < last.top
+
+
+def is_raised(base: Box, box: Box) -> bool:
+    """Whether a letter is smaller than the one before it, and raised."""
+    height = base.top - base.bottom
+    return box.top - box.bottom < RAISED_HEIGHT * height and box.bottom - base.bottom > RAISED_BOTTOM * height
 
 
 def is_drop_cap(letter: Box, box: Box) -> bool:
