@@ -67,8 +67,10 @@ def _collapse(line: str, removed: Counter[str]) -> str:
 
 
 def _join_hyphenated(text: str, removed: Counter[str]) -> str:
-    """Joins words and numbers that are broken at line ends. Words and compounds that the text has elsewhere decide
-    whether the hyphen stays."""
+    """Joins words and numbers that are broken at line ends.
+
+    If the text has the word or the compound elsewhere, the joined word has the same form: with or without the hyphen.
+    """
     folded = text.casefold()
     compounds = set(re.findall(r"\b(?=([^\W\d_]+-[^\W\d_]+))", folded))
     words = set(re.findall(r"[^\W\d_]+", folded))

@@ -16,7 +16,7 @@ from pdf2lora.documents.paragraphs import (
     paragraph_starts,
 )
 
-SPACE = 0.1  # of the height of a line: a wider gap between two pieces of a row is a space
+SPACE = 0.1  # times the height of a line: if the gap between two pieces of a row is wider, a space is written there
 MAYBE_RAISED = re.compile(r"\S[\d+\-−–]*\d")
 SUPERSCRIPTS = str.maketrans("0123456789+-−–", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁻")
 LINE_END = re.compile("\r\n|\n|(?<=\ufffe)(?!\r?\n)")  # pdfium writes U+FFFE for a hyphen at a line end
@@ -126,14 +126,16 @@ def _text_with_gaps(text_page: Any) -> str:
     result = [lines[0]]
     for number, line in enumerate(lines[1:], 1):
         first, last, box = first_letters[number - 1], last_letters[number - 1], first_letters[number]
-        if first and box and len(result[-1].strip()) == 1 and result[-1].strip().isupper() and is_drop_cap(first, box):
-            result[-1] = result[-1].strip() + line
-            continue
-        if first and last and box and continues_row(first, last, box):
+        above = result[-1].strip()
+        if first and box and len(above) == 1 and above.isupper() and is_drop_cap(first, box):
+            result[-1] = above + line
+        elif first and last and box and continues_row(first, last, box):
             gap = " " if box.left - last.right > SPACE * (box.top - box.bottom) else ""
             result[-1] = result[-1].rstrip() + gap + line
-            continue
-        result += ["", line] if is_start[number] and not line.lstrip()[:1].islower() else [line]
+        elif is_start[number] and not line.lstrip()[:1].islower():
+            result += ["", line]
+        else:
+            result.append(line)
     return "\n".join(result)
 
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 STEPS = (1, 5)
 MIN_NUMBERS = 4  # on a page
-MIN_SHARE = 0.6  # of the lines of a page are numbered, or counted by the numbers between them
-MIN_PAGES = 0.5  # of the pages; a table or a list is on fewer
-MIN_PROSE = 0.5  # of the lines do not start with a capital letter, as most rows of a list do,
-PROSE_LETTERS = 8  # and have at least 8 letters, which most rows of a table do not
-MAX_GAP = 3  # a number can be missing
+MIN_SHARE = 0.6  # share of a page's lines that have a number, or are counted by the next number
+MIN_PAGES = 0.5  # share of the pages that have line numbers; a table or a list is on fewer pages
+MIN_PROSE = 0.5  # share of the lines that are prose. Such a line starts without a capital letter (most items of a list
+PROSE_LETTERS = 8  # start with one) and has at least 8 letters (most rows of a table have fewer)
+MAX_GAP = 3  # the largest step from one number to the next, because a number can be missing
 _NUMBERED = re.compile(r"(\d{1,5})(?: +(.*))?")
 
 

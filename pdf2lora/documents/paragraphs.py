@@ -9,9 +9,10 @@ from pdf2lora.documents.columns import Box
 MAX_LINE_STEP = 1.4  # times the median distance between two lines of the page: a longer distance is a gap,
 MAX_HEIGHT_STEP = 1.1  # if it is also longer than 1.1 times the height of the line (headings are high)
 MIN_INDENT = 0.5  # of the height of the line
-SAME_ROW = 0.3  # of the height: the largest difference of two tops, and of two bottoms, in a row
-RAISED_HEIGHT, RAISED_BOTTOM = 0.85, 0.15  # times the height of a letter: a superscript is lower, and begins above
-DROP_CAP = 1.8  # times the height of a line: a higher letter beside it is its large first letter
+SAME_ROW = 0.3  # times the height: two letters of a row have tops and bottoms that differ by less
+RAISED_HEIGHT = 0.85  # times the height of the letter before it: a superscript is smaller
+RAISED_BOTTOM = 0.15  # times the height of the letter before it: the bottom of a superscript is higher by more
+DROP_CAP = 1.8  # times the height of normal letters: a drop cap, the large first letter of a chapter, is higher
 SAME_LEFT = 0.1  # of the height: the lines above and below an indented line start at the same x
 
 
@@ -51,9 +52,9 @@ def order_of_vertical_lines(first_letters: Sequence[Box | None], last_letters: S
 
 
 def continues_row(first: Box, last: Box, box: Box) -> bool:
-    """Whether a piece of text continues a row: pdfium ends a line after a subscript or a footnote mark.
+    """Whether a line of pdfium is not a new line of the page: pdfium ends a line after a subscript or a footnote mark.
 
-    first, last: the letters of the row so far; the last one can be small. box: the first letter of the piece.
+    first, last: letters of the line before; the last one can be small. box: the first letter of the line.
     """
     most = SAME_ROW * min(first.top - first.bottom, box.top - box.bottom)
     has_same_font = abs(first.bottom - box.bottom) < most and abs(first.top - box.top) < most
@@ -67,9 +68,9 @@ def is_raised(base: Box, box: Box) -> bool:
 
 
 def is_drop_cap(letter: Box, box: Box) -> bool:
-    """Whether a letter on a line of its own is the large first letter of the text to its right.
+    """Whether a letter is a drop cap: the large first letter of a chapter, with normal text to its right.
 
-    box: the first letter of this text.
+    box: the first letter of the normal text.
     """
     height = letter.top - letter.bottom
     is_beside = letter.bottom < box.bottom < letter.top and 0 <= box.left - letter.left < 2 * height

@@ -36,9 +36,8 @@ class Source:
 
     @property
     def id(self) -> str:
-        path = (
-            self.path if self.member is None else Path(f"{self.path}/{self.member.name}")
-        )  # the name can start with /
+        # The name of a member can start with /, and then self.path / name would lose self.path.
+        path = self.path if self.member is None else Path(f"{self.path}/{self.member.name}")
         return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 

@@ -48,7 +48,7 @@ class BaseScores(NamedTuple):
 
 
 def base_scores_file(params: Params, kernels: str, *inputs: Path) -> Path:
-    """Where the scores are, or will be. The folder's name changes with all that changes them.
+    """The file of the scores, which may not exist yet. All that can change a score is in the name of its folder.
 
     inputs: files and folders of the base model and of the texts.
     """

@@ -127,7 +127,9 @@ def _continue_with_passes(
 def _end_tokens(model: Any) -> list[int]:
     """The ids that end a text."""
     ids = model.config.eos_token_id
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
 
 
 class _TextStreamer(BaseStreamer):  # type: ignore[misc]

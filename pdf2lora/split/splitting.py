@@ -45,12 +45,12 @@ def split(
     for name, size in (("test", num_test), ("validation", num_validation)):
         min_remaining = 2 if name == "test" and validation_fraction > 0 else 1
         while len(splits[name]) < size and len(remaining) > min_remaining:
-            place = next((place for place, group in enumerate(remaining) if len(group) <= size), None)
-            if place is None and splits[name]:
-                break
-            group = remaining.pop(
-                min(range(len(remaining)), key=lambda n: len(remaining[n])) if place is None else place
-            )
+            group = next((group for group in remaining if len(group) <= size), None)
+            if group is None:
+                if splits[name]:
+                    break
+                group = min(remaining, key=len)
+            remaining.remove(group)
             splits[name] += sorted(group, key=hashes.__getitem__)
     splits["train"] = [number for group in remaining for number in sorted(group, key=hashes.__getitem__)]
     return splits

@@ -25,22 +25,14 @@ from pdf2lora.documents.extraction import extract
 from pdf2lora.documents.sources import Source
 from pdf2lora.documents.worker import MAX_CHARACTERS
 from pdf2lora.errors import InputError
-from pdf2lora.params import Extract
 from pdf2lora.runtime.files import file_sha256
+from tests.tiny_pdfs import EXTRACT_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 PDFS = ROOT / "data/pdfs/demo"
 SOURCE_MODEL = ROOT / "models/source/demo"
-SETTINGS = Extract(
-    engines=["pypdf2", "pdfium"],
-    max_pages=30,
-    timeout_s=3.0,
-    memory_gib=1.0,
-    clean=True,
-    min_characters=300,
-    ocr="none",
-    ocr_timeout_s=60.0,
-    ocr_memory_gib=4.0,
+SETTINGS = EXTRACT_SETTINGS.model_copy(
+    update={"engines": ["pypdf2", "pdfium"], "timeout_s": 3.0, "memory_gib": 1.0, "min_characters": 300}
 )
 NUMBERS = [b"0", b"-1", b"1", b"65536", b"2147483648", b"99999999999999999999"]
 NAMES = [
