@@ -22,7 +22,7 @@ from pdf2lora.model.dropout import DropoutRate
 from pdf2lora.model.kernels import dropout, frozen, lora
 from pdf2lora.model.kernels.attention import Heads
 from pdf2lora.model.kernels.cross_entropy import cross_entropy_
-from pdf2lora.model.kernels.elementwise import add_rmsnorm, rmsnorm_backward_, swiglu, swiglu_backward_
+from pdf2lora.model.kernels.rmsnorm import add_rmsnorm, rmsnorm_backward_
 from pdf2lora.model.kernels.rotary import (
     MAX_FUSED_ROTARY_RANK,
     Angles,
@@ -33,6 +33,7 @@ from pdf2lora.model.kernels.rotary import (
     rotate_,
 )
 from pdf2lora.model.kernels.rows import FP8, quantize
+from pdf2lora.model.kernels.swiglu import swiglu, swiglu_backward_
 
 FEATURES, INTERMEDIATE, VOCABULARY = 3072, 8192, 128_256  # of Llama-3.2-3B
 TOKENS = 64
@@ -111,6 +112,9 @@ def products(rank: int, numbers_of_projections: tuple[int, ...]) -> None:
         counter = lora.DropoutCounter(torch.zeros(2, dtype=torch.int64), 0, TOKENS, DropoutRate(0.1))
         low_rank, mask = lora.down(x, a, rank, counter)
         lora.gradient_of_a(x, low_rank, rank, mask, 1.1)
+        b = torch.zeros(128, rank, dtype=torch.bfloat16)
+        own = frozen.Lora(torch.zeros(rank, 128, dtype=torch.bfloat16), b)
+        frozen.dequantize_and_add(small_linear().weight, own, torch.zeros(128, 128, dtype=torch.bfloat16))
         lora.add_gradient_of_x_(x, a, low_rank, rank, mask, 1.1)
 
 

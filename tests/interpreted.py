@@ -97,11 +97,12 @@ def attention_forward(parts, heads):
     with torch.enable_grad():
         query, key, value = (part.detach().requires_grad_() for part in parts)
         output = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    return attention.Attended(output.detach(), False, (output, (query, key, value)))
+    logsumexp = torch.empty(0)  # only PyTorch's GPU kernels need it
+    return attention.Attended(output.detach(), logsumexp, attention.Call(False, (output, (query, key, value))))
 
 
 def attention_backward(grad, parts, attended, heads):
-    output, leaves = attended.context
+    output, leaves = attended.call.arguments
     by_head = grad.view(-1, heads.seq_length, heads.num_queries, heads.head_dim).transpose(1, 2)
     return torch.autograd.grad(output, leaves, by_head)
 
@@ -119,9 +120,9 @@ def relative_error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def scaled_product(left, right):
+def scaled_product(left, right, out):
     """_scaled_mm without the rounding to bfloat16. The CPU's kernel does not support rowwise scales."""
-    return (left.fp8.float() * left.scale) @ (right.fp8.float() * right.scale).t()
+    return torch.mm(left.fp8.float() * left.scale, (right.fp8.float() * right.scale).t(), out=out)
 
 
 def linear4bit(out_features, in_features, *, quant_type="nf4", double=True, bias=False, seed=0):

@@ -16,7 +16,9 @@ from pdf2lora.errors import InputError
 from pdf2lora.families import FAMILIES
 from pdf2lora.model.architectures import fused_obstacle
 from pdf2lora.model.forward import build_forward
-from pdf2lora.model.kernels import attention, frozen
+from pdf2lora.model.gradient_checkpointing import GradientCheckpointing
+from pdf2lora.model.kernels import attention, context, frozen, mlp
+from pdf2lora.model.kernels.context import ForwardContext
 from pdf2lora.model.kernels.fused import FusedForward
 from pdf2lora.model.loading import add_lora, load_base
 from pdf2lora.model.loss import linear_cross_entropy
@@ -180,6 +182,61 @@ def test_recomputation_draws_the_same_dropout(base):
         assert all(torch.equal(found[name], expected[name]) for name in expected), mode
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_tiles_of_tokens_change_no_result(base, monkeypatch, dropout, fp8):
+    """Ten tokens as tiles of four, four and two, beside the mode `none`, which has no tiles."""
+    monkeypatch.setattr(frozen, "_product_fp8", scaled_product)
+    model = adapted(base, lora_dropout=dropout, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    ids = some_ids(2, 5)
+    hidden, expected = hidden_and_gradients(FusedForward(model, fp8=fp8), ids, seed=3)
+    monkeypatch.setattr(mlp, "MIN_TOKENS", 4)
+    products = []
+    swiglu = mlp.swiglu
+    monkeypatch.setattr(mlp, "swiglu", lambda x, **formats: products.append(len(x)) or swiglu(x, **formats))
+
+    for mode in (GradientCheckpointing.MLP, GradientCheckpointing.FULL):
+        forward = FusedForward(model, gradient_checkpointing=mode, fp8=fp8)
+        tiled_hidden, found = hidden_and_gradients(forward, ids, seed=3)
+
+        assert products[:6] == [4, 4, 2] * 2, mode  # of two layers
+        products.clear()
+        assert relative_error(tiled_hidden, hidden) < NEAR, mode
+        assert max(relative_error(found[name], expected[name]) for name in expected) < NEAR, mode
+
+
+@pytest.mark.parametrize(
+    ("mode", "num_tokens", "sizes"),
+    [
+        ("none", 100_000, [100_000]),
+        ("mlp", 4096, [4096]),
+        ("full", 8192, [4096, 4096]),
+        ("full", 32_768, [8192] * 4),
+        ("offload", 66_000, [16_384] * 4 + [464]),
+        ("full", 9728, [4096, 4096, 1536]),
+    ],
+)
+def test_number_of_tokens_of_a_tile(mode, num_tokens, sizes):
+    tiles = mlp._tiles(num_tokens, ForwardContext(GradientCheckpointing(mode), *[None] * 5))
+
+    assert [tile.stop - tile.start for tile in tiles] == sizes
+    assert [tile.start for tile in tiles[1:]] == [tile.stop for tile in tiles[:-1]]
+
+
+def test_attention_of_long_sequences_is_computed_once(base, queries, monkeypatch):
+    model, ids = adapted(base, lora_dropout=0.3), some_ids(1, 5)
+    short_hidden, expected = hidden_and_gradients(build_forward(model, "fused", "full"), ids, seed=3)
+    assert len(queries) == 4  # two layers, twice
+    queries.clear()
+    monkeypatch.setattr(context, "LONG_SEQUENCE", 5)
+
+    hidden, found = hidden_and_gradients(build_forward(model, "fused", "full"), ids, seed=3)
+
+    assert (len(queries), number_alive(queries)) == (2, 0)
+    assert torch.equal(hidden, short_hidden)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_dropout_depends_on_the_seed_and_is_off_in_evaluation(base):
     model = adapted(base, lora_dropout=0.3)
     forward, ids = build_forward(model, "fused"), some_ids(1, 5)
@@ -286,7 +343,7 @@ def queries(monkeypatch):
 
     def note(parts, heads):
         attended = attention_forward(parts, heads)
-        references.append(weakref.ref(attended.context[1][0]))
+        references.append(weakref.ref(attended.call.arguments[1][0]))
         return attended
 
     monkeypatch.setattr(attention, "forward", note)

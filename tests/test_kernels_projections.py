@@ -1,6 +1,6 @@
 import pytest
 import torch
-from interpreted import cpu_kernels, linear4bit, needs_interpreter, present, random  # noqa: F401
+from interpreted import cpu_kernels, linear4bit, needs_interpreter, random  # noqa: F401
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_llama import fill_b
 from torch import nn
@@ -32,8 +32,8 @@ def test_projections_stack_the_matrices_of_those_with_lora():
 
     with torch.no_grad():
         projections.refresh()
-        y, product = projections.forward(Rows(x), EVALUATION)
-        low_rank = present(product)
+        y, _ = projections.forward(Rows(x), EVALUATION)
+        low_rank = projections.low_rank(Rows(x), EVALUATION)
 
     assert (projections.rank, low_rank.values.shape, low_rank.mask) == (16, (9, 32), None)
     torch.testing.assert_close(y, torch.cat([module(x) for module in modules], dim=1).detach(), rtol=1e-4, atol=1e-4)

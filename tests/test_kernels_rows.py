@@ -2,7 +2,9 @@ import pytest
 import torch
 from interpreted import cpu_kernels, needs_interpreter, present, random, relative_error  # noqa: F401
 
+from pdf2lora.model.kernels.rmsnorm import add_rmsnorm, rmsnorm_backward_
 from pdf2lora.model.kernels.rows import FP8, Rows, block_and_warps, quantize
+from pdf2lora.model.kernels.swiglu import swiglu, swiglu_backward_
 
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
 
@@ -36,5 +38,37 @@ def test_rows_have_the_requested_formats():
 
     both, values, fp8 = (Rows.empty(like, 20, values=v, fp8=f) for v, f in ((True, True), (True, False), (False, True)))
 
-    assert tuple(present(part).shape for part in both) == ((3, 20), (3, 20), (3, 1))
+    assert [present(part).shape for part in (both.values, both.fp8, both.scale)] == [(3, 20), (3, 20), (3, 1)]
     assert (values.fp8, values.scale, fp8.values) == (None, None, None)
+
+
+def test_a_part_of_rows_has_the_same_formats_and_knows_its_first_token():
+    rows = quantize(random(5, 8))
+
+    part = rows.part(slice(2, 4))
+
+    assert part.first_token == 2
+    for found, whole in zip(part[:3], rows[:3], strict=True):
+        assert torch.equal(present(found).float(), present(whole)[2:4].float())
+    assert Rows(None).part(slice(1, 2)) == Rows(None, first_token=1)
+
+
+def test_rows_of_the_kernels_are_quantized_like_finished_rows():
+    features = 100
+    residual, weight, grad = random(5, features), random(features, seed=1), random(5, features, seed=2)
+    gate_up = random(5, 2 * features, seed=3)
+    _, plain, rstd = add_rmsnorm(residual, None, weight, 1e-5)
+    dx = rmsnorm_backward_(grad.clone(), residual, rstd, weight, None).values
+    d_gate_up = swiglu_backward_(grad, gate_up.clone()).values
+    pairs = [
+        (add_rmsnorm(residual, None, weight, 1e-5, values=False, fp8=True)[1], plain.values),
+        (rmsnorm_backward_(grad.clone(), residual, rstd, weight, None, fp8=True), dx),
+        (swiglu(gate_up, values=False, fp8=True), swiglu(gate_up).values),
+        (swiglu_backward_(grad, gate_up.clone(), values=False, fp8=True), d_gate_up),
+    ]
+
+    for rows, values in pairs:
+        expected = quantize(present(values))
+        assert torch.equal(present(rows.fp8).view(torch.uint8), present(expected.fp8).view(torch.uint8))
+        assert torch.equal(present(rows.scale), present(expected.scale))
+    assert pairs[0][0].values is pairs[2][0].values is pairs[3][0].values is None

@@ -56,6 +56,7 @@ class MicroBatch:
     def _forward_backward(self, inputs: Tensor, targets: Tensor, scale: Tensor) -> None:
         hidden = self.forward(inputs)
         loss = linear_cross_entropy(hidden.flatten(0, 1), self.forward.head, targets.flatten()) * scale
+        del hidden
         loss.backward()
         self.parameters.loss.add_(loss.detach())
 

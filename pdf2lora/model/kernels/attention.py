@@ -40,12 +40,19 @@ class Heads(NamedTuple):
         return attended.transpose(1, 2).reshape(-1, self.num_queries * self.head_dim)
 
 
+class Call(NamedTuple):
+    """What the backward pass must know of the forward pass's call, beside tensors of activations."""
+
+    by_cudnn: bool
+    arguments: tuple[Any, ...]
+
+
 class Attended(NamedTuple):
-    """Attention's output, and the tensors that its backward pass needs."""
+    """Attention's output, and what its backward pass needs."""
 
     output: Tensor  # (batch, heads, seq_length, head_dim)
-    by_cudnn: bool
-    context: tuple[Any, ...]
+    logsumexp: Tensor  # of each query's scores, float32
+    call: Call
 
 
 def cudnn_is_better(head_dim: int) -> bool:
@@ -60,13 +67,14 @@ Parts = tuple[Tensor, Tensor, Tensor]  # queries, keys and values, (batch, heads
 def forward(parts: Parts, heads: Heads) -> Attended:
     """parts: after the rotary embedding."""
     operators = torch.ops.aten
-    if cudnn_is_better(heads.head_dim):
-        output, *context, _ = operators._scaled_dot_product_cudnn_attention(
+    by_cudnn = cudnn_is_better(heads.head_dim)
+    if by_cudnn:
+        output, logsumexp, *arguments, _ = operators._scaled_dot_product_cudnn_attention(
             *parts, None, compute_log_sumexp=True, is_causal=True
         )
-        return Attended(output, True, tuple(context))
-    output, *context, _ = operators._scaled_dot_product_flash_attention(*parts, is_causal=True)
-    return Attended(output, False, tuple(context))
+    else:
+        output, logsumexp, *arguments, _ = operators._scaled_dot_product_flash_attention(*parts, is_causal=True)
+    return Attended(output, logsumexp, Call(by_cudnn, tuple(arguments)))
 
 
 def backward(grad: Tensor, parts: Parts, attended: Attended, heads: Heads) -> Parts:
@@ -74,12 +82,12 @@ def backward(grad: Tensor, parts: Parts, attended: Attended, heads: Heads) -> Pa
 
     grad: gradient of the output's rows, (tokens, heads * head_dim).
     """
-    logsumexp, start_q, start_k, max_q, max_k, seed, offset = attended.context
+    start_q, start_k, max_q, max_k, seed, offset = attended.call.arguments
     by_head = grad.view(-1, heads.seq_length, heads.num_queries, heads.head_dim).transpose(1, 2)
-    tensors = (by_head, *parts, attended.output, logsumexp)
+    tensors = (by_head, *parts, attended.output, attended.logsumexp)
     lengths = (start_q, start_k, max_q, max_k, 0.0, True)  # no dropout, causal
     gradients: Parts
-    if attended.by_cudnn:
+    if attended.call.by_cudnn:
         gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(*tensors, seed, offset, None, *lengths)
     else:
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(*tensors, *lengths, seed, offset)

@@ -9,6 +9,8 @@ from pdf2lora.model.kernels.attention import Heads
 from pdf2lora.model.kernels.offload import Offload
 from pdf2lora.model.kernels.rotary import Angles
 
+LONG_SEQUENCE = 8192  # from here on, computing attention a second time takes more than 6% of a step (3B)
+
 
 class ForwardContext(NamedTuple):
     """dropout_state: DropoutState.tensor; None: no dropout."""
@@ -21,9 +23,19 @@ class ForwardContext(NamedTuple):
     offload: Offload
 
     @property
-    def recomputes_attention(self) -> bool:
+    def offloads(self) -> bool:
+        return self.gradient_checkpointing is GradientCheckpointing.OFFLOAD
+
+    @property
+    def recomputes_layer(self) -> bool:
+        """From its input; with keeps_attended, without attention itself."""
         return self.gradient_checkpointing in (GradientCheckpointing.FULL, GradientCheckpointing.OFFLOAD)
 
     @property
     def recomputes_mlp(self) -> bool:
         return self.gradient_checkpointing is not GradientCheckpointing.NONE
+
+    @property
+    def keeps_attended(self) -> bool:
+        """Whether attention's output stays, beside the layer's input."""
+        return self.recomputes_layer and self.heads.seq_length >= LONG_SEQUENCE

@@ -1,12 +1,15 @@
 """Products with frozen weights, in bfloat16 or in fp8. Projections that read the same x share one product.
 
 A product of t tokens with n x k weights costs 2 t n k FLOP, and so does the gradient of x. Weights get no gradient.
-- bfloat16: dequantizes the weights before each product. Moves 2.5 bytes per weight.
-- fp8: converts the 4-bit weights to e4m3 before each product. A scale must not vary along the sum, so each direction
-  has its own scales, which are computed once. Moves 1.5 bytes per weight and keeps no e4m3 weight in memory.
+- bfloat16: dequantizes the weights before a product. Moves 2.5 bytes per weight. LoRA's product B A can be added to the
+  weights in float32, before their only rounding.
+- fp8: converts the 4-bit weights to e4m3 before a product. A scale must not vary along the sum, so each direction has
+  its own scales, which are computed once. Moves 1.5 bytes per weight and keeps no e4m3 weight in memory.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -18,54 +21,99 @@ from pdf2lora.model.kernels.rows import FP8, Rows
 
 LARGEST_FP8 = 448.0  # of e4m3
 SMALLEST_FEATURE = 1e-12  # avoids a scale of zero
+# The fastest tiles on one H200:
+ADD_TILE = {"BLOCK_OUTPUTS": 64, "BLOCK_BYTES": 32, "num_warps": 4}
+CONVERT_TILE = {"BLOCK_OUTPUTS": 64, "BLOCK_BYTES": 32, "num_warps": 2}
 
 
 @triton.jit
-def _weights(
-    packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, at, inside,
-    BLOCKSIZE: tl.constexpr, ABSMAX_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+def _steps(
+    absmax, absmax_code, absmax_absmax, absmax_offset, block, exists,
+    ABSMAX_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """The two weights of each byte, float32, side by side in the last dimension. at: indices of bytes."""
-    byte = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
-    block = at // (BLOCKSIZE // 2)
+    """The largest weight of each block of weights, float32."""
     if NESTED:
-        step = tl.load(absmax_code + tl.load(absmax + block, mask=inside, other=0).to(tl.int32))
-        step = step * tl.load(absmax_absmax + block // ABSMAX_BLOCKSIZE, mask=inside, other=0.0)
+        step = tl.load(absmax_code + tl.load(absmax + block, mask=exists, other=0).to(tl.int32))
+        step = step * tl.load(absmax_absmax + block // ABSMAX_BLOCKSIZE, mask=exists, other=0.0)
         step += tl.load(absmax_offset)
     else:
-        step = tl.load(absmax + block, mask=inside, other=0.0)
-    high = tl.load(code + (byte >> 4)) * step
-    low = tl.load(code + (byte & 15)) * step
-    return tl.interleave(high, low)
+        step = tl.load(absmax + block, mask=exists, other=0.0)
+    return step
+
+
+@triton.jit
+def _weights(packed, code, step, at, inside):
+    """The two weights of each byte, float32, side by side in the last dimension. at: indices of bytes."""
+    byte = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
+    return tl.interleave(tl.load(code + (byte >> 4)) * step, tl.load(code + (byte & 15)) * step)
+
+
+@triton.jit
+def _tile(
+    packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, output, byte, num_outputs, num_inputs,
+    BLOCKSIZE: tl.constexpr, ABSMAX_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, IN_ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Weights (outputs, 2 * bytes), float32. IN_ONE_BLOCK: the bytes of each output share a step."""
+    at = output[:, None] * (num_inputs // 2) + byte[None, :]
+    exists = (output < num_outputs)[:, None]
+    inside = exists & (byte < num_inputs // 2)[None, :]
+    if IN_ONE_BLOCK:
+        block = (output[:, None] * (num_inputs // 2) + tl.min(byte, 0)) // (BLOCKSIZE // 2)
+        step = _steps(absmax, absmax_code, absmax_absmax, absmax_offset, block, exists, ABSMAX_BLOCKSIZE, NESTED)
+    else:
+        block = at // (BLOCKSIZE // 2)
+        step = _steps(absmax, absmax_code, absmax_absmax, absmax_offset, block, inside, ABSMAX_BLOCKSIZE, NESTED)
+    return _weights(packed, code, step, at, inside)
 
 
 @triton.jit
 def _dequantize(
     packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, out, num_bytes,
-    BLOCKSIZE: tl.constexpr, ABSMAX_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, ABSMAX_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    both = _weights(
-        packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, at, at < num_bytes,
-        BLOCKSIZE, ABSMAX_BLOCKSIZE, NESTED,
-    )  # fmt: skip
-    element = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    block = (tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)).to(tl.int64)[:, None]
+    at = block * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
+    exists = block * (BLOCKSIZE // 2) < num_bytes
+    step = _steps(absmax, absmax_code, absmax_absmax, absmax_offset, block, exists, ABSMAX_BLOCKSIZE, NESTED)
+    both = _weights(packed, code, step, at, at < num_bytes)
+    element = block * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     tl.store(out + element, both.to(out.dtype.element_ty), mask=element < 2 * num_bytes)
+
+
+@triton.jit
+def _dequantize_and_add(
+    packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, out, a, b, num_outputs, num_inputs, b_stride,
+    BLOCKSIZE: tl.constexpr, ABSMAX_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, IN_ONE_BLOCK: tl.constexpr,
+    R: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
+    output = (tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)).to(tl.int64)
+    byte = tl.program_id(1) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
+    values = _tile(
+        packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, output, byte, num_outputs, num_inputs,
+        BLOCKSIZE, ABSMAX_BLOCKSIZE, NESTED, IN_ONE_BLOCK,
+    )  # fmt: skip
+    feature = tl.program_id(1) * (2 * BLOCK_BYTES) + tl.arange(0, 2 * BLOCK_BYTES)
+    rank = tl.arange(0, R)
+    exists, within = (output < num_outputs)[:, None], (feature < num_inputs)[None, :]
+    left = tl.load(b + output[:, None] * b_stride + rank[None, :], mask=exists, other=0.0)
+    right = tl.load(a + rank[:, None].to(tl.int64) * num_inputs + feature[None, :], mask=within, other=0.0)
+    values += tl.dot(left, right, input_precision="ieee")
+    tl.store(
+        out + output[:, None] * num_inputs + feature[None, :], values.to(out.dtype.element_ty), mask=exists & within
+    )
 
 
 @triton.jit
 def _convert(
     packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, out, scale, num_outputs, num_inputs, out_stride,
-    BLOCKSIZE: tl.constexpr, ABSMAX_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BLOCK_OUTPUTS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, ABSMAX_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, IN_ONE_BLOCK: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
 ):  # fmt: skip
     output = (tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)).to(tl.int64)
     byte = tl.program_id(1) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
-    at = output[:, None] * (num_inputs // 2) + byte[None, :]
-    inside = (output < num_outputs)[:, None] & (byte < num_inputs // 2)[None, :]
-    values = _weights(
-        packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, at, inside,
-        BLOCKSIZE, ABSMAX_BLOCKSIZE, NESTED,
+    values = _tile(
+        packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, output, byte, num_outputs, num_inputs,
+        BLOCKSIZE, ABSMAX_BLOCKSIZE, NESTED, IN_ONE_BLOCK,
     )  # fmt: skip
     feature = tl.program_id(1) * (2 * BLOCK_BYTES) + tl.arange(0, 2 * BLOCK_BYTES)
     if TRANSPOSED:
@@ -89,9 +137,20 @@ def dequantize(weight: Any, out: Tensor) -> None:
     """
     tensors, constants = _arguments(weight)
     num_bytes = weight.data.numel()
-    _dequantize[(triton.cdiv(num_bytes, 1024),)](
+    blocks = max(1, 2048 // constants["BLOCKSIZE"])
+    _dequantize[(triton.cdiv(2 * num_bytes, blocks * constants["BLOCKSIZE"]),)](
         *tensors, out, num_bytes, **constants,
-        BLOCK=1024, num_warps=4, enable_fp_fusion=False,  # rounds as bitsandbytes does
+        BLOCKS=blocks, num_warps=4, enable_fp_fusion=False,  # rounds as bitsandbytes does
+    )  # fmt: skip
+
+
+def dequantize_and_add(weight: Any, lora: "Lora", out: Tensor) -> None:
+    """dequantize() plus lora.b lora.a, in float32. out: contiguous, (features out, features in)."""
+    tensors, constants = _arguments(weight)
+    num_outputs, num_inputs = weight.quant_state.shape
+    _dequantize_and_add[_grid(weight, ADD_TILE)](
+        *tensors, out, lora.a, lora.b, num_outputs, num_inputs, lora.b.stride(0), **constants,
+        IN_ONE_BLOCK=_is_in_one_block(weight, ADD_TILE), R=lora.a.shape[0], **ADD_TILE,
     )  # fmt: skip
 
 
@@ -103,11 +162,22 @@ def convert_to_fp8(weight: Any, scale: Tensor, out: Tensor, *, transposed: bool)
     """
     tensors, constants = _arguments(weight)
     num_outputs, num_inputs = weight.quant_state.shape
-    grid = triton.cdiv(num_outputs, 64), triton.cdiv(num_inputs, 64)
-    _convert[grid](
+    _convert[_grid(weight, CONVERT_TILE)](
         *tensors, out, scale, num_outputs, num_inputs, out.stride(0), **constants,
-        TRANSPOSED=transposed, BLOCK_OUTPUTS=64, BLOCK_BYTES=32, num_warps=2,  # the fastest tile on one H200
+        IN_ONE_BLOCK=_is_in_one_block(weight, CONVERT_TILE), TRANSPOSED=transposed, **CONVERT_TILE,
     )  # fmt: skip
+
+
+def _grid(weight: Any, tile: dict[str, int]) -> tuple[int, int]:
+    num_outputs, num_inputs = weight.quant_state.shape
+    return triton.cdiv(num_outputs, tile["BLOCK_OUTPUTS"]), triton.cdiv(num_inputs, 2 * tile["BLOCK_BYTES"])
+
+
+def _is_in_one_block(weight: Any, tile: dict[str, int]) -> bool:
+    """Whether the weights of a tile's row share a step: then it is read once, not for each byte."""
+    num_inputs: int = weight.quant_state.shape[1]
+    blocksize: int = weight.quant_state.blocksize
+    return num_inputs % blocksize == 0 and blocksize % (2 * tile["BLOCK_BYTES"]) == 0
 
 
 def _arguments(weight: Any) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
@@ -121,6 +191,16 @@ def _arguments(weight: Any) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
         "NESTED": nested is not None,
     }
     return (weight.data, state.code, state.absmax, *second), constants
+
+
+class Lora(NamedTuple):
+    """LoRA of one weight. a: (rank, features in), contiguous; b: (features out, rank), times the scaling.
+
+    rank: a power of two, at least 16.
+    """
+
+    a: Tensor
+    b: Tensor
 
 
 class Fp8Scales(NamedTuple):
@@ -149,58 +229,79 @@ class Frozen:
 
     def compute_fp8_scales(self) -> None:
         """Once, before the first product of Rows with fp8."""
-        magnitude = self.weight().abs_()
+        magnitude = Weights(self).values.abs_()
         self.fp8_scales = Fp8Scales(
             *(magnitude.amax(dim).float().clamp_(min=SMALLEST_FEATURE) / LARGEST_FP8 for dim in (1, 0))
         )
 
-    def weight(self) -> Tensor:
-        """The stacked weights, dequantized."""
-        weight = torch.empty(self.shape, dtype=self.dtype, device=self.linears[0].weight.device)
-        for linear, part in zip(self.linears, weight.split(self.rows), strict=True):
-            dequantize(linear.weight, part)
-        return weight
-
-    def forward(self, x: Rows) -> Tensor:
+    def forward(self, x: Rows, weights: "Weights", out: Tensor | None = None) -> Tensor:
         """x W^T + bias: (tokens, features in) -> (tokens, features out)."""
         if x.fp8 is not None:
-            product = _product_fp8(x, self._fp8_by_output())
+            product = _product_fp8(x, weights.fp8_by_output, out)
             return product if self.bias is None else product.add_(self.bias)
         assert x.values is not None
-        return self.add_bias(x.values, self.weight().t())
+        return self.add_bias(x.values, weights.values.t(), out)
 
-    def add_bias(self, left: Tensor, right: Tensor) -> Tensor:
+    def add_bias(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         """left right + bias; right: (any, features out)."""
-        return left @ right if self.bias is None else torch.addmm(self.bias, left, right)
+        return torch.mm(left, right, out=out) if self.bias is None else torch.addmm(self.bias, left, right, out=out)
 
-    def backward(self, grad: Rows) -> Tensor:
+    def backward(self, grad: Rows, weights: "Weights", out: Tensor | None = None) -> Tensor:
         """grad W: (tokens, features out) -> (tokens, features in)."""
         if grad.fp8 is not None:
-            return _product_fp8(grad, self._fp8_by_input())
+            return _product_fp8(grad, weights.fp8_by_input, out)
         assert grad.values is not None
-        return grad.values @ self.weight()
+        return torch.mm(grad.values, weights.values, out=out)
 
-    def _fp8_by_output(self) -> Rows:
-        """The stacked weights in e4m3, (features out, features in), with a scale per row."""
-        assert self.fp8_scales is not None
-        scale = self.fp8_scales.by_output
-        out = torch.empty(self.shape, dtype=FP8, device=scale.device)
-        parts = zip(self.linears, scale.split(self.rows), out.split(self.rows), strict=True)
+
+class Weights:
+    """The stacked weights of a Frozen in the formats that products read, each converted at the first use.
+
+    They exist as long as this object, so that several products can share them.
+    """
+
+    def __init__(self, frozen: Frozen, loras: Sequence[Lora | None] = ()):
+        """loras: of each weight. Their products are added to `values`; fp8 would round them away."""
+        self.frozen = frozen
+        self.loras = loras
+
+    @cached_property
+    def values(self) -> Tensor:
+        """Dequantized: (features out, features in)."""
+        frozen = self.frozen
+        weight = torch.empty(frozen.shape, dtype=frozen.dtype, device=frozen.linears[0].weight.device)
+        for linear, part, lora in zip_longest(frozen.linears, weight.split(frozen.rows), self.loras):
+            if lora is None:
+                dequantize(linear.weight, part)
+            else:
+                dequantize_and_add(linear.weight, lora, part)
+        return weight
+
+    @cached_property
+    def fp8_by_output(self) -> Rows:
+        """(features out, features in), with a scale per row."""
+        frozen = self.frozen
+        assert frozen.fp8_scales is not None
+        scale = frozen.fp8_scales.by_output
+        out = torch.empty(frozen.shape, dtype=FP8, device=scale.device)
+        parts = zip(frozen.linears, scale.split(frozen.rows), out.split(frozen.rows), strict=True)
         for linear, part_scale, part in parts:
             convert_to_fp8(linear.weight, part_scale, part, transposed=False)
         return Rows(None, out, scale[:, None])
 
-    def _fp8_by_input(self) -> Rows:
-        """The transposed stacked weights in e4m3, (features in, features out), with a scale per row."""
-        assert self.fp8_scales is not None
-        scale = self.fp8_scales.by_input
-        out = torch.empty(self.shape[::-1], dtype=FP8, device=scale.device)
-        for linear, part in zip(self.linears, out.split(self.rows, dim=1), strict=True):
+    @cached_property
+    def fp8_by_input(self) -> Rows:
+        """Transposed: (features in, features out), with a scale per row."""
+        frozen = self.frozen
+        assert frozen.fp8_scales is not None
+        scale = frozen.fp8_scales.by_input
+        out = torch.empty(frozen.shape[::-1], dtype=FP8, device=scale.device)
+        for linear, part in zip(frozen.linears, out.split(frozen.rows, dim=1), strict=True):
             convert_to_fp8(linear.weight, scale, part, transposed=True)
         return Rows(None, out, scale[:, None])
 
 
-def _product_fp8(left: Rows, right: Rows) -> Tensor:
+def _product_fp8(left: Rows, right: Rows, out: Tensor | None) -> Tensor:
     """left right^T times both scales, (rows of left, rows of right), bfloat16."""
     assert left.fp8 is not None
     assert left.scale is not None
@@ -208,5 +309,5 @@ def _product_fp8(left: Rows, right: Rows) -> Tensor:
     assert right.scale is not None
     return torch._scaled_mm(
         left.fp8, right.fp8.t(), scale_a=left.scale, scale_b=right.scale.t(), out_dtype=torch.bfloat16,
-        use_fast_accum=True,
+        use_fast_accum=True, out=out,
     )  # fmt: skip

@@ -23,13 +23,15 @@ TOKENS_OF_A_SPLIT = 2048  # one program sums their part of A's gradient in a fix
 class DropoutCounter(NamedTuple):
     """Selects the random bits of the projections that read one x: see pdf2lora.model.dropout.
 
-    state: (2,), int64, [seed, first_sequence]; layer_index: of the first projection, the others follow it.
+    state: (2,), int64, [seed, first_sequence]; layer_index: of the first projection, the others follow it;
+    first_token: index of the first row of x in the micro-batch.
     """
 
     state: Tensor
     layer_index: int
     seq_length: int
     rate: DropoutRate
+    first_token: int = 0
 
 
 @triton.jit
@@ -41,9 +43,9 @@ def _bytes(mask, projection, token, block, tokens, num_features, BLOCK: tl.const
     return mask + row * tl.cdiv(num_features, FEATURES_PER_CALL) + group[None, :], inside
 
 
-@triton.jit(do_not_specialize=["layer_index"])
+@triton.jit(do_not_specialize=["layer_index", "first_token"])
 def _down(
-    x, a, low_rank, mask, state, layer_index, tokens, seq_length, num_features, threshold, scale,
+    x, a, low_rank, mask, state, layer_index, first_token, tokens, seq_length, num_features, threshold, scale,
     R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     projection, projections = tl.program_id(0), tl.num_programs(0)
@@ -55,7 +57,7 @@ def _down(
         inside = (token < tokens)[:, None] & (feature < num_features)[None, :]
         values = tl.load(x + token.to(tl.int64)[:, None] * num_features + feature[None, :], mask=inside, other=0.0)
         if DROPOUT:
-            packed = draw(state, layer_index + projection, token, seq_length, block, threshold, BLOCK)
+            packed = draw(state, layer_index + projection, first_token + token, seq_length, block, threshold, BLOCK)
             byte, exist = _bytes(mask, projection, token, block, tokens, num_features, BLOCK)
             tl.store(byte, packed.to(tl.uint8), mask=exist)
             values = tl.where(unpack(packed, BLOCK_TOKENS, BLOCK), values, 0.0)
@@ -181,8 +183,9 @@ def down(x: Tensor, a: Tensor, rank: int, dropout: DropoutCounter | None) -> Low
         mask = torch.empty(projections, tokens, num_bytes, dtype=torch.uint8, device=x.device)
     tile = _down_tile(rank, mask is not None)
     _down[(projections, triton.cdiv(tokens, tile["BLOCK_TOKENS"]))](
-        x, a, low_rank, mask, dropout and dropout.state, dropout.layer_index if dropout else 0, tokens,
-        dropout.seq_length if dropout else 1, features, rate.threshold, rate.scale,
+        x, a, low_rank, mask, dropout and dropout.state, dropout.layer_index if dropout else 0,
+        dropout.first_token if dropout else 0, tokens, dropout.seq_length if dropout else 1, features, rate.threshold,
+        rate.scale,
         R=rank, DROPOUT=mask is not None, **tile,
     )  # fmt: skip
     return LowRank(low_rank, mask)

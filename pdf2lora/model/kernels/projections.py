@@ -9,7 +9,7 @@ from torch import Tensor
 from pdf2lora.model.dropout import DropoutRate
 from pdf2lora.model.kernels import lora, rotary
 from pdf2lora.model.kernels.context import ForwardContext
-from pdf2lora.model.kernels.frozen import Frozen
+from pdf2lora.model.kernels.frozen import Frozen, Lora, Weights
 from pdf2lora.model.kernels.lora import DropoutCounter, LowRank
 from pdf2lora.model.kernels.rows import Rows
 
@@ -58,6 +58,11 @@ class Projections:
         width, device = len(with_lora) * self.rank, self.adapters[0].a.device
         self.a = torch.zeros(width, self.frozen.shape[1], dtype=dtype, device=device)
         self.b = torch.zeros(self.frozen.shape[0], width, dtype=dtype, device=device)
+        loras: dict[int, Lora] = {}  # views of a and b
+        for adapter in self.adapters:
+            ranks = slice(adapter.rank_slice.start, adapter.rank_slice.start + self.rank)
+            loras[id(adapter.module)] = Lora(self.a[ranks], self.b[adapter.feature_slice, ranks])
+        self.loras = [loras.get(id(module)) for module in modules]
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -81,28 +86,41 @@ class Projections:
         q, k, v = (first_ranks.get(id(module), -1) for module in self.modules)
         return rotary.Up(self.b, (q, k, v), self.rank)
 
-    def forward(self, x: Rows, context: ForwardContext) -> tuple[Tensor, LowRank | None]:
-        """(y, LoRA's first product for the backward pass). x: (tokens, features in)."""
-        low_rank = self.low_rank(x.values, context)
-        if low_rank is None:
-            return self.frozen.forward(x), None
-        if x.fp8 is not None:
-            return self.frozen.forward(x).addmm_(low_rank.values, self.b.t()), low_rank
-        assert x.values is not None
-        # The small product first: the large one then adds to it at almost no cost.
-        small = self.frozen.add_bias(low_rank.values, self.b.t())
-        return small.addmm_(x.values, self.frozen.weight().t()), low_rank
+    def weights(self, context: ForwardContext) -> Weights:
+        """For forward() and backward(), which make their own if they get none."""
+        return Weights(self.frozen, self.loras if self._is_merged(context) else ())
 
-    def low_rank(self, x: Tensor | None, context: ForwardContext) -> LowRank | None:
-        """LoRA's first product, (tokens, features in) -> (tokens, ranks of all). None if LoRA is off."""
-        if not self.has_lora:
-            return None
-        assert x is not None
-        state = context.dropout_state
+    def _is_merged(self, context: ForwardContext) -> bool:
+        """Whether LoRA's product is a part of the weights: then the forward pass needs no product of its own."""
+        return self.has_lora and not context.fp8 and not self._has_dropout(context)
+
+    def _has_dropout(self, context: ForwardContext) -> bool:
+        return context.dropout_state is not None and self.dropout_rate.threshold > 0
+
+    def forward(
+        self, x: Rows, context: ForwardContext, weights: Weights | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, LowRank | None]:
+        """(y, LoRA's first product for the backward pass, None if LoRA is off or merged). x: (tokens, features in)."""
+        weights = weights or self.weights(context)
+        if not self.has_lora or self._is_merged(context):
+            return self.frozen.forward(x, weights, out), None
+        low_rank = self.low_rank(x, context)
+        if x.fp8 is not None:
+            return self.frozen.forward(x, weights, out).addmm_(low_rank.values, self.b.t()), low_rank
+        assert x.values is not None
+        # The small product first: the large one then adds to it at little cost.
+        small = self.frozen.add_bias(low_rank.values, self.b.t(), out)
+        return small.addmm_(x.values, weights.values.t()), low_rank
+
+    def low_rank(self, x: Rows, context: ForwardContext) -> LowRank:
+        """LoRA's first product, (tokens, features in) -> (tokens, ranks of all)."""
+        assert x.values is not None
         counter = None
-        if state is not None:
-            counter = DropoutCounter(state, self.layer_index, context.heads.seq_length, self.dropout_rate)
-        return lora.down(x, self.a, self.rank, counter)
+        if context.dropout_state is not None:
+            counter = DropoutCounter(
+                context.dropout_state, self.layer_index, context.heads.seq_length, self.dropout_rate, x.first_token
+            )
+        return lora.down(x.values, self.a, self.rank, counter)
 
     def refresh(self) -> None:
         """Copies PEFT's float32 matrices, which the optimizer has changed, to `a` and `b`."""
@@ -115,45 +133,57 @@ class Projections:
         grad: Rows,
         x: Tensor | None,
         low_rank: LowRank | None,
+        context: ForwardContext,
         *,
+        weights: Weights | None = None,
+        out: Tensor | None = None,
         grad_x: bool = True,
         grad_low_rank: Tensor | None = None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """(gradient of x, gradients of `parameters` in float32). Without grad_x the first is None.
 
-        grad_low_rank: of the caller if it has computed it.
+        low_rank: of forward(). grad_low_rank: of the caller if it has computed it.
         """
         if grad_low_rank is None:
-            grad_low_rank = self.grad_low_rank(grad, low_rank)
-        dx = self.input_gradient(grad, low_rank, grad_low_rank) if grad_x else None
+            grad_low_rank = self.grad_low_rank(grad)
+        dx = (
+            self.input_gradient(grad, low_rank, grad_low_rank, weights or self.weights(context), out)
+            if grad_x
+            else None
+        )
         return dx, self.matrix_gradients(grad, x, low_rank, grad_low_rank)
 
-    def grad_low_rank(self, grad: Rows, low_rank: LowRank | None) -> Tensor | None:
-        """The gradient of LoRA's first product, grad B: (tokens, ranks of all)."""
-        if low_rank is None:
+    def grad_low_rank(self, grad: Rows) -> Tensor | None:
+        """The gradient of LoRA's first product, grad B: (tokens, ranks of all). None if LoRA is off."""
+        if not self.has_lora:
             return None
         assert grad.values is not None
         return grad.values @ self.b
 
-    def input_gradient(self, grad: Rows, low_rank: LowRank | None, grad_low_rank: Tensor | None) -> Tensor:
+    def input_gradient(
+        self,
+        grad: Rows,
+        low_rank: LowRank | None,
+        grad_low_rank: Tensor | None,
+        weights: Weights,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """The gradient of x: (tokens, features in). Does not read x."""
-        if low_rank is None or grad_low_rank is None:
-            return self.frozen.backward(grad)
-        if low_rank.mask is None and grad.fp8 is None:
-            assert grad.values is not None
-            return (grad_low_rank @ self.a).addmm_(grad.values, self.frozen.weight())  # see forward
-        dx = self.frozen.backward(grad)
-        lora.add_gradient_of_x_(dx, self.a, grad_low_rank, self.rank, low_rank.mask, self._scale(low_rank))
+        dx = self.frozen.backward(grad, weights, out)
+        if low_rank is not None and grad_low_rank is not None:
+            lora.add_gradient_of_x_(dx, self.a, grad_low_rank, self.rank, low_rank.mask, self._scale(low_rank))
         return dx
 
     def matrix_gradients(
         self, grad: Rows, x: Tensor | None, low_rank: LowRank | None, grad_low_rank: Tensor | None
     ) -> list[Tensor]:
         """The gradients of `parameters`, float32."""
-        if low_rank is None or grad_low_rank is None:
+        if grad_low_rank is None:
             return []
         assert grad.values is not None
         assert x is not None
+        if low_rank is None:
+            low_rank = lora.down(x, self.a, self.rank, None)
         grad_b = grad.values.t() @ low_rank.values
         grad_a = lora.gradient_of_a(x, grad_low_rank, self.rank, low_rank.mask, self._scale(low_rank))
         gradients = []

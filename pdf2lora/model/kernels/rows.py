@@ -19,11 +19,18 @@ class Rows(NamedTuple):
     """The left side of a product: `values` for LoRA, `fp8` and `scale` for the frozen weights. Either may be None.
 
     values: (tokens, features), bfloat16; fp8: the same shape, e4m3; scale: (tokens, 1), float32.
+    first_token: index of the first row in the micro-batch; it selects the dropout mask.
     """
 
     values: Tensor | None
     fp8: Tensor | None = None
     scale: Tensor | None = None
+    first_token: int = 0
+
+    def part(self, tokens: slice) -> "Rows":
+        """Views of some rows of a whole micro-batch."""
+        values, fp8, scale = (tensor if tensor is None else tensor[tokens] for tensor in self[:3])
+        return Rows(values, fp8, scale, tokens.start)
 
     @classmethod
     def empty(cls, like: Tensor, num_features: int, *, values: bool, fp8: bool) -> "Rows":
