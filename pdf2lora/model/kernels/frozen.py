@@ -50,20 +50,27 @@ def _weights(packed, code, step, at, inside):
 
 @triton.jit
 def _tile(
-    packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, output, byte, num_outputs, num_inputs,
+    packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, num_outputs, num_inputs,
     BLOCKSIZE: tl.constexpr, ABSMAX_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, IN_ONE_BLOCK: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Weights (outputs, 2 * bytes), float32. IN_ONE_BLOCK: the bytes of each output share a step."""
+    """A program's weights, (outputs, features), float32, and its outputs and features.
+
+    IN_ONE_BLOCK: the weights of each output have one step.
+    """
+    output = (tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)).to(tl.int64)
+    first_byte = tl.program_id(1) * BLOCK_BYTES
+    byte = first_byte + tl.arange(0, BLOCK_BYTES)
     at = output[:, None] * (num_inputs // 2) + byte[None, :]
     exists = (output < num_outputs)[:, None]
     inside = exists & (byte < num_inputs // 2)[None, :]
     if IN_ONE_BLOCK:
-        block = (output[:, None] * (num_inputs // 2) + tl.min(byte, 0)) // (BLOCKSIZE // 2)
+        block = (output[:, None] * (num_inputs // 2) + first_byte) // (BLOCKSIZE // 2)
         step = _steps(absmax, absmax_code, absmax_absmax, absmax_offset, block, exists, ABSMAX_BLOCKSIZE, NESTED)
     else:
         block = at // (BLOCKSIZE // 2)
         step = _steps(absmax, absmax_code, absmax_absmax, absmax_offset, block, inside, ABSMAX_BLOCKSIZE, NESTED)
-    return _weights(packed, code, step, at, inside)
+    return _weights(packed, code, step, at, inside), output, 2 * first_byte + tl.arange(0, 2 * BLOCK_BYTES)
 
 
 @triton.jit
@@ -86,13 +93,10 @@ def _dequantize_and_add(
     BLOCKSIZE: tl.constexpr, ABSMAX_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, IN_ONE_BLOCK: tl.constexpr,
     R: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
 ):  # fmt: skip
-    output = (tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)).to(tl.int64)
-    byte = tl.program_id(1) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
-    values = _tile(
-        packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, output, byte, num_outputs, num_inputs,
-        BLOCKSIZE, ABSMAX_BLOCKSIZE, NESTED, IN_ONE_BLOCK,
+    values, output, feature = _tile(
+        packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, num_outputs, num_inputs,
+        BLOCKSIZE, ABSMAX_BLOCKSIZE, NESTED, IN_ONE_BLOCK, BLOCK_OUTPUTS, BLOCK_BYTES,
     )  # fmt: skip
-    feature = tl.program_id(1) * (2 * BLOCK_BYTES) + tl.arange(0, 2 * BLOCK_BYTES)
     rank = tl.arange(0, R)
     exists, within = (output < num_outputs)[:, None], (feature < num_inputs)[None, :]
     left = tl.load(b + output[:, None] * b_stride + rank[None, :], mask=exists, other=0.0)
@@ -109,13 +113,10 @@ def _convert(
     BLOCKSIZE: tl.constexpr, ABSMAX_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, IN_ONE_BLOCK: tl.constexpr,
     TRANSPOSED: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
 ):  # fmt: skip
-    output = (tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)).to(tl.int64)
-    byte = tl.program_id(1) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
-    values = _tile(
-        packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, output, byte, num_outputs, num_inputs,
-        BLOCKSIZE, ABSMAX_BLOCKSIZE, NESTED, IN_ONE_BLOCK,
+    values, output, feature = _tile(
+        packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, num_outputs, num_inputs,
+        BLOCKSIZE, ABSMAX_BLOCKSIZE, NESTED, IN_ONE_BLOCK, BLOCK_OUTPUTS, BLOCK_BYTES,
     )  # fmt: skip
-    feature = tl.program_id(1) * (2 * BLOCK_BYTES) + tl.arange(0, 2 * BLOCK_BYTES)
     if TRANSPOSED:
         factor = 1.0 / tl.load(scale + feature, mask=feature < num_inputs, other=1.0)
         values = tl.trans(values * factor[None, :])
