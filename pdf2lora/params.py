@@ -77,7 +77,8 @@ class Extract(Section):
     """PDF -> clean text."""
 
     engines: Annotated[list[Literal["pypdf2", "pdfium"]], Field(min_length=1)]
-    """PDF engines. Each one reads each document; the better text is kept. If both are similar, the first one wins."""
+    """PDF engines. The first one reads each document. A later one reads four pages and the pages without text; if its
+    text is better there, it reads all, and the better text is kept. If both are similar, the first one wins."""
     max_pages: Positive
     """Pages per document, from the first on. Later pages are not read."""
     timeout_s: Annotated[float, Field(gt=0)]

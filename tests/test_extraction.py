@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from concurrent.futures import Future
 from multiprocessing import active_children
 from pathlib import Path
@@ -7,9 +8,10 @@ import pytest
 from helpers import prose
 from tiny_pdfs import EXTRACT_SETTINGS, extract_files, hanging_pdf, write_pdf
 
-from pdf2lora.documents.extraction import extract, run_all
-from pdf2lora.documents.records import Extraction
+from pdf2lora.documents.extraction import Reader, extract, run_all
+from pdf2lora.documents.records import COMPLETE, Attempt, Extraction
 from pdf2lora.documents.sources import Source
+from pdf2lora.documents.worker import Worker
 from pdf2lora.errors import InputError
 from pdf2lora.runtime.files import file_sha256
 from tests.long.fuzz import fuzz_pdfs
@@ -46,6 +48,27 @@ def test_an_engine_reads_all_pages(pdfs: dict[str, Path], engine: str) -> None:
 def test_all_engines_read_and_the_first_of_equal_texts_is_kept(extractions: dict[str, Extraction]) -> None:
     assert extractions["plain"].attempts == {"pdfium": "complete", "pypdf2": "complete"}
     assert extractions["plain"].engine == "pdfium"
+
+
+@pytest.mark.parametrize(
+    ("is_pdfium_split", "engine", "pages_of_pypdf2"), [(False, "pdfium", [4]), (True, "pypdf2", [4, 9])]
+)
+def test_the_second_engine_reads_the_whole_document_if_its_sample_is_better(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_pdfium_split: bool, engine: str, pages_of_pypdf2: list[int]
+) -> None:
+    num_pages: dict[str, list[int]] = {"pdfium": [], "pypdf2": []}
+
+    def read_pages(worker: Any, file: Path, name: str, pages: Sequence[int]) -> Attempt:
+        numbers = [number for number in pages if number < 9]
+        num_pages[name].append(len(numbers))
+        text = prose(3).replace("carbon", "car bon") if name == "pdfium" and is_pdfium_split else prose(3)
+        return Attempt(name, COMPLETE, 9, [text] * len(numbers))
+
+    monkeypatch.setattr(Worker, "read", read_pages)
+    extraction = Reader(EXTRACT_SETTINGS).read(tmp_path)
+
+    assert (num_pages["pdfium"], num_pages["pypdf2"]) == ([9], pages_of_pypdf2)
+    assert (extraction.engine, extraction.pages_read) == (engine, 9)
 
 
 def test_at_most_max_pages_are_read(pdfs: dict[str, Path]) -> None:

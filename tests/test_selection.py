@@ -4,7 +4,15 @@ import pytest
 from helpers import prose
 
 from pdf2lora.documents.records import COMPLETE, Attempt, Extraction, Reason
-from pdf2lora.documents.selection import add_ocr, best_attempt, judge, pages_for_ocr
+from pdf2lora.documents.selection import (
+    add_ocr,
+    as_sample,
+    best_attempt,
+    judge,
+    may_be_better,
+    pages_for_ocr,
+    pages_to_compare,
+)
 
 CODES = "\x1b\x1c\x13\x15 \x11\x14 \x1e\x12 " * 20
 
@@ -125,6 +133,51 @@ def test_pdfium_is_selected_for_right_to_left_text() -> None:
     wrong = " של האגןHBV  מטר לפי מודל350  הייתה2019 הזרימה בנהר בשנת"
     assert selected_engine(complete("pypdf2", wrong), complete("pdfium", line)) == "pdfium"
     assert selected_engine(complete("pdfium", line), complete("pypdf2", wrong)) == "pdfium"
+
+
+def test_a_later_engine_first_reads_pages_far_from_each_other_and_the_empty_ones() -> None:
+    pages = [prose(1)] * 16
+    pages[3] = pages[9] = " \n"
+
+    assert pages_to_compare(complete("pdfium", *pages)) == [1, 3, 6, 9, 10, 14]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        Attempt("pdfium", Reason.TIMED_OUT, 9, [prose(1)] * 8),
+        complete("pdfium", *[prose(1)] * 4),  # so few pages
+        complete("pdfium", *[" ".join(prose(1))] * 8),  # spaced-out letters
+        complete("pdfium", *["הזרימה בנהר בשנת 2019 הייתה 350 מטר"] * 8),
+        complete("pdfium", *[""] * 8),
+    ],
+)
+def test_a_later_engine_reads_all_pages_if_a_sample_does_not_show_enough(first: Attempt) -> None:
+    assert pages_to_compare(first) is None
+
+
+def test_a_sample_shows_whether_the_engine_may_be_better() -> None:
+    """The page that the first engine left empty does not count."""
+    wrong, right = complete("pdfium", *[SPLIT] * 5, ""), complete("pdfium", *[prose(3)] * 5, "")
+    numbers = [1, 3, 5]
+    sample = as_sample(complete("pypdf2", prose(3), prose(3), prose(1)), numbers, 6)
+    split = as_sample(complete("pypdf2", SPLIT, SPLIT, prose(1)), numbers, 6)
+
+    assert (sample.is_sample, sample.pages) == (True, ["", prose(3), "", prose(3), "", prose(1)])
+    assert (may_be_better(sample, wrong), may_be_better(sample, right)) == (True, False)
+    assert (may_be_better(split, wrong), may_be_better(split, right)) == (False, False)
+    assert not may_be_better(as_sample(Attempt("pypdf2", Reason.CRASHED), numbers, 6), wrong)
+
+
+def test_a_sample_is_never_the_best_text_but_fills_empty_pages() -> None:
+    """Its engine read five of six pages."""
+    first = complete("pdfium", *[SPLIT] * 5, "")
+    sample = as_sample(complete("pypdf2", *[prose(3)] * 5), [1, 2, 3, 4, 5], 6)
+
+    best = best_attempt([first, sample])
+
+    assert best is not None
+    assert (best.engine, best.pages) == ("pdfium", [*[SPLIT] * 5, prose(3)])
 
 
 def test_an_empty_page_is_taken_from_another_engine() -> None:

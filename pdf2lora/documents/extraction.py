@@ -15,7 +15,15 @@ from queue import Empty, SimpleQueue
 from pdf2lora.documents import ocr
 from pdf2lora.documents.archives import DamagedMember
 from pdf2lora.documents.records import Attempt, Extraction, Reason
-from pdf2lora.documents.selection import add_ocr, best_attempt, judge, pages_for_ocr
+from pdf2lora.documents.selection import (
+    add_ocr,
+    as_sample,
+    best_attempt,
+    judge,
+    may_be_better,
+    pages_for_ocr,
+    pages_to_compare,
+)
 from pdf2lora.documents.sources import Source, changed, local_file
 from pdf2lora.documents.worker import Worker
 from pdf2lora.params import Extract
@@ -39,9 +47,11 @@ class Reader:
         )
 
     def read(self, file: Path) -> Extraction:
-        """Each engine reads the file; the best text is kept. OCR then reads the pages without readable text."""
+        """Keeps the best text of the engines. OCR then reads the pages without readable text."""
         settings = self.settings
-        attempts = [_read(self.worker, file, engine, range(settings.max_pages)) for engine in settings.engines]
+        first, *others = settings.engines
+        attempts = [_read(self.worker, file, first, range(settings.max_pages))]
+        attempts += [self._read_after(attempts[0], file, engine) for engine in others]
         best = best_attempt(attempts)
         num_ocr = 0
         if self.has_ocr and (numbers := pages_for_ocr(attempts, best, settings.max_pages)):
@@ -51,6 +61,15 @@ class Reader:
                 attempts.append(attempt)
                 best = add_ocr(best, attempt, numbers)
         return judge(attempts, best, pages_ocr=num_ocr, clean=settings.clean, min_characters=settings.min_characters)
+
+    def _read_after(self, first: Attempt, file: Path, engine: str) -> Attempt:
+        """Reads some pages, and then all if their text is better than that of the first engine."""
+        numbers = pages_to_compare(first)
+        if numbers is not None:
+            sample = as_sample(_read(self.worker, file, engine, numbers), numbers, len(first.pages))
+            if not may_be_better(sample, first):
+                return sample
+        return _read(self.worker, file, engine, range(self.settings.max_pages))
 
 
 def _read(worker: Worker, file: Path, engine: str, pages: Sequence[int]) -> Attempt:

@@ -36,6 +36,7 @@ class Attempt:
     outcome: str = COMPLETE  # or the Reason that stopped the engine
     num_pages: int | None = None
     pages: list[str] = field(default_factory=list)
+    is_sample: bool = False  # some pages were not read and are empty here
     pages_reordered: int = 0
     is_placeholder: bool = False
     num_attachments: int = 0

@@ -12,21 +12,52 @@ RIGHT_TO_LEFT_ENGINE = "pdfium"  # only this engine puts right-to-left lines in 
 CLEARLY_FEWER = 0.8  # a later engine is better if it has at most 80% of the word errors,
 MIN_DIFFERENCE = 0.001  # and the difference is at least 0.1% of the words,
 MIN_TEXT_SHARE = 0.5  # and it has at least 50% of the characters
+SAMPLE_PAGES = 4  # of a document, which a later engine reads first
+
+
+def pages_to_compare(first: Attempt) -> list[int] | None:
+    """Returns the pages that a later engine reads first: some with text, and all that the first engine left empty.
+
+    None: it reads all pages, because the first one did not, or its text is unreadable or runs from right to left.
+    """
+    pages = _without_codes(first).pages
+    text = "\n".join(pages)
+    if first.outcome != COMPLETE or not is_readable(text) or is_right_to_left(text):
+        return None
+    with_text = [number for number, page in enumerate(pages) if page.strip()]
+    if len(with_text) <= SAMPLE_PAGES:
+        return None
+    sample = {with_text[(2 * part + 1) * len(with_text) // (2 * SAMPLE_PAGES)] for part in range(SAMPLE_PAGES)}
+    return [number for number, page in enumerate(pages) if number in sample or not page.strip()]
+
+
+def as_sample(attempt: Attempt, numbers: Sequence[int], num_pages: int) -> Attempt:
+    """Returns the attempt with the other pages of the document as empty pages. numbers: of the pages to read."""
+    pages = dict(zip(numbers, attempt.pages, strict=False))
+    return replace(attempt, pages=[pages.get(number, "") for number in range(num_pages)], is_sample=True)
+
+
+def may_be_better(sample: Attempt, first: Attempt) -> bool:
+    """Whether the engine of a sample has the better text on the pages for which both have one."""
+    pairs = [pair for pair in zip(sample.pages, first.pages, strict=True) if all(map(str.strip, pair))]
+    candidate, best = (replace(attempt, pages=[pair[i] for pair in pairs]) for i, attempt in enumerate((sample, first)))
+    return sample.outcome == COMPLETE and _is_better(candidate, best)
 
 
 def best_attempt(attempts: Sequence[Attempt]) -> Attempt | None:
     """Returns the attempt with the best text; None if no text is readable.
 
     A complete attempt is better than a partial one. Of partial attempts the longest is best. Of complete attempts the
-    one with the fewest word errors is best; the first engine wins if the difference is small.
+    one with the fewest word errors is best; the first engine wins if the difference is small. A sample has no more than
+    the pages that are empty in the others.
     """
     attempts = [_without_codes(attempt) for attempt in attempts]
     readable = [attempt for attempt in attempts if is_readable(_text(attempt))]
     complete = [attempt for attempt in readable if attempt.outcome == COMPLETE]
     if not complete:
         return max(readable, key=lambda attempt: len(_text(attempt)), default=None)
-    best = complete[0]
-    for candidate in complete[1:]:
+    best, *candidates = (attempt for attempt in complete if not attempt.is_sample)
+    for candidate in candidates:
         if _is_better(candidate, best):
             best = candidate
     return _fill_empty_pages(best, complete)
