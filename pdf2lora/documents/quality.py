@@ -41,9 +41,10 @@ def has_codes(text: str) -> bool:
 
     Bullets and single signs of symbol fonts are no codes.
     """
-    runs = _UNREADABLE.findall(_SYMBOL.sub("", SYMBOL_BULLET.sub("", text)))
-    if len(runs) >= MAX_UNREADABLE_RUNS * max(1, len(text)):
-        return bool(text)
+    if _UNREADABLE.search(text):
+        runs = _UNREADABLE.findall(_SYMBOL.sub("", SYMBOL_BULLET.sub("", text)))
+        if len(runs) >= MAX_UNREADABLE_RUNS * len(text):
+            return True
     plain = unicodedata.normalize("NFD", text).lower()
     num_latin = sum(map(plain.count, string.ascii_lowercase))
     return num_latin > 200 and sum(map(plain.count, "aeiouy")) / num_latin <= MIN_VOWELS
