@@ -1,6 +1,8 @@
 """Findings about the machine and its Python packages."""
 
+import compileall
 import subprocess
+import sys
 
 import psutil
 import pytest
@@ -33,6 +35,7 @@ def test_a_cpu_build_beside_a_gpu_is_a_problem(tmp_path, monkeypatch):
     package.mkdir()
     (package / "version.py").write_text("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n")
     monkeypatch.setattr(environment, "_package_folder", lambda name: package)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
 
     assert environment.torch_build([]).level == "ok"
     assert environment.torch_build([H100]).level == "problem"
@@ -40,6 +43,22 @@ def test_a_cpu_build_beside_a_gpu_is_a_problem(tmp_path, monkeypatch):
 
     (package / "version.py").write_text("__version__ = '2.13.0+cu128'\ncuda: Optional[str] = '12.8'\n")
     assert environment.torch_build([H100]) == Finding("ok", "torch", "2.13.0+cu128, built for CUDA 12.8")
+
+
+def test_a_torch_that_python_compiles_at_each_start_is_a_note(tmp_path, monkeypatch):
+    package = tmp_path / "torch"
+    package.mkdir()
+    for name, content in (("version.py", "__version__ = '2.13.0+cpu'\n"), ("__init__.py", "")):
+        (package / name).write_text(content)
+    monkeypatch.setattr(environment, "_package_folder", lambda name: package)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    finding = environment.torch_build([])
+
+    assert finding.level == "note"
+    assert finding.text.endswith(f"or run: python -m compileall -q {tmp_path}")
+    compileall.compile_dir(package, quiet=1)
+    assert environment.torch_build([]) == Finding("ok", "torch", "2.13.0+cpu, a CPU build")
 
 
 def test_the_installed_torch_is_recognized():

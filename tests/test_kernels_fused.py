@@ -182,8 +182,7 @@ def test_recomputation_draws_the_same_dropout(base):
         assert all(torch.equal(found[name], expected[name]) for name in expected), mode
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("dropout", "fp8"), [(0.0, False), (0.3, True)])
 def test_tiles_of_tokens_change_no_result(base, monkeypatch, dropout, fp8):
     """Ten tokens as tiles of four, four and two, beside the mode `none`, which has no tiles."""
     monkeypatch.setattr(frozen, "_product_fp8", scaled_product)

@@ -92,7 +92,7 @@ def gpu(gpus: list[Gpu], num_processes: int | str) -> Finding:
 
 
 def torch_build(gpus: list[Gpu]) -> Finding:
-    """The version in torch/version.py, and whether it can use the GPU."""
+    """The version in torch/version.py, whether it can use the GPU, and whether Python compiles it at each start."""
     package = _package_folder("torch")
     if package is None:
         return Finding("problem", "torch", "not installed. Run: make setup")
@@ -100,12 +100,14 @@ def torch_build(gpus: list[Gpu]) -> Finding:
     version_match = re.search(r"__version__ = ['\"](.+?)['\"]", lines)
     cuda_match = re.search(r"^cuda\b.*= ['\"](.+?)['\"]", lines, re.MULTILINE)
     name = version_match[1] if version_match else str(installed("torch"))
-    if cuda_match:
-        return Finding("ok", "torch", f"{name}, built for CUDA {cuda_match[1]}")
-    if gpus:
+    if gpus and not cuda_match:
         text = f"{name} is a CPU build, which does not use the GPU. Run: rm .venv/.installed; make setup"
         return Finding("problem", "torch", text)
-    return Finding("ok", "torch", f"{name}, a CPU build")
+    text = f"{name}, built for CUDA {cuda_match[1]}" if cuda_match else f"{name}, a CPU build"
+    if sys.dont_write_bytecode and not Path(importlib.util.cache_from_source(str(package / "__init__.py"))).exists():
+        remedy = f"Unset PYTHONDONTWRITEBYTECODE, or run: python -m compileall -q {package.parent}"
+        return Finding("note", "torch", f"{text}; Python compiles it at each start, which takes seconds. {remedy}")
+    return Finding("ok", "torch", text)
 
 
 def bitsandbytes(bits: int, gpus: list[Gpu]) -> Finding:
