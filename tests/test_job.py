@@ -29,6 +29,7 @@ from tiny_llama import COMPUTE, LORA, QUANTIZATION, TINY_SETTINGS, changed, quie
 from pdf2lora.evaluation.scoring import nats_per_token
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.initialization import restore_trained_base
+from pdf2lora.model.kernels.offload import HostOutOfMemory
 from pdf2lora.model.loading import load_adapter, load_base
 from pdf2lora.params import read_params
 from pdf2lora.runtime.distributed import Processes
@@ -287,13 +288,24 @@ def test_a_damaged_base_model_is_reported_in_one_line() -> None:
     assert "dvc repro --force convert" in message
 
 
+GPU_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+HOST_ERROR = HostOutOfMemory("offload needs 0.25 GiB more for one layer, and 2.1 GiB are available")
+
+
 @pytest.mark.usefixtures("project")
-@pytest.mark.parametrize("step", [None, 2])
+@pytest.mark.parametrize(
+    ("error", "step", "words"),
+    [
+        (GPU_ERROR, None, "the GPU ran out of memory (CUDA out of memory). Free it (nvidia-smi"),
+        (GPU_ERROR, 2, "the GPU ran out of memory (CUDA out of memory). Free it (nvidia-smi"),
+        (HOST_ERROR, None, f"the host ran out of memory ({HOST_ERROR}). Free it (top"),
+    ],
+)
 def test_lack_of_memory_is_reported_in_one_line_with_the_remedy(
-    monkeypatch: pytest.MonkeyPatch, step: int | None
+    monkeypatch: pytest.MonkeyPatch, error: torch.OutOfMemoryError, step: int | None, words: str
 ) -> None:
     def fail(*arguments: Any, **settings: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+        raise error
 
     monkeypatch.setattr(job, "train", fail)
     if step:
@@ -302,8 +314,8 @@ def test_lack_of_memory_is_reported_in_one_line_with_the_remedy(
     message = run_one().exit
 
     assert "\n" not in message
-    for words in ("error: train: the GPU ran out of memory (CUDA out of memory)", "nvidia-smi", "find_batch"):
-        assert words in message
+    assert f"error: train: {words}" in message
+    assert "find_batch" in message
     assert ("the checkpoint of step 2" if step else "the base model") in message
     assert not Path("models/adapter").exists()
     if step:

@@ -23,6 +23,7 @@ from pdf2lora.errors import InputError
 from pdf2lora.model.device import limit_gpu_memory
 from pdf2lora.model.initialization import INITIAL, initialize
 from pdf2lora.model.kernel_choice import choose_kernels
+from pdf2lora.model.kernels.offload import HostOutOfMemory
 from pdf2lora.model.loading import add_lora, load_base, read_config
 from pdf2lora.params import Params, Placement
 from pdf2lora.paths import ADAPTER, BASE, BATCH, TOKENS
@@ -212,14 +213,17 @@ def measurements(
 
 
 def out_of_memory(checkpoints: Path, error: torch.OutOfMemoryError, processes: Processes) -> str:
-    """The message for a GPU that runs out of memory during training: another program took memory after find_batch."""
+    """The message for a GPU or a host without memory during training: another program took it after find_batch."""
     checkpoint = latest_valid(checkpoints)
     resumes = f"the checkpoint of step {step_of(checkpoint)}" if checkpoint else "the base model"
     whose = f" of process {processes.index} of {processes.count}" if processes.count > 1 else ""
+    if isinstance(error, HostOutOfMemory):
+        memory, cause, tool = "host", str(error), "top"
+    else:
+        memory, cause, tool = "GPU", str(error).split(".")[0], "nvidia-smi"
     return (
-        f"train: the GPU{whose} ran out of memory ({str(error).split('.')[0]}). Free it (nvidia-smi shows who uses "
-        f"it) and run dvc repro again, which resumes from {resumes}, or find a smaller batch: "
-        "dvc repro -f -s find_batch"
+        f"train: the {memory}{whose} ran out of memory ({cause}). Free it ({tool} shows who uses it) and run dvc repro "
+        f"again, which resumes from {resumes}, or find a smaller batch: dvc repro -f -s find_batch"
     )
 
 

@@ -5,6 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pdf2lora.runtime.free_space import GIB, available_bytes
+from pdf2lora.runtime.pinned_memory import RESERVE_GIB
+
+
+class HostOutOfMemory(torch.OutOfMemoryError):
+    """Too little host memory for activations. find_batch tries a smaller batch, as after too little GPU memory."""
+
 
 class Offload:
     """Some tensors per layer: put() in the forward pass, take() in reverse order in the backward pass."""
@@ -15,9 +22,13 @@ class Offload:
         self.moving: dict[int, list[Tensor]] = {}  # on the GPU, during a copy
 
     def put(self, number: int, tensors: Sequence[Tensor]) -> None:
-        """Starts to copy the tensors of layer `number`. Frees the GPU memory of the previous layer's tensors."""
+        """Starts to copy the tensors of layer `number`. Frees the GPU memory of the previous layer's tensors.
+
+        Raises HostOutOfMemory.
+        """
         assert self.copies is not None
         if number not in self.host or not all(map(_have_equal_layout, self.host[number], tensors)):
+            _require_host_memory(tensors)
             self.host[number] = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
         self._finish()
         self.moving = {number: list(tensors)}
@@ -49,6 +60,15 @@ class Offload:
         assert self.copies is not None
         torch.cuda.current_stream().wait_stream(self.copies)
         self.copies.wait_stream(torch.cuda.current_stream())
+
+
+def _require_host_memory(tensors: Sequence[Tensor]) -> None:
+    """PyTorch rounds the size of a pinned tensor up to a power of two."""
+    needed, available = sum(1 << (tensor.nbytes - 1).bit_length() for tensor in tensors), available_bytes()
+    if needed + RESERVE_GIB * GIB > available:
+        raise HostOutOfMemory(
+            f"offload needs {needed / GIB:.2f} GiB more for one layer, and {available / GIB:.1f} GiB are available"
+        )
 
 
 def _have_equal_layout(one: Tensor, other: Tensor) -> bool:
