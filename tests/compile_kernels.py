@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from pdf2lora.model.dropout import DropoutRate
-from pdf2lora.model.kernels import dropout, frozen, lora
+from pdf2lora.model.kernels import dequantize, dropout, lora
 from pdf2lora.model.kernels.attention import Heads
 from pdf2lora.model.kernels.cross_entropy import cross_entropy_
 from pdf2lora.model.kernels.rmsnorm import add_rmsnorm, rmsnorm_backward_
@@ -75,7 +75,7 @@ def compile_for(capability: int) -> None:
         quantize(torch.zeros(TOKENS, FEATURES, dtype=torch.bfloat16))
         for transposed in (False, True):
             out = torch.zeros(128, 128, dtype=FP8)
-            frozen.convert_to_fp8(small_linear().weight, torch.ones(128), out, transposed=transposed)
+            dequantize.convert_to_fp8(small_linear().weight, torch.ones(128), out, transposed=transposed)
 
 
 def report(capability, kernel, options) -> None:
@@ -98,7 +98,7 @@ def elementwise(*, fp8: bool) -> None:
     if not fp8:
         logits = torch.zeros(TOKENS, VOCABULARY, dtype=torch.bfloat16)
         cross_entropy_(logits, torch.zeros(TOKENS, dtype=torch.int64), gradient=True)
-        frozen.dequantize(small_linear().weight, torch.zeros(128, 128, dtype=torch.bfloat16))
+        dequantize.dequantize(small_linear().weight, torch.zeros(128, 128, dtype=torch.bfloat16))
         dropout.keep_mask(torch.zeros(2, dtype=torch.int64), 0, TOKENS, TOKENS, FEATURES, threshold=6554)
 
 
@@ -113,8 +113,8 @@ def products(rank: int, numbers_of_projections: tuple[int, ...]) -> None:
         low_rank, mask = lora.down(x, a, rank, counter)
         lora.gradient_of_a(x, low_rank, rank, mask, 1.1)
         b = torch.zeros(128, rank, dtype=torch.bfloat16)
-        own = frozen.Lora(torch.zeros(rank, 128, dtype=torch.bfloat16), b)
-        frozen.dequantize_and_add(small_linear().weight, own, torch.zeros(128, 128, dtype=torch.bfloat16))
+        own = dequantize.Lora(torch.zeros(rank, 128, dtype=torch.bfloat16), b)
+        dequantize.dequantize_and_add(small_linear().weight, own, torch.zeros(128, 128, dtype=torch.bfloat16))
         lora.add_gradient_of_x_(x, a, low_rank, rank, mask, 1.1)
 
 

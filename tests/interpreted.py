@@ -135,3 +135,7 @@ def linear4bit(out_features, in_features, *, quant_type="nf4", double=True, bias
         requires_grad=False, module=linear,
     )  # fmt: skip
     return linear.to("cpu")
+
+
+def dequantized(linear):
+    return bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)

@@ -9,7 +9,8 @@ from torch import Tensor
 from pdf2lora.model.dropout import DropoutRate
 from pdf2lora.model.kernels import lora, rotary
 from pdf2lora.model.kernels.context import ForwardContext
-from pdf2lora.model.kernels.frozen import Frozen, Lora, Weights
+from pdf2lora.model.kernels.dequantize import Lora
+from pdf2lora.model.kernels.frozen import Frozen, Weights
 from pdf2lora.model.kernels.lora import DropoutCounter, LowRank
 from pdf2lora.model.kernels.rows import Rows
 
