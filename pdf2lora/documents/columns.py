@@ -4,6 +4,7 @@ Some programs draw a row of the left column, then the same row of the right colu
 two columns then alternate. The positions of the text pieces show the columns.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -70,7 +71,9 @@ def _gutter(boxes: Sequence[Box]) -> float | None:
     """Returns the x of a vertical line in the middle of the page that crosses the fewest boxes, at most 30%."""
     start, end = min(box.left for box in boxes), max(box.right for box in boxes)
     candidates = [start + (end - start) * step / 80 for step in range(24, 57)]
-    crossings = [sum(box.left < x < box.right for box in boxes) for x in candidates]
+    wide = [box for box in boxes if box.left < box.right]
+    lefts, rights = sorted(box.left for box in wide), sorted(box.right for box in wide)
+    crossings = [bisect_left(lefts, x) - bisect_right(rights, x) for x in candidates]  # left < x < right
     fewest = min(crossings)
     if fewest > 0.3 * len(boxes):
         return None

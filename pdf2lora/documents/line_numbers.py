@@ -35,10 +35,11 @@ def _numbered_lines(page: Sequence[str], step: int) -> set[int]:
         if text := (match[2] if match else line):
             texts.append(text)
     chain = _longest_chain(numbers, step)
+    if len(chain) < MIN_NUMBERS:
+        return set()
     num_prose = sum(sum(map(str.isalpha, text)) >= PROSE_LETTERS and not text[0].isupper() for text in texts)
     is_numbered = (
-        len(chain) >= MIN_NUMBERS
-        and len(chain) * step >= MIN_SHARE * len(texts)
+        len(chain) * step >= MIN_SHARE * len(texts)
         and num_prose >= max(1, MIN_PROSE * len(texts))
         and all(numbers[place] % step == 0 for place in chain)
     )
