@@ -16,3 +16,10 @@ from pdf2lora.documents.language import detect_language
 def test_the_language_of_a_text_is_known(code: str, text: str) -> None:
     assert detect_language(text) == code
     assert detect_language(text * 1000) == code
+
+
+def test_a_list_of_authors_is_in_the_language_of_its_few_words() -> None:
+    """With all its languages, py3langid calls this one Nigerian Pidgin (pcm)."""
+    names = "Anna Schmidt (Germany), Jean Martin (France), Carlos Garcia (Spain), Liu Wei (China), Kenji Sato (Japan)"
+
+    assert detect_language(f"Coordinating Lead Authors: {names}\nContributing Authors: {names}") == "en"
