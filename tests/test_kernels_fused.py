@@ -184,7 +184,7 @@ def test_recomputation_draws_the_same_dropout(base):
 
 @pytest.mark.parametrize(("dropout", "fp8"), [(0.0, False), (0.3, True)])
 def test_tiles_of_tokens_change_no_result(base, monkeypatch, dropout, fp8):
-    """Ten tokens as tiles of four, four and two, beside the mode `none`, which has no tiles."""
+    """Ten tokens make tiles of four, four and two. The mode `none` has no tiles, and its numbers are expected."""
     monkeypatch.setattr(frozen, "_product_fp8", scaled_product)
     model = adapted(base, lora_dropout=dropout, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
     ids = some_ids(2, 5)

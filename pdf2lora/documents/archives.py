@@ -71,7 +71,7 @@ def list_members(archive: Path) -> tuple[list[Member], int]:
 
 
 def is_apple_double(name: str) -> bool:
-    """Whether a file has the metadata of another one: macOS writes ._report.pdf beside report.pdf, or in __MACOSX."""
+    """True if a file has the metadata of another one. macOS writes ._report.pdf next to report.pdf, or in __MACOSX."""
     return PurePosixPath(name).name.startswith("._")
 
 

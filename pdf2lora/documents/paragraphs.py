@@ -52,7 +52,7 @@ def order_of_vertical_lines(first_letters: Sequence[Box | None], last_letters: S
 
 
 def continues_row(first: Box, last: Box, box: Box) -> bool:
-    """Whether a line of pdfium is not a new line of the page: pdfium ends a line after a subscript or a footnote mark.
+    """True if a line of pdfium belongs to the row before it. pdfium ends a line after a subscript or a footnote mark.
 
     first, last: letters of the line before; the last one can be small. box: the first letter of the line.
     """
@@ -68,7 +68,7 @@ def is_raised(base: Box, box: Box) -> bool:
 
 
 def is_drop_cap(letter: Box, box: Box) -> bool:
-    """Whether a letter is a drop cap: the large first letter of a chapter, with normal text to its right.
+    """True if a letter is a drop cap. This is the large first letter of a chapter, with normal text to its right.
 
     box: the first letter of the normal text.
     """

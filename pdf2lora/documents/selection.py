@@ -38,7 +38,7 @@ def as_sample(attempt: Attempt, numbers: Sequence[int], num_pages: int) -> Attem
 
 
 def may_be_better(sample: Attempt, first: Attempt) -> bool:
-    """Whether the engine of a sample has the better text on the pages for which both have one."""
+    """True if the sample has the better text. Only pages count on which both attempts have text."""
     pairs = [pair for pair in zip(sample.pages, first.pages, strict=True) if all(map(str.strip, pair))]
     candidate, best = (replace(attempt, pages=[pair[i] for pair in pairs]) for i, attempt in enumerate((sample, first)))
     return sample.outcome == COMPLETE and _is_better(candidate, best)

@@ -138,7 +138,7 @@ def flash_attention(attention: str, gpus: list[Gpu]) -> Finding:
 
 
 def git() -> Finding:
-    """Whether DVC can use git: `dvc repro` needs a repository, and `dvc exp run` a user name and address."""
+    """Checks git for DVC. `dvc repro` needs a repository, and `dvc exp run` needs a user name and address."""
     if shutil.which("git") is None:
         return Finding("problem", "git", "not installed; DVC and the experiments need it. Install git.")
     if subprocess.run(["git", "rev-parse", "--git-dir"], capture_output=True, check=False).returncode != 0:

@@ -20,7 +20,7 @@ def file_sha256(file: Path) -> str:
 
 
 def is_lfs_pointer(file: Path) -> bool:
-    """Whether the file is a Git LFS pointer: a small text in its place, if Git LFS is not installed."""
+    """True for a Git LFS pointer. Without Git LFS, a clone has this small text in place of the file."""
     start = b"version https://git-lfs.github.com/spec/"
     with file.open("rb") as stream:
         return stream.read(len(start)) == start

@@ -41,14 +41,14 @@ class Heads(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What the backward pass must know of the forward pass's call, beside tensors of activations."""
+    """Other values of the forward pass that the backward pass needs. They are small or no tensors."""
 
     by_cudnn: bool
     arguments: tuple[Any, ...]
 
 
 class Attended(NamedTuple):
-    """Attention's output, and what its backward pass needs."""
+    """Attention's output, and the other values that its backward pass needs."""
 
     output: Tensor  # (batch, heads, seq_length, head_dim)
     logsumexp: Tensor  # of each query's scores, float32

@@ -28,7 +28,7 @@ class ForwardContext(NamedTuple):
 
     @property
     def recomputes_layer(self) -> bool:
-        """From its input; with keeps_attended, without attention itself."""
+        """True if the backward pass computes the layer again from its input. keeps_attended leaves out attention."""
         return self.gradient_checkpointing in (GradientCheckpointing.FULL, GradientCheckpointing.OFFLOAD)
 
     @property
@@ -37,5 +37,5 @@ class ForwardContext(NamedTuple):
 
     @property
     def keeps_attended(self) -> bool:
-        """Whether attention's output stays, beside the layer's input."""
+        """True if attention's output is kept for the backward pass. The layer's input is kept too."""
         return self.recomputes_layer and self.heads.seq_length >= LONG_SEQUENCE

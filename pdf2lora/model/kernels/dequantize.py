@@ -63,11 +63,10 @@ def _tile(
     exists = (output < num_outputs)[:, None]
     inside = exists & (byte < num_inputs // 2)[None, :]
     if IN_ONE_BLOCK:
-        block = (output[:, None] * (num_inputs // 2) + first_byte) // (BLOCKSIZE // 2)
-        step = _steps(absmax, absmax_code, absmax_absmax, absmax_offset, block, exists, ABSMAX_BLOCKSIZE, NESTED)
+        block, has_step = (output[:, None] * (num_inputs // 2) + first_byte) // (BLOCKSIZE // 2), exists
     else:
-        block = at // (BLOCKSIZE // 2)
-        step = _steps(absmax, absmax_code, absmax_absmax, absmax_offset, block, inside, ABSMAX_BLOCKSIZE, NESTED)
+        block, has_step = at // (BLOCKSIZE // 2), inside
+    step = _steps(absmax, absmax_code, absmax_absmax, absmax_offset, block, has_step, ABSMAX_BLOCKSIZE, NESTED)
     return _weights(packed, code, step, at, inside), output, 2 * first_byte + tl.arange(0, 2 * BLOCK_BYTES)
 
 
@@ -173,14 +172,14 @@ def _grid(weight: Any, tile: dict[str, int]) -> tuple[int, int]:
 
 
 def _is_in_one_block(weight: Any, tile: dict[str, int]) -> bool:
-    """Whether the weights of a tile's row share a step: then it is read once, not for each byte."""
+    """True if each row of a tile has one step. The kernel then reads it once, and not for each byte."""
     num_inputs: int = weight.quant_state.shape[1]
     blocksize: int = weight.quant_state.blocksize
     return num_inputs % blocksize == 0 and blocksize % (2 * tile["BLOCK_BYTES"]) == 0
 
 
 def _arguments(weight: Any) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
-    """The arguments of _weights for bitsandbytes' Params4bit."""
+    """The first arguments of the kernels for bitsandbytes' Params4bit, and their constants."""
     state = weight.quant_state
     nested = state.state2 if state.nested else None
     second = (nested.code, nested.absmax, state.offset) if nested else (None, None, None)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdf2lora.model.kernels.activations import Activations
 from pdf2lora.model.kernels.context import ForwardContext
 from pdf2lora.model.kernels.frozen import Weights
 from pdf2lora.model.kernels.lora import LowRank
 from pdf2lora.model.kernels.projections import Projections
-from pdf2lora.model.kernels.rmsnorm import add_rmsnorm, rmsnorm_backward_
+from pdf2lora.model.kernels.rmsnorm import rmsnorm_backward_
 from pdf2lora.model.kernels.rows import Rows, quantize
 from pdf2lora.model.kernels.swiglu import swiglu, swiglu_backward_
 
@@ -21,20 +22,16 @@ TILES = 4  # of a micro-batch, if the next two numbers allow it
 MIN_TOKENS, MAX_TOKENS = 4096, 16384  # of a tile: fewer tokens make the products slower, more need memory
 
 
-class Tile:
-    """Activations of some tokens for the backward pass. An attribute exists until drop() deletes it."""
+class Tile(Activations):
+    """Activations of some tokens for the backward pass."""
 
     gate_up: Tensor  # (tokens, 2 * intermediate)
     gate_up_low_rank: LowRank | None
     down_low_rank: LowRank | None
 
-    def drop(self, *names: str) -> None:
-        for name in names:
-            delattr(self, name)
 
-
-class MlpActivations:
-    """Activations of all tokens for the backward pass. `total` and `rstd` exist until drop()."""
+class MlpActivations(Activations):
+    """Activations of all tokens for the backward pass."""
 
     total: Tensor  # residual + update, (tokens, hidden)
     rstd: Tensor  # 1 / RMS of total, (tokens,), float32
@@ -42,10 +39,6 @@ class MlpActivations:
 
     def __init__(self) -> None:
         self.tiles: list[Tile] = []
-
-    def drop(self, *names: str) -> None:
-        for name in names:
-            delattr(self, name)
 
 
 class Mlp:
@@ -60,10 +53,7 @@ class Mlp:
         self, residual: Tensor, update: Tensor | None, context: ForwardContext, activations: MlpActivations
     ) -> Tensor:
         """Sets total, x and rstd before forward(), and before backward() if they were dropped. Returns the total."""
-        total, activations.x, activations.rstd = add_rmsnorm(
-            residual, update, self.norm.weight, self.norm.variance_epsilon,
-            values=self.gate_up.needs_values(context.fp8), fp8=context.fp8,
-        )  # fmt: skip
+        total, activations.x, activations.rstd = self.gate_up.normalize(self.norm, residual, update, context)
         activations.total = total.detach()  # total's history refers to autograd's context: a reference cycle
         return total
 

@@ -12,6 +12,7 @@ from pdf2lora.model.kernels.context import ForwardContext
 from pdf2lora.model.kernels.dequantize import Lora
 from pdf2lora.model.kernels.frozen import Frozen, Weights
 from pdf2lora.model.kernels.lora import DropoutCounter, LowRank
+from pdf2lora.model.kernels.rmsnorm import add_rmsnorm
 from pdf2lora.model.kernels.rows import Rows
 
 
@@ -87,12 +88,19 @@ class Projections:
         q, k, v = (first_ranks.get(id(module), -1) for module in self.modules)
         return rotary.Up(self.b, (q, k, v), self.rank)
 
+    def normalize(
+        self, norm: Any, residual: Tensor, update: Tensor | None, context: ForwardContext
+    ) -> tuple[Tensor, Rows, Tensor]:
+        """add_rmsnorm with the layer's RMSNorm `norm`. The rows have the formats that forward() reads."""
+        values = self.needs_values(context.fp8)
+        return add_rmsnorm(residual, update, norm.weight, norm.variance_epsilon, values=values, fp8=context.fp8)
+
     def weights(self, context: ForwardContext) -> Weights:
         """For forward() and backward(), which make their own if they get none."""
         return Weights(self.frozen, self.loras if self._is_merged(context) else ())
 
     def _is_merged(self, context: ForwardContext) -> bool:
-        """Whether LoRA's product is a part of the weights: then the forward pass needs no product of its own."""
+        """True if weights() adds LoRA's product to the weights. forward() then computes no product for LoRA."""
         return self.has_lora and not context.fp8 and not self._has_dropout(context)
 
     def _has_dropout(self, context: ForwardContext) -> bool:
@@ -147,11 +155,8 @@ class Projections:
         """
         if grad_low_rank is None:
             grad_low_rank = self.grad_low_rank(grad)
-        dx = (
-            self.input_gradient(grad, low_rank, grad_low_rank, weights or self.weights(context), out)
-            if grad_x
-            else None
-        )
+        weights = weights or self.weights(context)
+        dx = self.input_gradient(grad, low_rank, grad_low_rank, weights, out) if grad_x else None
         return dx, self.matrix_gradients(grad, x, low_rank, grad_low_rank)
 
     def grad_low_rank(self, grad: Rows) -> Tensor | None:

@@ -1,6 +1,6 @@
 """RMSNorm and its residual add, between two matrix products.
 
-Memory bandwidth limits all of them. The docstrings count the bytes per feature, with two bytes for a bfloat16. The
+Memory bandwidth limits it. The docstrings count the bytes per feature, with two bytes for a bfloat16. The
 arithmetic is in float32 and rounds once at the end; transformers rounds after each step.
 """
 

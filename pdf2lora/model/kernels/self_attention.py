@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from pdf2lora.model.kernels import attention
+from pdf2lora.model.kernels.activations import Activations
 from pdf2lora.model.kernels.context import ForwardContext
 from pdf2lora.model.kernels.lora import LowRank
 from pdf2lora.model.kernels.projections import Projections
-from pdf2lora.model.kernels.rmsnorm import add_rmsnorm, rmsnorm_backward_
+from pdf2lora.model.kernels.rmsnorm import rmsnorm_backward_
 from pdf2lora.model.kernels.rotary import Angles, HeadNorm, normalize_and_rotate, rotary_backward, rotate_
 from pdf2lora.model.kernels.rows import Rows, quantize
 
 
-class AttentionActivations:
-    """Activations for the backward pass. An attribute exists until drop() deletes it."""
+class AttentionActivations(Activations):
+    """Activations for the backward pass."""
 
     total: Tensor  # residual + update, (tokens, hidden)
     rstd: Tensor  # 1 / RMS of total, (tokens,), float32
@@ -25,10 +26,6 @@ class AttentionActivations:
     attended: attention.Attended
     attention_call: attention.Call  # of `attended`, if its tensors are in host memory
     o_low_rank: LowRank | None
-
-    def drop(self, *names: str) -> None:
-        for name in names:
-            delattr(self, name)
 
 
 class SelfAttention:
@@ -49,10 +46,7 @@ class SelfAttention:
         self, residual: Tensor, update: Tensor | None, context: ForwardContext, activations: AttentionActivations
     ) -> Tensor:
         """The summand that attention adds to activations.total. Skips attention itself if its output was kept."""
-        total, x, activations.rstd = add_rmsnorm(
-            residual, update, self.norm.weight, self.norm.variance_epsilon,
-            values=self.qkv.needs_values(context.fp8), fp8=context.fp8,
-        )  # fmt: skip
+        total, x, activations.rstd = self.qkv.normalize(self.norm, residual, update, context)
         activations.total = total.detach()  # total's history can refer to autograd's context: a reference cycle
         activations.x = x.values if self.qkv.has_lora else None
         activations.qkv, activations.qkv_low_rank = self.qkv.forward(x, context)

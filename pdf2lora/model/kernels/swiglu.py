@@ -1,6 +1,6 @@
 """SwiGLU, silu(gate) * up (Shazeer 2020, GLU Variants), between the products of an MLP.
 
-Memory bandwidth limits all of it. The docstrings count the bytes per feature, with two bytes for a bfloat16. The
+Memory bandwidth limits it. The docstrings count the bytes per feature, with two bytes for a bfloat16. The
 arithmetic is in float32 and rounds once at the end; transformers rounds after each step.
 """
 
