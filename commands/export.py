@@ -19,10 +19,11 @@ from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.evaluation.metrics import Metrics, model_metrics, text_size
 from pdf2lora.evaluation.scoring import nats_per_document
-from pdf2lora.evaluation.unquantized import load_unquantized
+from pdf2lora.evaluation.unquantized import build_unquantized
 from pdf2lora.model.device import device
-from pdf2lora.model.forward import build_forward
 from pdf2lora.model.initialization import INITIAL
+from pdf2lora.model.kernel_choice import choose_exact_kernels
+from pdf2lora.model.loading import read_config
 from pdf2lora.params import Params, read_params
 from pdf2lora.paths import ADAPTER, BASE, CORPORA, SOURCE_MODELS, SPLIT_DOCUMENTS, TOKENS
 from pdf2lora.report.card import render_card
@@ -121,9 +122,10 @@ def measure(model: Path, params: Params) -> Metrics:
     documents = zip(read_documents(SPLIT_DOCUMENTS / "test.jsonl"), tokens.documents(), strict=True)
     sizes = [text_size(document.text, encoded) for document, encoded in documents]
     windows = tokens.windows(seq_length=params.compute.seq_length, stride=params.evaluate.stride)
+    kernels = choose_exact_kernels(params.compute, params.quantization, params.lora, read_config(model))
     with tqdm(total=len(windows), desc="perplexity", unit="window", disable=None) as progress:
         nats = nats_per_document(
-            build_forward(load_unquantized(model, params.quantization, params.compute), "reference"),
+            build_unquantized(model, params.quantization, params.compute, kernels),
             windows,
             num_documents=len(sizes),
             per_device_batch=params.evaluate.per_device_batch,

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from pdf2lora.model.dropout import DropoutRate
-from pdf2lora.model.kernels import dequantize, dropout, lora
+from pdf2lora.model.kernels import dequantize, dropout, fp8_lora, lora, lora_products
 from pdf2lora.model.kernels.attention import Heads
 from pdf2lora.model.kernels.cross_entropy import cross_entropy_
 from pdf2lora.model.kernels.rmsnorm import add_rmsnorm, rmsnorm_backward_
@@ -32,7 +32,7 @@ from pdf2lora.model.kernels.rotary import (
     rotary_backward,
     rotate_,
 )
-from pdf2lora.model.kernels.rows import FP8, quantize
+from pdf2lora.model.kernels.rows import FP8, Format, quantize
 from pdf2lora.model.kernels.swiglu import swiglu, swiglu_backward_
 
 FEATURES, INTERMEDIATE, VOCABULARY = 3072, 8192, 128_256  # of Llama-3.2-3B
@@ -68,6 +68,7 @@ def compile_for(capability: int) -> None:
         elementwise(fp8=False)
         for rank in RANKS[capability]:
             products(rank, (1, 3) if rank == 16 else (3,))
+        products_without_dropout(capability)
         for rank in ROTARY_RANKS[capability]:
             rotation(rank)
     if capability >= 89:
@@ -76,6 +77,10 @@ def compile_for(capability: int) -> None:
         for transposed in (False, True):
             out = torch.zeros(128, 128, dtype=FP8)
             dequantize.convert_to_fp8(small_linear().weight, torch.ones(128), out, transposed=transposed)
+        low_rank, norms = torch.zeros(TOKENS, 48, dtype=torch.bfloat16), torch.ones(48)
+        fp8_lora.append(quantize(torch.zeros(TOKENS, FEATURES, dtype=torch.bfloat16), 256), low_rank, norms)
+        columns = fp8_lora.Beside(torch.zeros(128, 48, dtype=torch.bfloat16), norms)
+        fp8_lora.append_to_weights(columns, torch.ones(128), torch.zeros(128, 128 + 256, dtype=FP8))
 
 
 def report(capability, kernel, options) -> None:
@@ -89,12 +94,13 @@ def report(capability, kernel, options) -> None:
 
 
 def elementwise(*, fp8: bool) -> None:
+    format = Format(fp8=fp8)
     x, weight = torch.zeros(TOKENS, FEATURES, dtype=torch.bfloat16), torch.zeros(FEATURES, dtype=torch.bfloat16)
-    total, _, rstd = add_rmsnorm(x, x, weight, 1e-5, fp8=fp8)
-    rmsnorm_backward_(x, total, rstd, weight, x, fp8=fp8)
+    total, _, rstd = add_rmsnorm(x, x, weight, 1e-5, format)
+    rmsnorm_backward_(x, total, rstd, weight, x, format)
     gate_up = torch.zeros(TOKENS, 2 * INTERMEDIATE, dtype=torch.bfloat16)
-    swiglu(gate_up, fp8=fp8)
-    swiglu_backward_(torch.zeros(TOKENS, INTERMEDIATE, dtype=torch.bfloat16), gate_up, fp8=fp8, result=True)
+    swiglu(gate_up, format)
+    swiglu_backward_(torch.zeros(TOKENS, INTERMEDIATE, dtype=torch.bfloat16), gate_up, format, result=True)
     if not fp8:
         logits = torch.zeros(TOKENS, VOCABULARY, dtype=torch.bfloat16)
         cross_entropy_(logits, torch.zeros(TOKENS, dtype=torch.int64), gradient=True)
@@ -116,6 +122,16 @@ def products(rank: int, numbers_of_projections: tuple[int, ...]) -> None:
         own = dequantize.Lora(torch.zeros(rank, 128, dtype=torch.bfloat16), b)
         dequantize.dequantize_and_add(small_linear().weight, own, torch.zeros(128, 128, dtype=torch.bfloat16))
         lora.add_gradient_of_x_(x, a, low_rank, rank, mask, 1.1)
+
+
+def products_without_dropout(capability: int) -> None:
+    common = lora_products.TILE
+    tiles = [(16, common), (lora_products.MAX_RANK, common)]
+    for rank, tile in [*tiles, (16, lora_products.HOPPER_TILE)] if capability == 90 else tiles:
+        lora_products.TILE = tile
+        rows, left = (torch.zeros(TOKENS, width, dtype=torch.bfloat16) for width in (FEATURES, rank))
+        lora_products.both_products(rows, torch.zeros(rank, FEATURES, dtype=torch.bfloat16).t(), left)
+    lora_products.TILE = common
 
 
 def rotation(rank: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 from helpers import prose
 from tiny_llama import quiet, write_split
 
-from pdf2lora.evaluation import job
+from pdf2lora.evaluation import job, unquantized
 from pdf2lora.model import kernel_choice
 from pdf2lora.model.forward import build_forward
 from pdf2lora.runtime.manifest import MANIFEST
@@ -122,7 +122,8 @@ def forwards(monkeypatch):
         built.append(kernels)
         return build_forward(model, kernels)
 
-    monkeypatch.setattr(job, "build_forward", build)
+    for module in (job, unquantized):
+        monkeypatch.setattr(module, "build_forward", build)
     return built
 
 

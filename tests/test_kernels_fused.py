@@ -17,7 +17,7 @@ from pdf2lora.families import FAMILIES
 from pdf2lora.model.architectures import fused_obstacle
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.gradient_checkpointing import GradientCheckpointing
-from pdf2lora.model.kernels import attention, context, frozen, mlp
+from pdf2lora.model.kernels import attention, context, frozen, lora_products, mlp, projections
 from pdf2lora.model.kernels.context import ForwardContext
 from pdf2lora.model.kernels.fused import FusedForward
 from pdf2lora.model.loading import add_lora, load_base
@@ -111,6 +111,38 @@ def test_fused_layers_equal_the_reference(base, targets, r, modes, batch, seq_le
         assert len(found) == 2 * 2 * len(targets)
 
 
+def test_a_model_without_quantization_equals_the_reference(base):
+    """evaluate scores the base without quantization."""
+    causal_lm = load_base(base, QUANTIZATION.model_copy(update={"bits": 16}), COMPUTE).eval()
+    ids = some_ids(2, 7)
+
+    with torch.no_grad():
+        hidden, expected = (build_forward(causal_lm, kernels)(ids) for kernels in ("fused", "reference"))
+
+    assert relative_error(hidden, expected) < NEAR
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_rows_that_are_read_once_give_the_same_gradients(base, monkeypatch, dropout, fp8):
+    """Large micro-batches compute LoRA's products of one tensor in one kernel."""
+    monkeypatch.setattr(frozen, "_product_fp8", scaled_product)
+    model = adapted(base, lora_dropout=dropout, target_modules=ALL_LINEAR)
+    ids = some_ids(2, 5)
+    calls = []
+    both_products = projections.both_products
+    monkeypatch.setattr(projections, "both_products", lambda *args: calls.append(len(args)) or both_products(*args))
+    hidden, expected = hidden_and_gradients(FusedForward(model, fp8=fp8), ids, seed=3)
+    assert not calls
+    monkeypatch.setattr(lora_products, "MIN_ELEMENTS", 0)
+
+    same_hidden, found = hidden_and_gradients(FusedForward(model, fp8=fp8), ids, seed=3)
+
+    assert len(calls) == 2 * 4  # in each of two layers: gate and up, down, o
+    assert relative_error(same_hidden, hidden) < NEAR
+    assert max(relative_error(found[name], expected[name]) for name in expected) < NEAR
+
+
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     family.model_type: (family.architecture, family.model_type, {}) for family in FAMILIES.values() if family.is_fused
 } | {
@@ -182,7 +214,7 @@ def test_recomputation_draws_the_same_dropout(base):
         assert all(torch.equal(found[name], expected[name]) for name in expected), mode
 
 
-@pytest.mark.parametrize(("dropout", "fp8"), [(0.0, False), (0.3, True)])
+@pytest.mark.parametrize(("dropout", "fp8"), [(0.0, False), (0.0, True), (0.3, True)])
 def test_tiles_of_tokens_change_no_result(base, monkeypatch, dropout, fp8):
     """Ten tokens make tiles of four, four and two. The mode `none` has no tiles, and its numbers are expected."""
     monkeypatch.setattr(frozen, "_product_fp8", scaled_product)
@@ -192,7 +224,7 @@ def test_tiles_of_tokens_change_no_result(base, monkeypatch, dropout, fp8):
     monkeypatch.setattr(mlp, "MIN_TOKENS", 4)
     products = []
     swiglu = mlp.swiglu
-    monkeypatch.setattr(mlp, "swiglu", lambda x, **formats: products.append(len(x)) or swiglu(x, **formats))
+    monkeypatch.setattr(mlp, "swiglu", lambda x, format: products.append(len(x)) or swiglu(x, format))
 
     for mode in (GradientCheckpointing.MLP, GradientCheckpointing.FULL):
         forward = FusedForward(model, gradient_checkpointing=mode, fp8=fp8)

@@ -24,9 +24,8 @@ SHAPES = pytest.mark.parametrize(("tokens", "features"), [(150, 100), (5, 48)]) 
 
 @SHAPES
 @pytest.mark.parametrize(("projections", "rank"), [(1, 16), (2, 16), (3, 16), (1, 32), (3, 64), (2, 256)])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_lora_and_its_gradients_are_those_of_the_explicit_mask(tokens, features, projections, rank, p):
-    layer_index, rate = 11, DropoutRate(p)
+def test_lora_and_its_gradients_are_those_of_the_explicit_mask(tokens, features, projections, rank):
+    p, layer_index, rate = 0.3, 11, DropoutRate(0.3)
     x, a = random(tokens, features), random(projections * rank, features, seed=1)
     grad_low_rank, grad_x = random(tokens, projections * rank, seed=2), random(tokens, features, seed=3)
     expected_low_rank, expected_a, expected_x = [], [], grad_x.clone()
@@ -40,14 +39,13 @@ def test_lora_and_its_gradients_are_those_of_the_explicit_mask(tokens, features,
     grad_a = lora.gradient_of_a(x, grad_low_rank, rank, mask, rate.scale)
     lora.add_gradient_of_x_(grad_x, a, grad_low_rank, rank, mask, rate.scale)
 
-    assert (mask is None) == (p == 0)
     torch.testing.assert_close(low_rank, torch.cat(expected_low_rank, dim=1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad_a, torch.cat(expected_a), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad_x, expected_x, rtol=1e-4, atol=1e-4)
 
 
 def test_mask_of_a_projection_has_a_bit_for_each_feature():
-    mask = present(lora.down(random(70, 44), random(32, 44, seed=1), 16, counter(0.3, 5)).mask)
+    _, mask = lora.down(random(70, 44), random(32, 44, seed=1), 16, counter(0.3, 5))
 
     assert (mask.shape, mask.dtype) == ((2, 70, 6), torch.uint8)
     bits = (mask[..., None] >> torch.arange(8)) & 1

@@ -31,7 +31,7 @@ def test_projections_stack_the_matrices_of_those_with_lora():
     x = random(9, 64)
 
     with torch.no_grad():
-        projections.refresh()
+        projections.refresh(EVALUATION)
         y, _ = projections.forward(Rows(x), EVALUATION)
         low_rank = projections.low_rank(Rows(x), EVALUATION)
 

@@ -3,7 +3,7 @@ import torch
 from interpreted import cpu_kernels, needs_interpreter, present, random  # noqa: F401
 from torch.nn import functional
 
-from pdf2lora.model.kernels.rows import quantize
+from pdf2lora.model.kernels.rows import Format, quantize
 from pdf2lora.model.kernels.swiglu import swiglu, swiglu_backward_
 
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
@@ -34,17 +34,27 @@ def test_fp8_takes_the_memory_of_the_gradient(width):
     grad, gate_up = random(7, width).bfloat16(), random(7, 2 * width, seed=1).bfloat16()
     expected = quantize(present(swiglu_backward_(grad.clone(), gate_up.float().clone()).values))
 
-    found = swiglu_backward_(grad, gate_up, values=False, fp8=True)
+    found = swiglu_backward_(grad, gate_up, Format(values=False, fp8=True))
 
     assert present(found.fp8).data_ptr() == grad.data_ptr()
     assert torch.equal(present(found.fp8).view(torch.uint8), present(expected.fp8).view(torch.uint8))
     assert torch.equal(present(found.scale), present(expected.scale))
 
 
+def test_fp8_with_columns_for_lora_has_its_own_memory():
+    grad, gate_up = random(7, 64).bfloat16(), random(7, 128, seed=1).bfloat16()
+    expected = quantize(present(swiglu_backward_(grad.clone(), gate_up.float().clone()).values))
+
+    found = swiglu_backward_(grad, gate_up, Format(values=False, fp8=True, lora_columns=48))
+
+    assert present(found.fp8).shape == (7, 176)
+    assert torch.equal(present(found.fp8)[:, :128].float(), present(expected.fp8).float())
+
+
 def test_gate_and_up_do_not_change_if_only_fp8_is_requested():
     gate_up = random(5, 40)
     before = gate_up.clone()
 
-    swiglu_backward_(random(5, 20, seed=1), gate_up, values=False, fp8=True)
+    swiglu_backward_(random(5, 20, seed=1), gate_up, Format(values=False, fp8=True))
 
     assert torch.equal(gate_up, before)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_llama import COMPUTE, QUANTIZATION, quiet, write_tiny_llama
+from tiny_llama import COMPUTE, QUANTIZATION, changed, quiet, write_tiny_llama
 
 from pdf2lora.evaluation import unquantized
 
@@ -15,7 +15,7 @@ def base(tmp_path_factory):
 
 
 def test_is_not_quantized(base):
-    model = unquantized.load_unquantized(base, QUANTIZATION, COMPUTE)
+    model = unquantized.build_unquantized(base, QUANTIZATION, COMPUTE, "reference").model
 
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert not any(weight.requires_grad for weight in model.parameters())
@@ -39,10 +39,27 @@ def test_layers_that_do_not_fit_stay_in_host_memory(base, monkeypatch, free_shar
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_offloaded_layers_give_the_same_hidden_states(base, monkeypatch):
     ids = torch.arange(20, device="cuda")[None]
-    resident = unquantized.load_unquantized(base, QUANTIZATION, COMPUTE)(input_ids=ids).logits
+    with torch.no_grad():
+        resident = unquantized.build_unquantized(base, QUANTIZATION, COMPUTE, "reference")(ids)
     monkeypatch.setattr(unquantized, "_free_gpu_gib", lambda: 0.0)
 
-    offloaded = unquantized.load_unquantized(base, QUANTIZATION, COMPUTE)
+    offloaded = unquantized.build_unquantized(base, QUANTIZATION, COMPUTE, "fused")  # reference instead
 
-    assert offloaded.hf_device_map["model.layers.0"] == "cpu"
-    torch.testing.assert_close(offloaded(input_ids=ids).logits, resident)
+    assert offloaded.model.hf_device_map["model.layers.0"] == "cpu"
+    with torch.no_grad():
+        torch.testing.assert_close(offloaded(ids), resident)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fused_kernels_give_the_hidden_states_of_the_reference(base):
+    ids = torch.arange(40, device="cuda").view(2, 20)
+    compute = changed(COMPUTE, compute_dtype="bfloat16")
+    reference, fused = (
+        unquantized.build_unquantized(base, QUANTIZATION, compute, kernels) for kernels in ("reference", "fused")
+    )
+
+    with torch.no_grad():
+        difference = (fused(ids) - reference(ids)).float().norm() / reference(ids).float().norm()
+
+    assert 0 < difference < 0.02

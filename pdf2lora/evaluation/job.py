@@ -15,7 +15,7 @@ from pdf2lora.evaluation.metrics import Scores, document_table, evaluation_metri
 from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
 from pdf2lora.evaluation.samples import continue_openings, read_openings, sample_entries
 from pdf2lora.evaluation.scoring import Nats, nats_per_document
-from pdf2lora.evaluation.unquantized import load_unquantized
+from pdf2lora.evaluation.unquantized import build_unquantized
 from pdf2lora.model.forward import Forward, build_forward
 from pdf2lora.model.initialization import restore_trained_base
 from pdf2lora.model.kernel_choice import choose_exact_kernels
@@ -91,8 +91,8 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
 
         unquantized_nats = None
         if scores_unquantized and not base_is_known:
-            unquantized = load_unquantized(BASE, params.quantization, params.compute)
-            unquantized_nats = score(build_forward(unquantized, "reference"))
+            unquantized = build_unquantized(BASE, params.quantization, params.compute, kernels)
+            unquantized_nats = score(unquantized)
             del unquantized  # frees its memory before the quantized model is loaded
         model = load_adapter(load_base(BASE, params.quantization, params.compute, processes=processes), ADAPTER)
         if not base_is_known:

@@ -1,13 +1,15 @@
-"""Loads a model without quantization, even if it is larger than the GPU."""
+"""The forward pass of a model without quantization, even if the model is larger than the GPU."""
 
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from pdf2lora.model.device import compute_dtype, device
+from pdf2lora.model.forward import Forward, build_forward
+from pdf2lora.model.kernel_choice import Kernels
 from pdf2lora.model.loading import load_base, read_config
 from pdf2lora.params import Compute, Quantization
 
@@ -16,15 +18,16 @@ FREE_SHARE = 0.8  # share of the free GPU memory for weights; the rest is for ac
 Placement = dict[str, torch.device | str]  # name of a module -> its device
 
 
-def load_unquantized(folder: Path, quantization: Quantization, compute: Compute) -> PreTrainedModel:
-    """The model in compute.compute_dtype, frozen.
+def build_unquantized(folder: Path, quantization: Quantization, compute: Compute, kernels: Kernels) -> Forward:
+    """The forward pass of the frozen model in compute.compute_dtype.
 
     Decoder layers that do not fit on the GPU stay in host memory. accelerate copies each of them to the GPU when a
-    forward pass needs it.
+    forward pass of the reference kernels needs it.
     """
     unquantized = quantization.model_copy(update={"bits": 16})
     fits = not torch.cuda.is_available() or _weights_gib(folder, compute) < _free_gpu_gib()
-    return load_base(folder, unquantized, compute, None if fits else _placement(folder, compute))
+    model = load_base(folder, unquantized, compute, None if fits else _placement(folder, compute))
+    return build_forward(model, kernels if fits else "reference")
 
 
 def _placement(folder: Path, compute: Compute) -> Placement:

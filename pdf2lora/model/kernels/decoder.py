@@ -66,7 +66,7 @@ class _Layer(torch.autograd.Function):
         attention, mlp = AttentionActivations(), MlpActivations()
         layer.load()
         for projections in layer.projections:
-            projections.refresh()
+            projections.refresh(context)
         update = layer.attention.forward(residual, update, context, attention)
         total = attention.total
         if any(ctx.needs_input_grad):
@@ -91,7 +91,7 @@ class _Layer(torch.autograd.Function):
         elif context.recomputes_mlp:
             layer.mlp.normalize(mlp.total, None, context, mlp)
 
-        d_total, d_mlp = layer.mlp.backward(grad, context, mlp)
+        d_total, d_mlp = layer.mlp.backward(grad, context, mlp, layer.attention.o.grad_format(context))
         del mlp
         d_input, d_attention = layer.attention.backward(d_total, context, attention, grad_input=ctx.needs_input_grad[0])
         d_update = d_input if ctx.needs_input_grad[1] else None

@@ -4,7 +4,8 @@ A product of t tokens with n x k weights costs 2 t n k FLOP, and so does the gra
 - bfloat16: dequantizes the weights before a product. Moves 2.5 bytes per weight. LoRA's product B A can be added to the
   weights in float32, before their only rounding.
 - fp8: converts the 4-bit weights to e4m3 before a product. A scale must not vary along the sum, so each direction has
-  its own scales, which are computed once. Moves 1.5 bytes per weight and keeps no e4m3 weight in memory.
+  its own scales, which are computed once. Moves 1.5 bytes per weight and keeps no e4m3 weight in memory. LoRA's product
+  can be a part of it (fp8_lora.py).
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,12 @@ from functools import cached_property
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
 from pdf2lora.model.kernels.dequantize import Lora, convert_to_fp8, dequantize, dequantize_and_add
+from pdf2lora.model.kernels.fp8_lora import Beside, append_to_weights, num_columns
 from pdf2lora.model.kernels.rows import FP8, Rows
 
 LARGEST_FP8 = 448.0  # of e4m3
@@ -30,7 +33,10 @@ class Fp8Scales(NamedTuple):
 
 
 class Frozen:
-    """The weights of one or more bitsandbytes Linear4bit, stacked: (features out, features in), and their biases."""
+    """The weights of one or more linear layers, stacked: (features out, features in), and their biases.
+
+    The layers are bitsandbytes' Linear4bit, or torch's Linear for a forward pass without LoRA.
+    """
 
     def __init__(self, linears: Sequence[Any], dtype: torch.dtype):
         self.linears = linears
@@ -79,10 +85,21 @@ class Weights:
     They exist as long as this object, so that several products can share them.
     """
 
-    def __init__(self, frozen: Frozen, loras: Sequence[Lora | None] = ()):
-        """loras: of each weight. Their products are added to `values`; fp8 would round them away."""
+    def __init__(
+        self,
+        frozen: Frozen,
+        loras: Sequence[Lora | None] = (),
+        *,
+        beside_output: Beside | None = None,
+        beside_input: Beside | None = None,
+    ):
+        """loras: of each weight. Their products are added to `values`; fp8 would round them away.
+
+        beside_output, beside_input: LoRA's columns beside fp8_by_output and fp8_by_input.
+        """
         self.frozen = frozen
         self.loras = loras
+        self.beside_output, self.beside_input = beside_output, beside_input
 
     @cached_property
     def values(self) -> Tensor:
@@ -90,7 +107,9 @@ class Weights:
         frozen = self.frozen
         weight = torch.empty(frozen.shape, dtype=frozen.dtype, device=frozen.linears[0].weight.device)
         for linear, part, lora in zip_longest(frozen.linears, weight.split(frozen.rows), self.loras):
-            if lora is None:
+            if not isinstance(linear, bnb.nn.Linear4bit):
+                part.copy_(linear.weight)
+            elif lora is None:
                 dequantize(linear.weight, part)
             else:
                 dequantize_and_add(linear.weight, lora, part)
@@ -98,26 +117,38 @@ class Weights:
 
     @cached_property
     def fp8_by_output(self) -> Rows:
-        """(features out, features in), with a scale per row."""
+        """(features out, features in + LoRA's columns), with a scale per row."""
         frozen = self.frozen
         assert frozen.fp8_scales is not None
-        scale = frozen.fp8_scales.by_output
-        out = torch.empty(frozen.shape, dtype=FP8, device=scale.device)
-        parts = zip(frozen.linears, scale.split(frozen.rows), out.split(frozen.rows), strict=True)
-        for linear, part_scale, part in parts:
-            convert_to_fp8(linear.weight, part_scale, part, transposed=False)
-        return Rows(None, out, scale[:, None])
+        rows = _rows(frozen.shape, frozen.fp8_scales.by_output, self.beside_output)
+        assert rows.fp8 is not None
+        assert rows.scale is not None
+        outs = rows.fp8[:, : frozen.shape[1]].split(frozen.rows)
+        for linear, scale, out in zip(frozen.linears, rows.scale.split(frozen.rows), outs, strict=True):
+            convert_to_fp8(linear.weight, scale, out, transposed=False)
+        return rows
 
     @cached_property
     def fp8_by_input(self) -> Rows:
-        """Transposed: (features in, features out), with a scale per row."""
+        """Transposed: (features in, features out + LoRA's columns), with a scale per row."""
         frozen = self.frozen
         assert frozen.fp8_scales is not None
-        scale = frozen.fp8_scales.by_input
-        out = torch.empty(frozen.shape[::-1], dtype=FP8, device=scale.device)
-        for linear, part in zip(frozen.linears, out.split(frozen.rows, dim=1), strict=True):
-            convert_to_fp8(linear.weight, scale, part, transposed=True)
-        return Rows(None, out, scale[:, None])
+        rows = _rows(frozen.shape[::-1], frozen.fp8_scales.by_input, self.beside_input)
+        assert rows.fp8 is not None
+        assert rows.scale is not None
+        outs = rows.fp8[:, : frozen.shape[0]].split(frozen.rows, dim=1)
+        for linear, out in zip(frozen.linears, outs, strict=True):
+            convert_to_fp8(linear.weight, rows.scale, out, transposed=True)
+        return rows
+
+
+def _rows(shape: tuple[int, int], scale: Tensor, lora: Beside | None) -> Rows:
+    """Rows of weights with LoRA's columns, which can enlarge the scale. The weights are still to be written."""
+    width = shape[1] + (num_columns(lora.matrix.shape[1]) if lora else 0)
+    fp8 = torch.empty(shape[0], width, dtype=FP8, device=scale.device)
+    if lora is not None:
+        scale = append_to_weights(lora, scale, fp8)
+    return Rows(None, fp8, scale[:, None])
 
 
 def _product_fp8(left: Rows, right: Rows, out: Tensor | None) -> Tensor:

@@ -1,10 +1,11 @@
-"""The forward pass of a PeftModel by the kernels of this folder, differentiable in the LoRA matrices."""
+"""The forward pass of a model by the kernels of this folder, differentiable in the LoRA matrices of a PeftModel."""
 
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
 from pdf2lora.errors import InputError
 from pdf2lora.model.architectures import FUSED_RULES
@@ -22,7 +23,7 @@ from pdf2lora.model.layer_stream import layer_stream
 class FusedForward:
     """input_ids (batch, seq_length) -> hidden states (batch, seq_length, hidden), as transformers' decoder.
 
-    The PeftModel owns weights, LoRA matrices and gradients; its train() and disable_adapter() also work here.
+    The model owns weights, LoRA matrices and gradients; its train() and disable_adapter() also work here.
     Attention is causal over the whole sequence. Sequences have no padding on the left.
     A CUDA graph can capture forward and backward pass, except with GradientCheckpointing.OFFLOAD.
     """
@@ -34,7 +35,8 @@ class FusedForward:
         gradient_checkpointing: GradientCheckpointing = GradientCheckpointing.NONE,
         fp8: bool = False,
     ):
-        """model: a PeftModel that fused_obstacle() accepts, with 4-bit layers. fp8: frozen products in training only.
+        """model: one that fused_obstacle() accepts: a PeftModel with 4-bit layers, or a transformers model without
+        quantization. fp8: frozen products in training only.
 
         Raises:
             InputError: the kernels do not support a module of the model.
@@ -42,8 +44,9 @@ class FusedForward:
         self.model = model
         self.gradient_checkpointing = gradient_checkpointing
         self.fp8 = fp8
-        self.decoder = model.get_base_model().model
-        self.head = Head.of(model.get_base_model())
+        causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.decoder = causal_lm.model
+        self.head = Head.of(causal_lm)
         self.dropout_state = dropout_state(model)
         _check_modules(model, self.decoder)
         dtype = self.decoder.embed_tokens.weight.dtype
@@ -131,8 +134,9 @@ def _check_modules(model: Any, decoder: Any) -> None:
         projections += [module for name, module in block.named_children() if name in PROJECTIONS]
         projections += [module for name, module in layer.mlp.named_children() if name in PROJECTIONS]
     for module in projections:
-        weight = getattr(module, "base_layer", module)
-        if not isinstance(weight, bnb.nn.Linear4bit) or weight.weight.data.dtype != torch.uint8:
-            raise InputError(f"the fused kernels need 4-bit layers, the model has a {type(weight).__name__}. {remedy}")
+        linear = getattr(module, "base_layer", module)
+        is_4bit = isinstance(linear, bnb.nn.Linear4bit) and linear.weight.data.dtype == torch.uint8
+        if not (is_4bit if isinstance(model, PeftModel) else type(linear) is nn.Linear):
+            raise InputError(f"the fused kernels need 4-bit layers, the model has a {type(linear).__name__}. {remedy}")
     if others := [module for module in lora_layers(model) if module not in projections]:
         raise InputError(f"the fused kernels do not support LoRA on {type(others[0]).__name__}. {remedy}")

@@ -1,4 +1,6 @@
-"""LoRA beside a frozen product: y += scaling * (dropout(x) A^T) B^T, for one to three projections that read one x.
+"""LoRA with dropout beside a frozen product: y += scaling * (dropout(x) A^T) B^T.
+
+One to three projections read one x. Without dropout see lora_products.py.
 
 PEFT writes dropout(x) to memory for each projection, in both passes, and converts x to float32. These kernels apply
 dropout in registers and multiply at once. They read x once in each pass (2 bytes per feature) and add LoRA's part to
@@ -46,7 +48,7 @@ def _bytes(mask, projection, token, block, tokens, num_features, BLOCK: tl.const
 @triton.jit(do_not_specialize=["layer_index", "first_token"])
 def _down(
     x, a, low_rank, mask, state, layer_index, first_token, tokens, seq_length, num_features, threshold, scale,
-    R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     projection, projections = tl.program_id(0), tl.num_programs(0)
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -56,11 +58,10 @@ def _down(
         feature = block * BLOCK + tl.arange(0, BLOCK)
         inside = (token < tokens)[:, None] & (feature < num_features)[None, :]
         values = tl.load(x + token.to(tl.int64)[:, None] * num_features + feature[None, :], mask=inside, other=0.0)
-        if DROPOUT:
-            packed = draw(state, layer_index + projection, first_token + token, seq_length, block, threshold, BLOCK)
-            byte, exist = _bytes(mask, projection, token, block, tokens, num_features, BLOCK)
-            tl.store(byte, packed.to(tl.uint8), mask=exist)
-            values = tl.where(unpack(packed, BLOCK_TOKENS, BLOCK), values, 0.0)
+        packed = draw(state, layer_index + projection, first_token + token, seq_length, block, threshold, BLOCK)
+        byte, exist = _bytes(mask, projection, token, block, tokens, num_features, BLOCK)
+        tl.store(byte, packed.to(tl.uint8), mask=exist)
+        values = tl.where(unpack(packed, BLOCK_TOKENS, BLOCK), values, 0.0)
         matrix = tl.load(
             a + (projection * R + rank)[None, :] * num_features + feature[:, None],
             mask=(feature < num_features)[:, None],
@@ -74,8 +75,7 @@ def _down(
 @triton.jit
 def _gradient_of_a(
     x, grad_low_rank, grad_a, mask, tokens, num_features, scale,
-    R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
+    R: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     projection, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     projections = tl.num_programs(0)
@@ -90,10 +90,9 @@ def _gradient_of_a(
             mask=(token < tokens)[:, None] & within,
             other=0.0,
         )
-        if DROPOUT:
-            byte, exist = _bytes(mask, projection, token, block, tokens, num_features, BLOCK)
-            kept = unpack(tl.load(byte, mask=exist, other=0).to(tl.int32), BLOCK_TOKENS, BLOCK)
-            values = tl.where(kept, values, 0.0)
+        byte, exist = _bytes(mask, projection, token, block, tokens, num_features, BLOCK)
+        kept = unpack(tl.load(byte, mask=exist, other=0).to(tl.int32), BLOCK_TOKENS, BLOCK)
+        values = tl.where(kept, values, 0.0)
         low_rank_at = token.to(tl.int64)[:, None] * (projections * R) + rank[None, :]
         low_rank = tl.load(grad_low_rank + low_rank_at, mask=(token < tokens)[:, None], other=0.0)
         total = tl.dot(tl.trans(low_rank), values, total, input_precision="ieee")
@@ -104,7 +103,7 @@ def _gradient_of_a(
 @triton.jit
 def _add_gradient_of_x(
     grad_x, a, grad_low_rank, mask, tokens, num_features, scale,
-    PROJECTIONS: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    PROJECTIONS: tl.constexpr, R: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -117,11 +116,9 @@ def _add_gradient_of_x(
         low_rank = tl.load(grad_low_rank + low_rank_at, mask=(token < tokens)[:, None], other=0.0)
         matrix = tl.load(a + rank[:, None] * num_features + feature[None, :], mask=within, other=0.0)
         through = tl.dot(low_rank, matrix, input_precision="ieee")
-        if DROPOUT:
-            byte, exist = _bytes(mask, projection, token, block, tokens, num_features, BLOCK)
-            kept = unpack(tl.load(byte, mask=exist, other=0).to(tl.int32), BLOCK_TOKENS, BLOCK)
-            through = tl.where(kept, through, 0.0)
-        total += through
+        byte, exist = _bytes(mask, projection, token, block, tokens, num_features, BLOCK)
+        kept = unpack(tl.load(byte, mask=exist, other=0).to(tl.int32), BLOCK_TOKENS, BLOCK)
+        total += tl.where(kept, through, 0.0)
     at = token.to(tl.int64)[:, None] * num_features + feature[None, :]
     inside = (token < tokens)[:, None] & within
     grad = tl.load(grad_x + at, mask=inside, other=0.0).to(tl.float32) + total * scale
@@ -131,28 +128,24 @@ def _add_gradient_of_x(
 # Small ranks: the fastest tiles on one H200 (24,576 tokens, 3,072 and 8,192 features). Large ranks: tiles that fit.
 
 
-def _down_tile(rank: int, dropout: bool) -> dict[str, int]:
+def _down_tile(rank: int) -> dict[str, int]:
     if rank > 64:
         return {"BLOCK_TOKENS": 16, "BLOCK": 64, "num_warps": 4}
-    if dropout:  # fewer warps wait less for each other
-        return {"BLOCK_TOKENS": 16, "BLOCK": 128, "num_warps": 2}
-    return {"BLOCK_TOKENS": 64, "BLOCK": 64, "num_warps": 4}
+    return {"BLOCK_TOKENS": 16, "BLOCK": 128, "num_warps": 2}  # fewer warps wait less for each other
 
 
-def _gradient_of_a_tile(rank: int, projections: int, dropout: bool) -> dict[str, int]:
+def _gradient_of_a_tile(rank: int, projections: int) -> dict[str, int]:
     if rank > 64:
         return {"BLOCK_TOKENS": 16, "BLOCK": 32, "STAGES": 1, "num_warps": 8}
-    if not dropout:
-        return {"BLOCK_TOKENS": 64, "BLOCK": 128, "STAGES": 3, "num_warps": 4}
     if projections == 1:
         return {"BLOCK_TOKENS": 64, "BLOCK": 64, "STAGES": 3, "num_warps": 4}
     return {"BLOCK_TOKENS": 32, "BLOCK": 64, "STAGES": 1, "num_warps": 2}
 
 
-def _gradient_of_x_tile(rank: int, projections: int, dropout: bool) -> dict[str, int]:
+def _gradient_of_x_tile(rank: int, projections: int) -> dict[str, int]:
     if rank > 64:
         return {"BLOCK_TOKENS": 16, "BLOCK": 32, "num_warps": 8}
-    if dropout and projections > 1:
+    if projections > 1:
         return {"BLOCK_TOKENS": 16, "BLOCK": 64, "num_warps": 1}
     return {"BLOCK_TOKENS": 16, "BLOCK": 128, "num_warps": 2}
 
@@ -168,55 +161,52 @@ class LowRank(NamedTuple):
     mask: Tensor | None
 
 
-def down(x: Tensor, a: Tensor, rank: int, dropout: DropoutCounter | None) -> LowRank:
-    """dropout(x) A^T for all projections.
+def down(x: Tensor, a: Tensor, rank: int, dropout: DropoutCounter) -> tuple[Tensor, Tensor]:
+    """The values and the mask of LowRank for all projections.
 
     x: (tokens, features); a: (projections * rank, features); rank: a power of two, 16 to MAX_LORA_RANK.
     """
     tokens, features = x.shape
     projections = a.shape[0] // rank
     low_rank = torch.empty(tokens, a.shape[0], dtype=x.dtype, device=x.device)
-    rate = DropoutRate(0.0) if dropout is None else dropout.rate
-    mask = None
-    if rate.threshold > 0:
-        num_bytes = triton.cdiv(features, FEATURES_PER_CALL.value)
-        mask = torch.empty(projections, tokens, num_bytes, dtype=torch.uint8, device=x.device)
-    tile = _down_tile(rank, mask is not None)
+    num_bytes = triton.cdiv(features, FEATURES_PER_CALL.value)
+    mask = torch.empty(projections, tokens, num_bytes, dtype=torch.uint8, device=x.device)
+    tile = _down_tile(rank)
     _down[(projections, triton.cdiv(tokens, tile["BLOCK_TOKENS"]))](
-        x, a, low_rank, mask, dropout and dropout.state, dropout.layer_index if dropout else 0,
-        dropout.first_token if dropout else 0, tokens, dropout.seq_length if dropout else 1, features, rate.threshold,
-        rate.scale,
-        R=rank, DROPOUT=mask is not None, **tile,
+        x, a, low_rank, mask, dropout.state, dropout.layer_index, dropout.first_token, tokens, dropout.seq_length,
+        features, dropout.rate.threshold, dropout.rate.scale,
+        R=rank, **tile,
     )  # fmt: skip
-    return LowRank(low_rank, mask)
+    return low_rank, mask
 
 
-def gradient_of_a(x: Tensor, grad_low_rank: Tensor, rank: int, mask: Tensor | None, scale: float) -> Tensor:
+def gradient_of_a(x: Tensor, grad_low_rank: Tensor, rank: int, mask: Tensor, scale: float) -> Tensor:
     """The gradient of A, (projections * rank, features), float32.
 
-    x: (tokens, features); grad_low_rank: (tokens, projections * rank). mask, scale: None and 1.0 without dropout.
+    x: (tokens, features); grad_low_rank: (tokens, projections * rank).
     """
     tokens, features = x.shape
     ranks = grad_low_rank.shape[1]
     projections = ranks // rank
     splits = triton.cdiv(tokens, TOKENS_OF_A_SPLIT)
     partial = torch.empty(splits, ranks, features, dtype=torch.float32, device=x.device)
-    tile = _gradient_of_a_tile(rank, projections, mask is not None)
+    tile = _gradient_of_a_tile(rank, projections)
     _gradient_of_a[(projections, triton.cdiv(features, tile["BLOCK"]), splits)](
         x, grad_low_rank, partial, mask, tokens, features, scale,
-        R=rank, DROPOUT=mask is not None, SPLIT=TOKENS_OF_A_SPLIT, **tile,
+        R=rank, SPLIT=TOKENS_OF_A_SPLIT, **tile,
     )  # fmt: skip
     return partial.sum(0)
 
 
-def add_gradient_of_x_(
-    grad_x: Tensor, a: Tensor, grad_low_rank: Tensor, rank: int, mask: Tensor | None, scale: float
-) -> None:
-    """Adds LoRA's part to `grad_x`, (tokens, features), in place. a: (projections * rank, features)."""
+def add_gradient_of_x_(grad_x: Tensor, a: Tensor, grad_low_rank: Tensor, rank: int, mask: Tensor, scale: float) -> None:
+    """Adds LoRA's part to `grad_x`, (tokens, features), in place.
+
+    a: (projections * rank, features).
+    """
     tokens, features = grad_x.shape
     projections = a.shape[0] // rank
-    tile = _gradient_of_x_tile(rank, projections, mask is not None)
+    tile = _gradient_of_x_tile(rank, projections)
     _add_gradient_of_x[(triton.cdiv(features, tile["BLOCK"]), triton.cdiv(tokens, tile["BLOCK_TOKENS"]))](
         grad_x, a, grad_low_rank, mask, tokens, features, scale,
-        PROJECTIONS=projections, R=rank, DROPOUT=mask is not None, **tile,
+        PROJECTIONS=projections, R=rank, **tile,
     )  # fmt: skip

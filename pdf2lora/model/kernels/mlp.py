@@ -15,7 +15,7 @@ from pdf2lora.model.kernels.frozen import Weights
 from pdf2lora.model.kernels.lora import LowRank
 from pdf2lora.model.kernels.projections import Projections
 from pdf2lora.model.kernels.rmsnorm import rmsnorm_backward_
-from pdf2lora.model.kernels.rows import Rows, quantize
+from pdf2lora.model.kernels.rows import VALUES, Format, Rows
 from pdf2lora.model.kernels.swiglu import swiglu, swiglu_backward_
 
 TILES = 4  # of a micro-batch, if the next two numbers allow it
@@ -68,7 +68,7 @@ class Mlp:
             self._gate(activations.x.part(tokens), context, gate_up_weights, tile)
             if tokens is parts[-1]:
                 self._drop_x(context, activations)
-            activated = self._activate(tile, tokens.start, context)
+            activated = self._activate(tile, tokens.start, self.down.format(context))
             out = None if down is None else down[tokens]
             result, tile.down_low_rank = self.down.forward(activated, context, down_weights, out)
             if context.recomputes_mlp:
@@ -85,8 +85,10 @@ class Mlp:
         values = activations.x.values if self.gate_up.has_lora and not context.recomputes_mlp else None
         activations.x = Rows(values)
 
-    def backward(self, grad: Tensor, context: ForwardContext, activations: MlpActivations) -> tuple[Rows, list[Tensor]]:
-        """(gradient of total, gradients of the LoRA matrices). grad: of total plus the MLP's summand."""
+    def backward(
+        self, grad: Tensor, context: ForwardContext, activations: MlpActivations, format: Format
+    ) -> tuple[Rows, list[Tensor]]:
+        """(gradient of total in a format, gradients of the LoRA matrices). grad: of total plus the MLP's summand."""
         parts = _tiles(len(grad), context)
         is_tiled = len(parts) > 1
         d_x = torch.empty_like(grad) if is_tiled else None
@@ -106,27 +108,23 @@ class Mlp:
             gradients = [*map(Tensor.add_, gradients, d_lora + d_down)] if gradients else d_lora + d_down
         d_x = d_part if d_x is None else d_x
         assert d_x is not None
-        d_total = rmsnorm_backward_(d_x, activations.total, activations.rstd, self.norm.weight, grad, fp8=context.fp8)
+        d_total = rmsnorm_backward_(d_x, activations.total, activations.rstd, self.norm.weight, grad, format)
         return d_total, gradients
 
     def _down_backward(
         self, grad: Tensor, first_token: int, context: ForwardContext, weights: Weights | None, tile: Tile
     ) -> tuple[Rows, list[Tensor]]:
         """(gradient of gate and up, gradients of down's LoRA matrices) for one tile."""
-        down, fp8 = self.down, context.fp8
+        down = self.down
         activated = None
         if not hasattr(tile, "down_low_rank"):
-            rows = self._activate(tile, first_token, context)
+            rows = self._activate(tile, first_token, VALUES)
             activated, tile.down_low_rank = rows.values, down.low_rank(rows, context)
-        rows = quantize(grad) if fp8 else Rows(grad)
-        grad_low_rank = down.grad_low_rank(rows)
+        rows = down.grad_rows(grad, context)
+        grad_low_rank = down.grad_low_rank(rows, tile.down_low_rank)
         d_activated = down.input_gradient(rows, tile.down_low_rank, grad_low_rank, weights or down.weights(context))
         d_gate_up = swiglu_backward_(
-            d_activated,
-            tile.gate_up,
-            values=self.gate_up.needs_values(fp8),
-            fp8=fp8,
-            result=down.has_lora and activated is None,
+            d_activated, tile.gate_up, self.gate_up.grad_format(context), result=down.has_lora and activated is None
         )
         if activated is None:
             activated = d_activated  # overwritten by the result
@@ -141,10 +139,9 @@ class Mlp:
     def _gate(self, x: Rows, context: ForwardContext, weights: Weights | None, tile: Tile) -> None:
         tile.gate_up, tile.gate_up_low_rank = self.gate_up.forward(x, context, weights)
 
-    def _activate(self, tile: Tile, first_token: int, context: ForwardContext) -> Rows:
+    def _activate(self, tile: Tile, first_token: int, format: Format) -> Rows:
         """The input of down."""
-        rows = swiglu(tile.gate_up, values=self.down.needs_values(context.fp8), fp8=context.fp8)
-        return rows._replace(first_token=first_token)
+        return swiglu(tile.gate_up, format)._replace(first_token=first_token)
 
 
 def _tiles(num_tokens: int, context: ForwardContext) -> list[slice]:

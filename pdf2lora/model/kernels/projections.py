@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from pdf2lora.model.dropout import DropoutRate
-from pdf2lora.model.kernels import lora, rotary
+from pdf2lora.model.kernels import fp8_lora, lora, rotary
 from pdf2lora.model.kernels.context import ForwardContext
 from pdf2lora.model.kernels.dequantize import Lora
+from pdf2lora.model.kernels.fp8_lora import Beside
 from pdf2lora.model.kernels.frozen import Frozen, Weights
 from pdf2lora.model.kernels.lora import DropoutCounter, LowRank
+from pdf2lora.model.kernels.lora_products import both_products, is_read_once, product_float32
 from pdf2lora.model.kernels.rmsnorm import add_rmsnorm
-from pdf2lora.model.kernels.rows import Rows
+from pdf2lora.model.kernels.rows import Format, Rows, quantize
 
 
 class Adapter(NamedTuple):
@@ -27,11 +29,22 @@ class Adapter(NamedTuple):
     feature_slice: slice  # rows of Projections.b, columns of the product
 
 
+class GradLowRank(NamedTuple):
+    """The gradient of LoRA's first product, and of B if one kernel computed both.
+
+    values: (tokens, ranks of all); of_b: for each adapter (features out, padded rank), float32, without the scaling.
+    """
+
+    values: Tensor
+    of_b: list[Tensor] | None = None
+
+
 class Projections:
     """y = x W^T + bias + scaling * (dropout(x) A^T) B^T, with stacked W, A and B of all projections.
 
     a: (ranks of all, features in). Each rank is padded with zeros to a size that tensor cores accept.
     b: (features out of all, ranks of all), times the scaling. Zeros outside of each projection's own block.
+    a_norms, b_norms: of the rows of a and the columns of b, (ranks of all,), float32, for fp8.
     """
 
     def __init__(self, modules: Sequence[Any], dtype: torch.dtype):
@@ -60,9 +73,9 @@ class Projections:
         width, device = len(with_lora) * self.rank, self.adapters[0].a.device
         self.a = torch.zeros(width, self.frozen.shape[1], dtype=dtype, device=device)
         self.b = torch.zeros(self.frozen.shape[0], width, dtype=dtype, device=device)
+        self.a_norms, self.b_norms = torch.zeros(2, width, device=device)
         loras: dict[int, Lora] = {}  # views of a and b
-        for adapter in self.adapters:
-            ranks = slice(adapter.rank_slice.start, adapter.rank_slice.start + self.rank)
+        for adapter, ranks in zip(self.adapters, self._padded_ranks, strict=True):
             loras[id(adapter.module)] = Lora(self.a[ranks], self.b[adapter.feature_slice, ranks])
         self.loras = [loras.get(id(module)) for module in modules]
 
@@ -75,9 +88,25 @@ class Projections:
         """Whether LoRA is active: PEFT's disable_adapter() turns it off."""
         return bool(self.adapters) and not any(getattr(module, "disable_adapters", False) for module in self.modules)
 
-    def needs_values(self, fp8: bool) -> bool:
-        """Whether x, or the gradient of y, is needed in compute precision: LoRA does not read fp8."""
-        return self.has_lora or not fp8
+    def format(self, context: ForwardContext) -> Format:
+        """Of x, for forward()."""
+        return self._format(context, lora_columns=self.has_lora)
+
+    def grad_format(self, context: ForwardContext) -> Format:
+        """Of the gradient of y, for backward(). With dropout, LoRA's part of the gradient of x is no product."""
+        return self._format(context, lora_columns=self.has_lora and not self._has_dropout(context))
+
+    def _format(self, context: ForwardContext, *, lora_columns: bool) -> Format:
+        columns = fp8_lora.num_columns(len(self.a)) if context.fp8 and lora_columns else 0
+        return Format(values=self.has_lora or not context.fp8, fp8=context.fp8, lora_columns=columns)
+
+    def rows(self, x: Tensor, context: ForwardContext) -> Rows:
+        """x as forward() reads it."""
+        return quantize(x, self.format(context).lora_columns) if context.fp8 else Rows(x)
+
+    def grad_rows(self, grad: Tensor, context: ForwardContext) -> Rows:
+        """The gradient of y as backward() reads it."""
+        return quantize(grad, self.grad_format(context).lora_columns) if context.fp8 else Rows(grad)
 
     @property
     def up(self) -> rotary.Up | None:
@@ -92,12 +121,14 @@ class Projections:
         self, norm: Any, residual: Tensor, update: Tensor | None, context: ForwardContext
     ) -> tuple[Tensor, Rows, Tensor]:
         """add_rmsnorm with the layer's RMSNorm `norm`. The rows have the formats that forward() reads."""
-        values = self.needs_values(context.fp8)
-        return add_rmsnorm(residual, update, norm.weight, norm.variance_epsilon, values=values, fp8=context.fp8)
+        return add_rmsnorm(residual, update, norm.weight, norm.variance_epsilon, self.format(context))
 
     def weights(self, context: ForwardContext) -> Weights:
         """For forward() and backward(), which make their own if they get none."""
-        return Weights(self.frozen, self.loras if self._is_merged(context) else ())
+        loras = self.loras if self._is_merged(context) else ()
+        beside_output = Beside(self.b, self.a_norms) if self.format(context).lora_columns else None
+        beside_input = Beside(self.a.t(), self.b_norms) if self.grad_format(context).lora_columns else None
+        return Weights(self.frozen, loras, beside_output=beside_output, beside_input=beside_input)
 
     def _is_merged(self, context: ForwardContext) -> bool:
         """True if weights() adds LoRA's product to the weights. forward() then computes no product for LoRA."""
@@ -115,7 +146,8 @@ class Projections:
             return self.frozen.forward(x, weights, out), None
         low_rank = self.low_rank(x, context)
         if x.fp8 is not None:
-            return self.frozen.forward(x, weights, out).addmm_(low_rank.values, self.b.t()), low_rank
+            fp8_lora.append(x, low_rank.values, self.a_norms)
+            return self.frozen.forward(x, weights, out), low_rank
         assert x.values is not None
         # The small product first: the large one then adds to it at little cost.
         small = self.frozen.add_bias(low_rank.values, self.b.t(), out)
@@ -124,18 +156,21 @@ class Projections:
     def low_rank(self, x: Rows, context: ForwardContext) -> LowRank:
         """LoRA's first product, (tokens, features in) -> (tokens, ranks of all)."""
         assert x.values is not None
-        counter = None
-        if context.dropout_state is not None:
-            counter = DropoutCounter(
-                context.dropout_state, self.layer_index, context.heads.seq_length, self.dropout_rate, x.first_token
-            )
-        return lora.down(x.values, self.a, self.rank, counter)
+        if context.dropout_state is None or not self._has_dropout(context):
+            return LowRank(x.values @ self.a.t(), None)
+        counter = DropoutCounter(
+            context.dropout_state, self.layer_index, context.heads.seq_length, self.dropout_rate, x.first_token
+        )
+        return LowRank(*lora.down(x.values, self.a, self.rank, counter))
 
-    def refresh(self) -> None:
+    def refresh(self, context: ForwardContext) -> None:
         """Copies PEFT's float32 matrices, which the optimizer has changed, to `a` and `b`."""
         for adapter in self.adapters:
             self.a[adapter.rank_slice].copy_(adapter.a)
             torch.mul(adapter.b, adapter.scaling, out=self.b[adapter.feature_slice, adapter.rank_slice])
+        if self.adapters and context.fp8:
+            torch.linalg.vector_norm(self.a, dim=1, dtype=torch.float32, out=self.a_norms)
+            torch.linalg.vector_norm(self.b, dim=0, dtype=torch.float32, out=self.b_norms)
 
     def backward(
         self,
@@ -147,56 +182,99 @@ class Projections:
         weights: Weights | None = None,
         out: Tensor | None = None,
         grad_x: bool = True,
-        grad_low_rank: Tensor | None = None,
+        grad_low_rank: GradLowRank | None = None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """(gradient of x, gradients of `parameters` in float32). Without grad_x the first is None.
 
         low_rank: of forward(). grad_low_rank: of the caller if it has computed it.
         """
         if grad_low_rank is None:
-            grad_low_rank = self.grad_low_rank(grad)
+            grad_low_rank = self.grad_low_rank(grad, low_rank)
         weights = weights or self.weights(context)
         dx = self.input_gradient(grad, low_rank, grad_low_rank, weights, out) if grad_x else None
         return dx, self.matrix_gradients(grad, x, low_rank, grad_low_rank)
 
-    def grad_low_rank(self, grad: Rows) -> Tensor | None:
-        """The gradient of LoRA's first product, grad B: (tokens, ranks of all). None if LoRA is off."""
-        if not self.has_lora:
+    def grad_low_rank(self, grad: Rows, low_rank: LowRank | None) -> GradLowRank | None:
+        """For input_gradient(), which needs it if forward() has returned LoRA's first product."""
+        if low_rank is None:
             return None
         assert grad.values is not None
-        return grad.values @ self.b
+        return self._grad_low_rank(grad.values, low_rank.values)
+
+    def _grad_low_rank(self, grad: Tensor, low_rank: Tensor) -> GradLowRank:
+        parts = [grad[:, adapter.feature_slice] for adapter in self.adapters]
+        if not all(is_read_once(part, self.rank) for part in parts):
+            return GradLowRank(grad @ self.b)
+        values, of_b = zip(
+            *(
+                both_products(part, self.b[adapter.feature_slice, ranks], low_rank[:, ranks])
+                for part, adapter, ranks in zip(parts, self.adapters, self._padded_ranks, strict=True)
+            ),
+            strict=True,
+        )
+        return GradLowRank(torch.cat(values, dim=1), [gradient.t() for gradient in of_b])
+
+    @property
+    def _padded_ranks(self) -> list[slice]:
+        """Rows of `a` of each adapter, columns of `b`."""
+        return [slice(first, first + self.rank) for first in range(0, len(self.a), self.rank)]
 
     def input_gradient(
         self,
         grad: Rows,
         low_rank: LowRank | None,
-        grad_low_rank: Tensor | None,
+        grad_low_rank: GradLowRank | None,
         weights: Weights,
         out: Tensor | None = None,
     ) -> Tensor:
         """The gradient of x: (tokens, features in). Does not read x."""
+        if weights.beside_input is not None:
+            assert grad_low_rank is not None
+            fp8_lora.append(grad, grad_low_rank.values, self.b_norms)
         dx = self.frozen.backward(grad, weights, out)
-        if low_rank is not None and grad_low_rank is not None:
-            lora.add_gradient_of_x_(dx, self.a, grad_low_rank, self.rank, low_rank.mask, self._scale(low_rank))
+        if low_rank is not None and low_rank.mask is not None:
+            assert grad_low_rank is not None
+            scale = self.dropout_rate.scale
+            lora.add_gradient_of_x_(dx, self.a, grad_low_rank.values, self.rank, low_rank.mask, scale)
         return dx
 
     def matrix_gradients(
-        self, grad: Rows, x: Tensor | None, low_rank: LowRank | None, grad_low_rank: Tensor | None
+        self, grad: Rows, x: Tensor | None, low_rank: LowRank | None, grad_low_rank: GradLowRank | None
     ) -> list[Tensor]:
-        """The gradients of `parameters`, float32."""
-        if grad_low_rank is None:
+        """The gradients of `parameters`, float32.
+
+        low_rank, grad_low_rank: None if they are still to be computed.
+        """
+        if not self.has_lora:
             return []
-        assert grad.values is not None
+        grad_y = grad.values
+        assert grad_y is not None
         assert x is not None
-        if low_rank is None:
-            low_rank = lora.down(x, self.a, self.rank, None)
-        grad_b = grad.values.t() @ low_rank.values
-        grad_a = lora.gradient_of_a(x, grad_low_rank, self.rank, low_rank.mask, self._scale(low_rank))
+        grad_a = None
+        if low_rank is None:  # both are unknown, so one kernel can read x, or the gradient of y if that is wider
+            if len(self.adapters) == 1 and x.shape[1] >= grad_y.shape[1] and is_read_once(x, self.rank):
+                grad_low_rank = grad_low_rank or GradLowRank(grad_y @ self.b)
+                values, grad_a = both_products(x, self.a.t(), grad_low_rank.values)
+            else:
+                values = x @ self.a.t()
+            low_rank = LowRank(values, None)
+        grad_low_rank = grad_low_rank or self._grad_low_rank(grad_y, low_rank.values)
+        if grad_a is None:
+            grad_a = self._gradient_of_a(x, grad_low_rank.values, low_rank.mask)
+        of_b = grad_low_rank.of_b
+        if of_b is None:
+            stacked = product_float32(grad_y.t(), low_rank.values)
+            of_b = [
+                stacked[adapter.feature_slice, ranks]
+                for adapter, ranks in zip(self.adapters, self._padded_ranks, strict=True)
+            ]
         gradients = []
-        for adapter in self.adapters:
-            block = grad_b[adapter.feature_slice, adapter.rank_slice]
-            gradients += [grad_a[adapter.rank_slice], block.float() * adapter.scaling]
+        for adapter, of_adapter in zip(self.adapters, of_b, strict=True):
+            r = len(adapter.a)
+            gradients += [grad_a[adapter.rank_slice], of_adapter[:, :r] * adapter.scaling]
         return gradients
 
-    def _scale(self, low_rank: LowRank) -> float:
-        return 1.0 if low_rank.mask is None else self.dropout_rate.scale
+    def _gradient_of_a(self, x: Tensor, grad_low_rank: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return product_float32(grad_low_rank.t(), x)
+        return lora.gradient_of_a(x, grad_low_rank, self.rank, mask, self.dropout_rate.scale)

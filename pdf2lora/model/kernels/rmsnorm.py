@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdf2lora.model.kernels.rows import Rows, block_and_warps, store_fp8
+from pdf2lora.model.kernels.rows import VALUES, Format, Rows, block_and_warps, store_fp8
 
 
 @triton.jit
 def _add_rmsnorm(
-    residual, update, weight, total, values, fp8, scale, rstd, num_features, eps,
+    residual, update, weight, total, values, fp8, scale, rstd, num_features, fp8_stride, eps,
     ADD: tl.constexpr, VALUES: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -33,11 +33,11 @@ def _add_rmsnorm(
     if VALUES:
         tl.store(values + at, y.to(values.dtype.element_ty), mask=inside)
     if FP8:
-        store_fp8(y, fp8, scale, row, columns, num_features, inside)
+        store_fp8(y, fp8, scale, row, columns, fp8_stride, inside)
 
 
 def add_rmsnorm(
-    residual: Tensor, update: Tensor | None, weight: Tensor, eps: float, *, values: bool = True, fp8: bool = False
+    residual: Tensor, update: Tensor | None, weight: Tensor, eps: float, format: Format = VALUES
 ) -> tuple[Tensor, Rows, Tensor]:
     """(residual + update, its RMSNorm times weight, 1 / RMS). Without an update the first is `residual` itself.
 
@@ -46,19 +46,20 @@ def add_rmsnorm(
     """
     tokens, features = residual.shape
     total = residual if update is None else torch.empty_like(residual)
-    normed = Rows.empty(residual, features, values=values, fp8=fp8)
+    normed = Rows.empty(residual, features, format)
     rstd = torch.empty(tokens, dtype=torch.float32, device=residual.device)
     block, warps = block_and_warps(features)
     _add_rmsnorm[(tokens,)](
-        residual, update, weight, total, normed.values, normed.fp8, normed.scale, rstd, features, eps,
-        ADD=update is not None, VALUES=values, FP8=fp8, BLOCK=block, num_warps=warps,
+        residual, update, weight, total, normed.values, normed.fp8, normed.scale, rstd, features, normed.fp8_stride,
+        eps,
+        ADD=update is not None, VALUES=format.values, FP8=format.fp8, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return total, normed, rstd
 
 
 @triton.jit
 def _rmsnorm_backward(
-    grad, x, rstd, weight, residual_grad, fp8, scale, num_features,
+    grad, x, rstd, weight, residual_grad, fp8, scale, num_features, fp8_stride,
     ADD_RESIDUAL: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -74,11 +75,11 @@ def _rmsnorm_backward(
         dx += tl.load(residual_grad + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(grad + at, dx.to(grad.dtype.element_ty), mask=inside)
     if FP8:
-        store_fp8(dx, fp8, scale, row, columns, num_features, inside)
+        store_fp8(dx, fp8, scale, row, columns, fp8_stride, inside)
 
 
 def rmsnorm_backward_(
-    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual_grad: Tensor | None, *, fp8: bool = False
+    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual_grad: Tensor | None, format: Format = VALUES
 ) -> Rows:
     """Gradient of x from the gradient of its RMSNorm, plus the gradient of the residual path. Overwrites `grad`.
 
@@ -86,10 +87,10 @@ def rmsnorm_backward_(
     gradient.
     """
     tokens, features = x.shape
-    quantized = Rows.empty(x, features, values=False, fp8=fp8)
+    quantized = Rows.empty(x, features, format._replace(values=False))
     block, warps = block_and_warps(features)
     _rmsnorm_backward[(tokens,)](
-        grad, x, rstd, weight, residual_grad, quantized.fp8, quantized.scale, features,
-        ADD_RESIDUAL=residual_grad is not None, FP8=fp8, BLOCK=block, num_warps=warps,
+        grad, x, rstd, weight, residual_grad, quantized.fp8, quantized.scale, features, quantized.fp8_stride,
+        ADD_RESIDUAL=residual_grad is not None, FP8=format.fp8, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return quantized._replace(values=grad)

@@ -9,10 +9,10 @@ from pdf2lora.model.kernels import attention
 from pdf2lora.model.kernels.activations import Activations
 from pdf2lora.model.kernels.context import ForwardContext
 from pdf2lora.model.kernels.lora import LowRank
-from pdf2lora.model.kernels.projections import Projections
+from pdf2lora.model.kernels.projections import GradLowRank, Projections
 from pdf2lora.model.kernels.rmsnorm import rmsnorm_backward_
 from pdf2lora.model.kernels.rotary import Angles, HeadNorm, normalize_and_rotate, rotary_backward, rotate_
-from pdf2lora.model.kernels.rows import Rows, quantize
+from pdf2lora.model.kernels.rows import Rows
 
 
 class AttentionActivations(Activations):
@@ -55,8 +55,7 @@ class SelfAttention:
             rotate_(activations.qkv, context.angles, context.heads)
         if not hasattr(activations, "attended"):
             activations.attended = attention.forward(self._parts(context, activations), context.heads)
-        attended = context.heads.rows(activations.attended.output)
-        rows = quantize(attended) if context.fp8 else Rows(attended)
+        rows = self.o.rows(context.heads.rows(activations.attended.output), context)
         result, activations.o_low_rank = self.o.forward(rows, context)
         return result
 
@@ -104,12 +103,12 @@ class SelfAttention:
         activations.drop("qkv")
         del d_heads
         d_x, d_lora = self.qkv.backward(
-            quantize(d_qkv) if context.fp8 else Rows(d_qkv),
+            self.qkv.grad_rows(d_qkv, context),
             activations.x,
             activations.qkv_low_rank,
             context,
             grad_x=grad_input,
-            grad_low_rank=grad_low_rank,
+            grad_low_rank=None if grad_low_rank is None else GradLowRank(grad_low_rank),
         )
         d_total = None
         if d_x is not None:
