@@ -13,20 +13,24 @@ from pdf2lora.model.kernels.dequantize import Lora
 from pdf2lora.model.kernels.fp8_lora import Beside
 from pdf2lora.model.kernels.frozen import Frozen, Weights
 from pdf2lora.model.kernels.lora import DropoutCounter, LowRank
+from pdf2lora.model.kernels.lora_copies import copy_lora
 from pdf2lora.model.kernels.lora_products import both_products, is_read_once, product_float32
 from pdf2lora.model.kernels.rmsnorm import add_rmsnorm
 from pdf2lora.model.kernels.rows import Format, Rows, quantize
 
 
 class Adapter(NamedTuple):
-    """PEFT's matrices of one projection, and the position of their copies in Projections.a and Projections.b."""
+    """PEFT's matrices of one projection, and the position of their copies in Projections.a and Projections.b.
+
+    ranks: rows of Projections.a and columns of Projections.b, with the padding; features: rows of Projections.b.
+    """
 
     module: Any
     a: Tensor  # (r, features in), float32
     b: Tensor  # (features out, r), float32
     scaling: float
-    rank_slice: slice  # rows of Projections.a, columns of Projections.b
-    feature_slice: slice  # rows of Projections.b, columns of the product
+    ranks: slice
+    features: slice
 
 
 class GradLowRank(NamedTuple):
@@ -67,7 +71,7 @@ class Projections:
             if module in with_lora:
                 first_rank = len(self.adapters) * self.rank
                 matrices = module.lora_A["default"].weight, module.lora_B["default"].weight
-                slices = slice(first_rank, first_rank + r), slice(first_row, first_row + num_rows)
+                slices = slice(first_rank, first_rank + self.rank), slice(first_row, first_row + num_rows)
                 self.adapters.append(Adapter(module, *matrices, module.scaling["default"], *slices))
             first_row += num_rows
         width, device = len(with_lora) * self.rank, self.adapters[0].a.device
@@ -75,8 +79,8 @@ class Projections:
         self.b = torch.zeros(self.frozen.shape[0], width, dtype=dtype, device=device)
         self.a_norms, self.b_norms = torch.zeros(2, width, device=device)
         loras: dict[int, Lora] = {}  # views of a and b
-        for adapter, ranks in zip(self.adapters, self._padded_ranks, strict=True):
-            loras[id(adapter.module)] = Lora(self.a[ranks], self.b[adapter.feature_slice, ranks])
+        for adapter in self.adapters:
+            loras[id(adapter.module)] = Lora(self.a[adapter.ranks], self.b[adapter.features, adapter.ranks])
         self.loras = [loras.get(id(module)) for module in modules]
 
     @property
@@ -113,7 +117,7 @@ class Projections:
         """B for rotary_backward, of the projections of q, k and v. None: LoRA is off or its rank is too large."""
         if not self.has_lora or self.rank > rotary.MAX_FUSED_ROTARY_RANK:
             return None
-        first_ranks = {id(adapter.module): adapter.rank_slice.start for adapter in self.adapters}
+        first_ranks = {id(adapter.module): adapter.ranks.start for adapter in self.adapters}
         q, k, v = (first_ranks.get(id(module), -1) for module in self.modules)
         return rotary.Up(self.b, (q, k, v), self.rank)
 
@@ -166,8 +170,8 @@ class Projections:
     def refresh(self, context: ForwardContext) -> None:
         """Copies PEFT's float32 matrices, which the optimizer has changed, to `a` and `b`."""
         for adapter in self.adapters:
-            self.a[adapter.rank_slice].copy_(adapter.a)
-            torch.mul(adapter.b, adapter.scaling, out=self.b[adapter.feature_slice, adapter.rank_slice])
+            a_copy, b_copy = self.a[adapter.ranks], self.b[adapter.features, adapter.ranks]
+            copy_lora(adapter.a, adapter.b, adapter.scaling, a_copy, b_copy)
         if self.adapters and context.fp8:
             torch.linalg.vector_norm(self.a, dim=1, dtype=torch.float32, out=self.a_norms)
             torch.linalg.vector_norm(self.b, dim=0, dtype=torch.float32, out=self.b_norms)
@@ -202,22 +206,14 @@ class Projections:
         return self._grad_low_rank(grad.values, low_rank.values)
 
     def _grad_low_rank(self, grad: Tensor, low_rank: Tensor) -> GradLowRank:
-        parts = [grad[:, adapter.feature_slice] for adapter in self.adapters]
+        parts = [grad[:, adapter.features] for adapter in self.adapters]
         if not all(is_read_once(part, self.rank) for part in parts):
             return GradLowRank(grad @ self.b)
-        values, of_b = zip(
-            *(
-                both_products(part, self.b[adapter.feature_slice, ranks], low_rank[:, ranks])
-                for part, adapter, ranks in zip(parts, self.adapters, self._padded_ranks, strict=True)
-            ),
-            strict=True,
-        )
-        return GradLowRank(torch.cat(values, dim=1), [gradient.t() for gradient in of_b])
-
-    @property
-    def _padded_ranks(self) -> list[slice]:
-        """Rows of `a` of each adapter, columns of `b`."""
-        return [slice(first, first + self.rank) for first in range(0, len(self.a), self.rank)]
+        products = [
+            both_products(part, self.b[adapter.features, adapter.ranks], low_rank[:, adapter.ranks])
+            for part, adapter in zip(parts, self.adapters, strict=True)
+        ]
+        return GradLowRank(torch.cat([values for values, _ in products], dim=1), [of_b.t() for _, of_b in products])
 
     def input_gradient(
         self,
@@ -261,17 +257,14 @@ class Projections:
         grad_low_rank = grad_low_rank or self._grad_low_rank(grad_y, low_rank.values)
         if grad_a is None:
             grad_a = self._gradient_of_a(x, grad_low_rank.values, low_rank.mask)
-        of_b = grad_low_rank.of_b
-        if of_b is None:
+        grad_b = grad_low_rank.of_b
+        if grad_b is None:
             stacked = product_float32(grad_y.t(), low_rank.values)
-            of_b = [
-                stacked[adapter.feature_slice, ranks]
-                for adapter, ranks in zip(self.adapters, self._padded_ranks, strict=True)
-            ]
+            grad_b = [stacked[adapter.features, adapter.ranks] for adapter in self.adapters]
         gradients = []
-        for adapter, of_adapter in zip(self.adapters, of_b, strict=True):
-            r = len(adapter.a)
-            gradients += [grad_a[adapter.rank_slice], of_adapter[:, :r] * adapter.scaling]
+        for adapter, of_b in zip(self.adapters, grad_b, strict=True):
+            r = len(adapter.a)  # without the padding
+            gradients += [grad_a[adapter.ranks][:r], of_b[:, :r] * adapter.scaling]
         return gradients
 
     def _gradient_of_a(self, x: Tensor, grad_low_rank: Tensor, mask: Tensor | None) -> Tensor:
