@@ -29,8 +29,8 @@ def _copy_lora(a, b, a_copy, b_copy, scaling, num_a, num_b, r, b_copy_stride, BL
 def copy_lora(a: Tensor, b: Tensor, scaling: float, a_copy: Tensor, b_copy: Tensor) -> None:
     """Writes A to `a_copy` and scaling * B to `b_copy`.
 
-    a: (r, features in); b: (features out, r), float32, contiguous. a_copy: contiguous, at least r rows. b_copy: at least
-    r columns, last stride 1. Other rows and columns keep their values.
+    a: (r, features in); b: (features out, r); float32, contiguous. a_copy: at least r rows, contiguous. b_copy: at
+    least r columns, last stride 1. Other rows and columns keep their values.
     """
     blocks = triton.cdiv(a.numel(), BLOCK) + triton.cdiv(b.numel(), BLOCK)
     _copy_lora[(blocks,)](
