@@ -23,7 +23,7 @@ from pdf2lora.model.kernels.rows import Rows
 BLOCKS = tl.constexpr(3)  # of columns, each with all ranks
 SPREAD = tl.constexpr(32.0)
 ALIGNMENT = 128  # bytes, of rows
-BLOCK_ROWS, BLOCK_COLUMNS = 64, 16
+BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
 
 
 class Beside(NamedTuple):
