@@ -18,7 +18,7 @@ from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
-from pdf2lora.model.kernels import attention, lora
+from pdf2lora.model.kernels import attention, fp8_lora, lora
 from pdf2lora.model.kernels.rows import FP8
 
 needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="test_gpu.py tests them")
@@ -78,9 +78,12 @@ def avoid_repeated_work(monkeypatch):
 
 @pytest.fixture
 def cpu_kernels(monkeypatch):
-    """No GPU, small tiles of tokens (the interpreter also computes empty tiles), PyTorch's attention on the CPU."""
+    """No GPU, PyTorch's attention on the CPU. Few programs, because the interpreter runs them one after the other, and
+    small tiles of tokens, because it also computes empty ones.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(lora, "TOKENS_OF_A_SPLIT", 64)
+    monkeypatch.setattr(fp8_lora, "BLOCK_COLUMNS", 64)
     monkeypatch.setattr(interpreter, "_convert_float", convert_float)
     # By default it looks for overflows in all integer sums and products, and reports none: `debug` is off.
     options = interpreter.InterpreterOptions(sanitize_overflow=False)

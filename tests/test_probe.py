@@ -86,7 +86,7 @@ def test_settings_that_cannot_run_are_refused(changes: dict[str, Any], words: st
 def test_a_probe_takes_full_steps_of_the_model_of_train(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This also holds for a short corpus. All steps but the first are timed."""
     monkeypatch.setattr(PeakMemory, "gib", 0.5)
-    clock = iter([10.0, 12.0, 13.0])
+    clock = iter([9.0, 10.0, 12.0, 13.0])
     monkeypatch.setattr(probe.time, "perf_counter", lambda: next(clock))
     limits: list[float] = []
     monkeypatch.setattr(probe, "limit_gpu_memory", limits.append)
@@ -107,6 +107,20 @@ def test_a_probe_takes_full_steps_of_the_model_of_train(base: Path, monkeypatch:
     assert limits == [7.5]
     assert steps == [(0, [0, 1, 0, 1, 0]), (1, [1, 0, 1, 0, 1]), (2, [0, 1, 0, 1, 0])]
     assert same(at_start[0], trainable(build_model(base, params_of())))
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_probe_above_the_budget_ends_after_its_first_step(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PeakMemory, "gib", 0.5)
+    clock = iter([9.0, 11.0])
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: next(clock))
+    steps: list[int] = []
+    monkeypatch.setattr(Learner, "step", lambda learner, sequences, indices, number: steps.append(number))
+
+    measurement = Prober(params_of(num_steps=3)).measure(base, TWO_ROWS, "full", 5, 0.4, "gpu")
+
+    assert measurement == Measurement(0.5, 5 * 32 / 2.0)
+    assert steps == [0]
 
 
 # Every setting of train that dvc.yaml does not list for find_batch, with another value than in TRAIN.

@@ -84,18 +84,20 @@ class Prober:
                 self.model = build_model(base, self.params, self.processes, placement)
         measurement = None
         if all(self.processes.gather(self.model is not None)):
-            measurement = self._measure(base, sequences, gradient_checkpointing, batch)
+            measurement = self._measure(base, sequences, gradient_checkpointing, batch, budget_gib)
         if measurement is not None:
             self.reserved_bytes = _reserved_bytes()
             return measurement
         is_clean = torch.cuda.is_available() and _reserved_bytes() - self.reserved_bytes < MAX_LEFT_BYTES
         return OutOfMemory(all(self.processes.gather(is_clean)))
 
-    def _measure(self, base: Path, sequences: Sequences, gradient_checkpointing: str, batch: int) -> Measurement | None:
+    def _measure(
+        self, base: Path, sequences: Sequences, gradient_checkpointing: str, batch: int, budget_gib: float
+    ) -> Measurement | None:
         params, processes = self.params, self.processes
         seq_length = params.compute.seq_length
         indices = np.arange(batch * processes.count * params.find_batch.steps) % len(sequences)
-        ends = []
+        times = []  # before the first step and after each
         with PeakMemory() as peak:
             kernels = choose_kernels(params.compute, params.quantization, params.lora, read_config(base))
             plan = BatchPlan(kernels, gradient_checkpointing, batch, batch * processes.count)
@@ -114,13 +116,16 @@ class Prober:
                 return None
             buffer = learner.parameters.buffer
             failed = False
+            times.append(_now())
             try:
                 for step, step_indices in enumerate(indices.reshape(params.find_batch.steps, -1)):
                     learner.step(sequences, step_indices, step)
                     if processes.count > 1 and learner.parameters.loss.isnan():
                         failed = True
                         break
-                    ends.append(_now())
+                    times.append(_now())
+                    if not peak.on_gpu and processes.count == 1 and peak.gib > budget_gib:
+                        break  # the batch does not fit; on a GPU, the limit ends the probe
                 if not learner.micro_batch.graph_obstacle:  # train validates while the graph keeps its memory
                     learner.processes = Processes.alone(processes.device)
                     learner.validate(_windows(sequences, seq_length))
@@ -139,7 +144,8 @@ class Prober:
         if failed:
             return None
         peak_gib = max(processes.gather(peak.reserved_gib if uses_graph else peak.gib))
-        step_s = (ends[-1] - ends[WARM_UP_STEPS - 1]) / (len(ends) - WARM_UP_STEPS)
+        timed = times[WARM_UP_STEPS:] if len(times) > WARM_UP_STEPS + 1 else times
+        step_s = (timed[-1] - timed[0]) / (len(timed) - 1)
         return Measurement(round(peak_gib, 3), batch * processes.count * seq_length / step_s)
 
 

@@ -1,14 +1,16 @@
-"""LoRA inside the products of fp8: both sides get more columns. x W^T + L B^T is one product, [x L] [W B]^T.
+"""LoRA inside the products of fp8.
 
-So no second product reads and writes y. L and B are in e4m3 too, but each is the sum of a high and a low number, with 8
-bits together, as many as bfloat16 has. Three blocks of columns multiply all but low with low: [high low high] of L and
-[high high low] of B.
+Both sides of a frozen product get more columns: x W^T + L B^T is one product, [x L] [W B]^T, where L = x A^T. Without
+them, a second product reads and writes y. The gradient of x gets A in the same way.
 
-The scale of a row belongs to x or W. L is divided by it and by a step of its column, and B is multiplied by the step.
-L = x A^T has |L| <= norm(x) norm(A). With a step of SPREAD * norm(A), high and low hold 2 * SPREAD * max|x| * norm(A).
-That is enough if norm(x) <= 64 max|x|: always up to 4,096 features, and for 16,384 if the root mean square of x is at
-most half of its largest value. If B needs a larger scale than a row of W, the row gets it. That moves the range of e4m3
-and does not change its precision.
+An e4m3 number has 4 significant bits. So each number of L and B is the sum of a high and a low one, with 8 bits, as many
+as bfloat16 has. Three blocks of columns give all products but low times low: [high low high] and [high high low].
+
+The scale of a row was set by x or W. In addition, each column of L is divided by a step, and the column of B is
+multiplied by it. The step is SPREAD * norm(row of A). A row's numbers then fit into e4m3 if norm(x) <= 64 max|x|, since
+|L| <= norm(x) norm(row of A). This is always true up to 4,096 features. For 16,384 features it is true if the root mean
+square of x is at most half of max|x|. If B needs a larger scale than a row of W has, the row gets the larger one: the
+numbers of e4m3 keep their relative precision.
 """
 
 from typing import NamedTuple
@@ -23,7 +25,7 @@ from pdf2lora.model.kernels.rows import Rows
 BLOCKS = tl.constexpr(3)  # of columns, each with all ranks
 SPREAD = tl.constexpr(32.0)
 ALIGNMENT = 128  # bytes, of rows
-BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
+BLOCK_ROWS, BLOCK_COLUMNS = 64, 16
 
 
 class Beside(NamedTuple):

@@ -13,7 +13,6 @@ from pdf2lora.model.kernels.dequantize import Lora
 from pdf2lora.model.kernels.fp8_lora import Beside
 from pdf2lora.model.kernels.frozen import Frozen, Weights
 from pdf2lora.model.kernels.lora import DropoutCounter, LowRank
-from pdf2lora.model.kernels.lora_copies import copy_lora
 from pdf2lora.model.kernels.lora_products import both_products, is_read_once, product_float32
 from pdf2lora.model.kernels.rmsnorm import add_rmsnorm
 from pdf2lora.model.kernels.rows import Format, Rows, quantize
@@ -170,8 +169,9 @@ class Projections:
     def refresh(self, context: ForwardContext) -> None:
         """Copies PEFT's float32 matrices, which the optimizer has changed, to `a` and `b`."""
         for adapter in self.adapters:
-            a_copy, b_copy = self.a[adapter.ranks], self.b[adapter.features, adapter.ranks]
-            copy_lora(adapter.a, adapter.b, adapter.scaling, a_copy, b_copy)
+            r = len(adapter.a)  # without the padding
+            self.a[adapter.ranks][:r].copy_(adapter.a)
+            torch.mul(adapter.b, adapter.scaling, out=self.b[adapter.features, adapter.ranks][:, :r])
         if self.adapters and context.fp8:
             torch.linalg.vector_norm(self.a, dim=1, dtype=torch.float32, out=self.a_norms)
             torch.linalg.vector_norm(self.b, dim=0, dtype=torch.float32, out=self.b_norms)
@@ -263,7 +263,7 @@ class Projections:
             grad_b = [stacked[adapter.features, adapter.ranks] for adapter in self.adapters]
         gradients = []
         for adapter, of_b in zip(self.adapters, grad_b, strict=True):
-            r = len(adapter.a)  # without the padding
+            r = len(adapter.a)
             gradients += [grad_a[adapter.ranks][:r], of_b[:, :r] * adapter.scaling]
         return gradients
 
