@@ -106,6 +106,20 @@ class TestDoctor:
         assert "estimated: training alone: 10 GFLOP/s per core" in output
         assert "computed: 2 x 0.01 GiB: models/base and its copy in DVC's cache" in output
 
+    @pytest.mark.parametrize(
+        ("types", "copies"), [("hardlink,copy", 1), ("symlink", 1), ("copy", 2), ("reflink,copy", 2)]
+    )
+    def test_links_to_the_cache_need_no_second_copy(self, project, capsys, types, copies):
+        Path(".dvc").mkdir(exist_ok=True)
+        Path(".dvc/config.local").write_text(f"[cache]\n    type = {types}\n")
+
+        output = printed(capsys)
+
+        text = (
+            "0.01 GiB: models/base, linked to DVC's cache" if copies == 1 else "2 x 0.01 GiB: models/base and its copy"
+        )
+        assert f"computed: {text}" in output
+
     def test_after_a_run_it_measures(self, after_a_run, capsys):
         output = printed(capsys)
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dvc.config import Config
+
 from pdf2lora.params import Params
 from pdf2lora.paths import BASE
 from pdf2lora.preflight.environment import Gpu
@@ -155,10 +157,21 @@ def format_duration(duration_s: float) -> str:
 
 def disk_estimate(previous: PreviousRun, shape: ModelShape) -> Estimate:
     needed_gib = required_disk_gib(previous, shape)
-    text = f"2 x {shape.num_bytes / GIB:.2f} GiB: models/base and its copy in DVC's cache"
+    base_gib = f"{shape.num_bytes / GIB:.2f} GiB"
+    text = f"{base_gib}: models/base, linked to DVC's cache"
+    if not cache_has_links():
+        text = f"2 x {base_gib}: models/base and its copy in DVC's cache"
     return Estimate("disk", f"{needed_gib:.2f} GiB more", "computed", text if needed_gib else "models/base exists")
 
 
 def required_disk_gib(previous: PreviousRun, shape: ModelShape) -> float:
     """models/base and its copy in DVC's cache, unless they exist."""
-    return 0.0 if previous.has_current_base and BASE.is_dir() else 2 * shape.num_bytes / GIB
+    if previous.has_current_base and BASE.is_dir():
+        return 0.0
+    return (1 if cache_has_links() else 2) * shape.num_bytes / GIB
+
+
+def cache_has_links() -> bool:
+    """Whether DVC links outputs to its cache instead of copying them (cache.type; docs/large-models.md)."""
+    types = Config(dvc_dir=".dvc")["cache"].get("type", ["copy"])
+    return types[0] in ("hardlink", "symlink")

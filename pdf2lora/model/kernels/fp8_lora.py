@@ -3,8 +3,8 @@
 Both sides of a frozen product get more columns: x W^T + L B^T is one product, [x L] [W B]^T, where L = x A^T. Without
 them, a second product reads and writes y. The gradient of x gets A in the same way.
 
-An e4m3 number has 4 significant bits. So each number of L and B is the sum of a high and a low one, with 8 bits, as many
-as bfloat16 has. Three blocks of columns give all products but low times low: [high low high] and [high high low].
+An e4m3 number has 4 significant bits. So each number of L and B is the sum of a high and a low one: 8 bits, as many as
+bfloat16 has. Three blocks of columns give all products but low times low: [high low high] and [high high low].
 
 The scale of a row was set by x or W. In addition, each column of L is divided by a step, and the column of B is
 multiplied by it. The step is SPREAD * norm(row of A). A row's numbers then fit into e4m3 if norm(x) <= 64 max|x|, since
