@@ -126,8 +126,9 @@ def products(rank: int, numbers_of_projections: tuple[int, ...]) -> None:
 
 def products_without_dropout(capability: int) -> None:
     common = lora_products.TILE
-    tiles = [(16, common), (lora_products.MAX_RANK, common)]
-    for rank, tile in [*tiles, (16, lora_products.HOPPER_TILE)] if capability == 90 else tiles:
+    for rank, tile in [
+        (16, lora_products.HOPPER_TILE if capability == 90 else common), (lora_products.MAX_RANK, common)
+    ]:  # fmt: skip
         lora_products.TILE = tile
         rows, left = (torch.zeros(TOKENS, width, dtype=torch.bfloat16) for width in (FEATURES, rank))
         lora_products.both_products(rows, torch.zeros(rank, FEATURES, dtype=torch.bfloat16).t(), left)

@@ -118,37 +118,28 @@ class Weights:
     @cached_property
     def fp8_by_output(self) -> Rows:
         """(features out, features in + LoRA's columns), with a scale per row."""
-        frozen = self.frozen
-        assert frozen.fp8_scales is not None
-        rows = _rows(frozen.shape, frozen.fp8_scales.by_output, self.beside_output)
-        assert rows.fp8 is not None
-        assert rows.scale is not None
-        outs = rows.fp8[:, : frozen.shape[1]].split(frozen.rows)
-        for linear, scale, out in zip(frozen.linears, rows.scale.split(frozen.rows), outs, strict=True):
-            convert_to_fp8(linear.weight, scale, out, transposed=False)
-        return rows
+        return self._fp8(self.beside_output, transposed=False)
 
     @cached_property
     def fp8_by_input(self) -> Rows:
         """Transposed: (features in, features out + LoRA's columns), with a scale per row."""
-        frozen = self.frozen
-        assert frozen.fp8_scales is not None
-        rows = _rows(frozen.shape[::-1], frozen.fp8_scales.by_input, self.beside_input)
-        assert rows.fp8 is not None
-        assert rows.scale is not None
-        outs = rows.fp8[:, : frozen.shape[0]].split(frozen.rows, dim=1)
-        for linear, out in zip(frozen.linears, outs, strict=True):
-            convert_to_fp8(linear.weight, rows.scale, out, transposed=True)
-        return rows
+        return self._fp8(self.beside_input, transposed=True)
 
-
-def _rows(shape: tuple[int, int], scale: Tensor, lora: Beside | None) -> Rows:
-    """Rows of weights with LoRA's columns, which can enlarge the scale. The weights are still to be written."""
-    width = shape[1] + (num_columns(lora.matrix.shape[1]) if lora else 0)
-    fp8 = torch.empty(shape[0], width, dtype=FP8, device=scale.device)
-    if lora is not None:
-        scale = append_to_weights(lora, scale, fp8)
-    return Rows(None, fp8, scale[:, None])
+    def _fp8(self, lora: Beside | None, *, transposed: bool) -> Rows:
+        scales, rows = self.frozen.fp8_scales, self.frozen.rows
+        assert scales is not None
+        scale, shape = (
+            (scales.by_input, self.frozen.shape[::-1]) if transposed else (scales.by_output, self.frozen.shape)
+        )
+        columns = num_columns(lora.matrix.shape[1]) if lora else 0
+        fp8 = torch.empty(shape[0], shape[1] + columns, dtype=FP8, device=scale.device)
+        if lora is not None:
+            scale = append_to_weights(lora, scale, fp8)
+        parts = fp8[:, : shape[1]].split(rows, dim=int(transposed))
+        scale_parts = [scale] * len(rows) if transposed else scale.split(rows)
+        for linear, part_scale, part in zip(self.frozen.linears, scale_parts, parts, strict=True):
+            convert_to_fp8(linear.weight, part_scale, part, transposed=transposed)
+        return Rows(None, fp8, scale[:, None])
 
 
 def _product_fp8(left: Rows, right: Rows, out: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from pdf2lora.model.kernels.frozen import Weights
 from pdf2lora.model.kernels.lora import LowRank
 from pdf2lora.model.kernels.projections import Projections
 from pdf2lora.model.kernels.rmsnorm import rmsnorm_backward_
-from pdf2lora.model.kernels.rows import VALUES, Format, Rows
+from pdf2lora.model.kernels.rows import VALUES, Format, Rows, as_rows
 from pdf2lora.model.kernels.swiglu import swiglu, swiglu_backward_
 
 TILES = 4  # of a micro-batch, if the next two numbers allow it
@@ -120,7 +120,7 @@ class Mlp:
         if not hasattr(tile, "down_low_rank"):
             rows = self._activate(tile, first_token, VALUES)
             activated, tile.down_low_rank = rows.values, down.low_rank(rows, context)
-        rows = down.grad_rows(grad, context)
+        rows = as_rows(grad, down.grad_format(context))
         grad_low_rank = down.grad_low_rank(rows, tile.down_low_rank)
         d_activated = down.input_gradient(rows, tile.down_low_rank, grad_low_rank, weights or down.weights(context))
         d_gate_up = swiglu_backward_(

@@ -15,7 +15,7 @@ from pdf2lora.model.kernels.frozen import Frozen, Weights
 from pdf2lora.model.kernels.lora import DropoutCounter, LowRank
 from pdf2lora.model.kernels.lora_products import both_products, is_read_once, product_float32
 from pdf2lora.model.kernels.rmsnorm import add_rmsnorm
-from pdf2lora.model.kernels.rows import Format, Rows, quantize
+from pdf2lora.model.kernels.rows import Format, Rows
 
 
 class Adapter(NamedTuple):
@@ -102,14 +102,6 @@ class Projections:
     def _format(self, context: ForwardContext, *, lora_columns: bool) -> Format:
         columns = fp8_lora.num_columns(len(self.a)) if context.fp8 and lora_columns else 0
         return Format(values=self.has_lora or not context.fp8, fp8=context.fp8, lora_columns=columns)
-
-    def rows(self, x: Tensor, context: ForwardContext) -> Rows:
-        """x as forward() reads it."""
-        return quantize(x, self.format(context).lora_columns) if context.fp8 else Rows(x)
-
-    def grad_rows(self, grad: Tensor, context: ForwardContext) -> Rows:
-        """The gradient of y as backward() reads it."""
-        return quantize(grad, self.grad_format(context).lora_columns) if context.fp8 else Rows(grad)
 
     @property
     def up(self) -> rotary.Up | None:

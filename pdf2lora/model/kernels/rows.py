@@ -88,3 +88,8 @@ def quantize(values: Tensor, lora_columns: int = 0) -> Rows:
     block, warps = block_and_warps(features)
     _quantize[(tokens,)](values, rows.fp8, rows.scale, features, rows.fp8_stride, BLOCK=block, num_warps=warps)
     return rows._replace(values=values)
+
+
+def as_rows(values: Tensor, format: Format) -> Rows:
+    """Rows of another library's result. They always have the values."""
+    return quantize(values, format.lora_columns) if format.fp8 else Rows(values)

@@ -12,7 +12,7 @@ from pdf2lora.model.kernels.lora import LowRank
 from pdf2lora.model.kernels.projections import GradLowRank, Projections
 from pdf2lora.model.kernels.rmsnorm import rmsnorm_backward_
 from pdf2lora.model.kernels.rotary import Angles, HeadNorm, normalize_and_rotate, rotary_backward, rotate_
-from pdf2lora.model.kernels.rows import Rows
+from pdf2lora.model.kernels.rows import Rows, as_rows
 
 
 class AttentionActivations(Activations):
@@ -55,7 +55,7 @@ class SelfAttention:
             rotate_(activations.qkv, context.angles, context.heads)
         if not hasattr(activations, "attended"):
             activations.attended = attention.forward(self._parts(context, activations), context.heads)
-        rows = self.o.rows(context.heads.rows(activations.attended.output), context)
+        rows = as_rows(context.heads.rows(activations.attended.output), self.o.format(context))
         result, activations.o_low_rank = self.o.forward(rows, context)
         return result
 
@@ -103,7 +103,7 @@ class SelfAttention:
         activations.drop("qkv")
         del d_heads
         d_x, d_lora = self.qkv.backward(
-            self.qkv.grad_rows(d_qkv, context),
+            as_rows(d_qkv, self.qkv.grad_format(context)),
             activations.x,
             activations.qkv_low_rank,
             context,
