@@ -64,10 +64,11 @@ def compile_for(capability: int) -> None:
             report(capability, kernel.run(*args, grid=grid, warmup=True, **options), options)
 
     JITFunction.__getitem__ = lambda kernel, grid: partial(compile_once, kernel, grid)
-    if capability != BINARY_OF_80:
+    if capability in (80, 90):
         elementwise(fp8=False)
+    if capability != BINARY_OF_80:
         for rank in RANKS[capability]:
-            products(rank, (1, 3) if rank == 16 else (3,))
+            products(rank, (1, 3) if rank == 16 and capability != 120 else (3,))
         products_without_dropout(capability)
         for rank in ROTARY_RANKS[capability]:
             rotation(rank)

@@ -37,7 +37,7 @@ def product_of_columns(rows, fp8, scale, num_features):
 
 
 @pytest.mark.parametrize(("num_features", "rank"), [(128, 16), (200, 48), (96, 20)])
-@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("size", [1e-4, 1.0])
 def test_columns_are_nearly_as_exact_as_bfloat16(num_features, rank, size):
     x, a = random(70, num_features), random(rank, num_features, seed=1) / num_features**0.5
     b = size * random(40, rank, seed=2)

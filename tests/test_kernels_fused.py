@@ -122,8 +122,7 @@ def test_a_model_without_quantization_equals_the_reference(base):
     assert relative_error(hidden, expected) < NEAR
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("dropout", "fp8"), [(0.0, False), (0.0, True), (0.3, True)])
 def test_rows_that_are_read_once_give_the_same_gradients(base, monkeypatch, dropout, fp8):
     """Large micro-batches compute LoRA's products of one tensor in one kernel."""
     monkeypatch.setattr(frozen, "_product_fp8", scaled_product)
