@@ -39,7 +39,7 @@ def is_readable(text: str) -> bool:
 def has_codes(text: str) -> bool:
     """Returns True if a text or page consists of codes: its font has no Unicode map, so only its image is readable.
 
-    Bullets and single signs of symbol fonts are no codes.
+    Bullets and single signs of symbol fonts are not codes.
     """
     if _UNREADABLE.search(text):
         runs = _UNREADABLE.findall(_SYMBOL.sub("", SYMBOL_BULLET.sub("", text)))

@@ -24,7 +24,7 @@ from pdf2lora.errors import InputError
 from pdf2lora.runtime.files import file_sha256, is_lfs_pointer
 
 MAX_POINTER_BYTES = 1024  # a Git LFS pointer has about 130
-MAX_SUFFIXES = 3  # of files that are no PDFs, in a message
+MAX_SUFFIXES = 3  # of files that are not PDFs, in a message
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pdf2lora.errors import InputError
 from pdf2lora.model.dropout import dropout_state
 from pdf2lora.model.gradient_checkpointing import SUPPORTED_GRADIENT_CHECKPOINTING, GradientCheckpointing
-from pdf2lora.model.head import Head, decoder_of
+from pdf2lora.model.head import Head, causal_lm_of, decoder_of
 from pdf2lora.model.kernel_choice import Kernels
 
 
@@ -39,7 +39,7 @@ class ReferenceForward:
 
     def __init__(self, model: PeftModel | PreTrainedModel, gradient_checkpointing: GradientCheckpointing):
         """Raises InputError if the model has no gradient checkpointing and `gradient_checkpointing` is FULL."""
-        causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        causal_lm = causal_lm_of(model)
         self.model = model
         self.decoder = decoder_of(causal_lm)
         self.embeddings = causal_lm.get_input_embeddings()

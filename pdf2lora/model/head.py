@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from pdf2lora.errors import InputError
@@ -102,6 +103,11 @@ def check_causal_lm(causal_lm: Any) -> None:
             f"models/base is a {name}; its logits depend on later tokens, so it is not a causal language model. Use "
             "another base model."
         )
+
+
+def causal_lm_of(model: Any) -> Any:
+    """The transformers model of a PeftModel; any other model is returned as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def decoder_of(causal_lm: Any) -> Any:

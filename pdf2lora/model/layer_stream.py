@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pdf2lora.model.head import causal_lm_of
 from pdf2lora.model.packed_layers import LayerLayout
 
 NUM_BUFFERS = 2
@@ -95,5 +96,5 @@ class LayerStream:
 
 def layer_stream(model: Any) -> LayerStream | None:
     """The stream of a base model or a PeftModel; None if its layers are in GPU memory."""
-    stream: LayerStream | None = getattr(getattr(model, "get_base_model", lambda: model)(), "layer_stream", None)
+    stream: LayerStream | None = getattr(causal_lm_of(model), "layer_stream", None)
     return stream

@@ -158,10 +158,13 @@ def format_duration(duration_s: float) -> str:
 def disk_estimate(previous: PreviousRun, shape: ModelShape) -> Estimate:
     needed_gib = required_disk_gib(previous, shape)
     base_gib = f"{shape.num_bytes / GIB:.2f} GiB"
-    text = f"{base_gib}: models/base, linked to DVC's cache"
-    if not cache_has_links():
+    if not needed_gib:
+        text = "models/base exists"
+    elif cache_has_links():
+        text = f"{base_gib}: models/base, linked to DVC's cache"
+    else:
         text = f"2 x {base_gib}: models/base and its copy in DVC's cache"
-    return Estimate("disk", f"{needed_gib:.2f} GiB more", "computed", text if needed_gib else "models/base exists")
+    return Estimate("disk", f"{needed_gib:.2f} GiB more", "computed", text)
 
 
 def required_disk_gib(previous: PreviousRun, shape: ModelShape) -> float:
@@ -172,6 +175,6 @@ def required_disk_gib(previous: PreviousRun, shape: ModelShape) -> float:
 
 
 def cache_has_links() -> bool:
-    """Whether DVC links outputs to its cache instead of copying them (cache.type; docs/large-models.md)."""
+    """True if DVC links outputs to its cache instead of copying them (cache.type; docs/large-models.md)."""
     types = Config(dvc_dir=".dvc")["cache"].get("type", ["copy"])
     return types[0] in ("hardlink", "symlink")

@@ -41,7 +41,7 @@ class Heads(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Other values of the forward pass that the backward pass needs. They are small or no tensors."""
+    """Other values of the forward pass that the backward pass needs: small tensors, and values of other types."""
 
     by_cudnn: bool
     arguments: tuple[Any, ...]

@@ -11,7 +11,7 @@ from pdf2lora.errors import InputError
 from pdf2lora.model.architectures import FUSED_RULES
 from pdf2lora.model.dropout import dropout_state, lora_layers
 from pdf2lora.model.gradient_checkpointing import GradientCheckpointing
-from pdf2lora.model.head import Head
+from pdf2lora.model.head import Head, causal_lm_of
 from pdf2lora.model.kernels.attention import Heads
 from pdf2lora.model.kernels.context import ForwardContext
 from pdf2lora.model.kernels.decoder import DecoderLayer, FinalNorm
@@ -44,7 +44,7 @@ class FusedForward:
         self.model = model
         self.gradient_checkpointing = gradient_checkpointing
         self.fp8 = fp8
-        causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        causal_lm = causal_lm_of(model)
         self.decoder = causal_lm.model
         self.head = Head.of(causal_lm)
         self.dropout_state = dropout_state(model)

@@ -18,7 +18,7 @@ MAX_RANK = 32  # more partial sums do not fit into registers
 
 
 def is_read_once(rows: Tensor, rank: int) -> bool:
-    """Whether both_products() is faster than two products."""
+    """True if both_products() is faster than two products."""
     return rows.numel() >= MIN_ELEMENTS and rank <= MAX_RANK
 
 

@@ -51,7 +51,7 @@ class Projections:
     """
 
     def __init__(self, modules: Sequence[Any], dtype: torch.dtype):
-        """modules: PEFT's LoRA layers, or bitsandbytes' Linear4bit for a projection without LoRA."""
+        """modules: PEFT's LoRA layers; for a projection without LoRA, bitsandbytes' Linear4bit or torch's Linear."""
         self.modules = modules
         self.frozen = Frozen([getattr(module, "base_layer", module) for module in modules], dtype)
         with_lora = [module for module in modules if hasattr(module, "lora_A")]
@@ -88,7 +88,7 @@ class Projections:
 
     @property
     def has_lora(self) -> bool:
-        """Whether LoRA is active: PEFT's disable_adapter() turns it off."""
+        """True if LoRA is active. PEFT's disable_adapter() turns it off."""
         return bool(self.adapters) and not any(getattr(module, "disable_adapters", False) for module in self.modules)
 
     def format(self, context: ForwardContext) -> Format:
@@ -96,7 +96,10 @@ class Projections:
         return self._format(context, lora_columns=self.has_lora)
 
     def grad_format(self, context: ForwardContext) -> Format:
-        """Of the gradient of y, for backward(). With dropout, LoRA's part of the gradient of x is no product."""
+        """Of the gradient of y, for backward(). It has LoRA's columns only without dropout.
+
+        With dropout, the mask also multiplies LoRA's part of the gradient of x, so this part needs its own kernel.
+        """
         return self._format(context, lora_columns=self.has_lora and not self._has_dropout(context))
 
     def _format(self, context: ForwardContext, *, lora_columns: bool) -> Format:
@@ -151,8 +154,9 @@ class Projections:
     def low_rank(self, x: Rows, context: ForwardContext) -> LowRank:
         """LoRA's first product, (tokens, features in) -> (tokens, ranks of all)."""
         assert x.values is not None
-        if context.dropout_state is None or not self._has_dropout(context):
+        if not self._has_dropout(context):
             return LowRank(x.values @ self.a.t(), None)
+        assert context.dropout_state is not None
         counter = DropoutCounter(
             context.dropout_state, self.layer_index, context.heads.seq_length, self.dropout_rate, x.first_token
         )
