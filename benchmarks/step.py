@@ -9,9 +9,9 @@ unsloth           Unsloth's FastLanguageModel; `full` is its checkpointing with 
 reference, fused, fp8   this project's compute.kernels
 
 All systems train LoRA (params.yaml: r, alpha, dropout, targets) on NF4 weights with paged 8-bit AdamW on random tokens.
-This project uses the step of its training loop, the others use transformers' Trainer. The first STEPS_TO_WARM_UP steps
-are not timed. Prints one line of JSON for each batch. report, liger and unsloth need one process for `none` and one for
-`full`.
+This project uses the step of its training loop, the others use transformers' Trainer without log entries. The first
+STEPS_TO_WARM_UP steps are not timed. Between the timed steps, this script never waits for the GPU. Prints one line of
+JSON for each batch. report, liger and unsloth need one process for `none` and one for `full`.
 """
 
 import gc
@@ -127,7 +127,7 @@ def run_peer(model: Any, params: Params, gradient_checkpointing: str, batch: int
         bf16=True,
         optim="paged_adamw_8bit",
         learning_rate=2e-4,
-        logging_steps=1,
+        logging_strategy="no",
         report_to=[],
         save_strategy="no",
         remove_unused_columns=False,
@@ -192,8 +192,9 @@ def main() -> None:
         ends: list[float] = []
 
         def record_end(step: int, ends: list[float] = ends) -> None:
-            torch.cuda.synchronize()
-            ends.append(time.perf_counter())
+            if step in (STEPS_TO_WARM_UP, STEPS):
+                torch.cuda.synchronize()
+                ends.append(time.perf_counter())
 
         try:
             case.run(record_end)
@@ -201,7 +202,7 @@ def main() -> None:
             print(json.dumps(row | {"tokens_per_s": None}), flush=True)
             return
         seq_length = params.compute.seq_length
-        step_s = (ends[-1] - ends[STEPS_TO_WARM_UP - 1]) / (STEPS - STEPS_TO_WARM_UP)
+        step_s = (ends[1] - ends[0]) / (STEPS - STEPS_TO_WARM_UP)
         tokens_per_s = case.batch * seq_length / step_s
         utilization = model_flops_utilization(tokens_per_s, case.config, seq_length, device_name())
         row |= {

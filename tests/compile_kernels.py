@@ -22,6 +22,7 @@ from pdf2lora.model.dropout import DropoutRate
 from pdf2lora.model.kernels import dequantize, dropout, fp8_lora, lora, lora_products
 from pdf2lora.model.kernels.attention import Heads
 from pdf2lora.model.kernels.cross_entropy import cross_entropy_
+from pdf2lora.model.kernels.lora_copies import copy_lora
 from pdf2lora.model.kernels.rmsnorm import add_rmsnorm, rmsnorm_backward_
 from pdf2lora.model.kernels.rotary import (
     MAX_FUSED_ROTARY_RANK,
@@ -123,6 +124,7 @@ def products(rank: int, numbers_of_projections: tuple[int, ...]) -> None:
         own = dequantize.Lora(torch.zeros(rank, 128, dtype=torch.bfloat16), b)
         dequantize.dequantize_and_add(small_linear().weight, own, torch.zeros(128, 128, dtype=torch.bfloat16))
         lora.add_gradient_of_x_(x, a, low_rank, rank, mask, 1.1)
+    copy_lora(a.float(), b.float(), 2.0, a, b)
 
 
 def products_without_dropout(capability: int) -> None:

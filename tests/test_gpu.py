@@ -712,6 +712,27 @@ def test_deterministic_training_gives_the_same_bytes(train, kernels):
         assert one.values(name) == again.values(name)
 
 
+@pytest.mark.parametrize("kernels", GRAPH_KERNELS)
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_8bit", "adamw_torch_fused"])
+def test_a_step_waits_for_no_earlier_work_of_the_gpu(train, kernels, optim):
+    """The batch is large: the driver copies up to 64 KiB of pageable memory without waiting, but no more."""
+    settings = changed(TRAINING, optim=optim, effective_batch=320)
+    learner = train(
+        kernels, train_settings=settings, num_sequences=320, per_device_batch=160, validation_windows=[]
+    ).learner
+    sequences = random_sequences(320, seq_length=SEQ_LENGTH)
+    assert sequences.batch(np.arange(160))[0].nbytes > 64 * 2**10
+    torch.cuda.synchronize()
+
+    torch.cuda._sleep(int(4e9))  # clock cycles: about 2 s
+    learner.step(sequences, np.arange(320), 1)
+    is_done = torch.cuda.Event()
+    is_done.record()
+
+    assert not is_done.query()
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("kernels", ALL_KERNELS)
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch_fused"])
 def test_a_resumed_training_gives_the_same_bytes(train, tmp_path, kernels, optim):

@@ -20,7 +20,7 @@ WITH_FP8 = {
 WITHOUT_FP8 = {
     "_add_rmsnorm", "_rmsnorm_backward", "_swiglu", "_swiglu_backward", "_cross_entropy", "_dequantize",
     "_dequantize_and_add", "_down", "_gradient_of_a", "_add_gradient_of_x", "_rotate", "_rotary_backward", "_keep_mask",
-    "_both_products",
+    "_both_products", "_copy_lora",
 }  # fmt: skip
 ALL = WITHOUT_FP8 | WITH_FP8
 NAMES = {80: WITHOUT_FP8, 89: WITH_FP8, 90: ALL, 120: ALL - {"_cross_entropy", "_dequantize", "_keep_mask"}}

@@ -27,6 +27,7 @@ from tiny_training import (
     NO_DROPOUT,
     NUM_SEQUENCES,
     VALIDATION_WINDOWS,
+    Recorder,
     Training,
     build_learner,
     run_training,
@@ -39,6 +40,7 @@ from pdf2lora.tokens import IGNORED, Sequences
 from pdf2lora.training import loop
 from pdf2lora.training.data_order import DataOrder
 from pdf2lora.training.loop import Learner, dropout_seed
+from pdf2lora.training.tracking import Tracker
 
 pytestmark = quiet
 LONG = changed(TRAIN, num_train_epochs=2, logging_steps=3, save_steps=2)  # 8 steps
@@ -219,6 +221,41 @@ def test_a_log_entry_has_the_mean_loss_since_the_last_one(run: Run) -> None:
     assert [entry["step"] for entry in training.history] == [1, 3, 6]
     expected = [every[0], np.mean(every[1:3]), np.mean(every[3:6])]
     assert training.values("train/loss") == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("step_of_signal", [4, None])
+def test_late_log_entries_change_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step_of_signal: int | None
+) -> None:
+    """With a CUDA graph, the entry of a step is written while the GPU computes the next step."""
+    settings = changed(LONG, logging_steps=1, eval_steps=3, save_steps=4)
+    expected = run(train_settings=settings)
+    monkeypatch.setattr(Learner, "is_asynchronous", True)
+    written: list[tuple[int, int]] = []  # (steps that began, step of the entry)
+    began = 0
+
+    def before_step(step: int) -> None:
+        nonlocal began
+        began = step + 1
+        if step == step_of_signal:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def log(tracker: Recorder, history: list[Any], entry: Any) -> None:
+        written.append((began, entry["step"]))
+        Tracker.log(tracker, history, entry)
+        tracker.history = history
+
+    monkeypatch.setattr(Recorder, "log", log)
+    training = run(tmp_path / "late", train_settings=settings, before_step=before_step)
+    if step_of_signal is not None:
+        assert (training.result.steps, training.result.stopped_by) == (5, "SIGTERM")
+        training = run(tmp_path / "late", train_settings=settings)
+
+    assert training.history == expected.history
+    assert same(training.adapter, expected.adapter)
+    assert (2, 1) in written  # step 1 is written after step 2 began,
+    assert (3, 2) in written
+    assert (3, 3) in written  # but an entry waits for no validation
 
 
 def test_the_dropout_seed_depends_on_seed_and_step() -> None:

@@ -22,7 +22,8 @@ Settings (params.yaml), their effects and trade-offs:
   stops early.
 - train.replay, replay_share: mixes replay text into each epoch, so an epoch has more steps. Each token has the same
   weight in the loss. The data order includes the replay text: a resumed training and several processes see the same.
-- train.logging_steps: the loss is the mean over the steps since the last log entry.
+- train.logging_steps: the loss is the mean over the steps since the last log entry. With a CUDA graph, an entry is
+  written while the GPU computes the next step.
 - train.save_steps: saves a checkpoint every save_steps steps. SIGTERM, Ctrl-C and the end of the terminal save one too.
 - train.report_to: accelerate's trackers, in addition to dvclive (tracking.py).
 
@@ -102,6 +103,24 @@ class TrainingResult:
     stopped_by: str | None  # a signal's name
 
 
+class StepNumbers:
+    """Loss, norm of the gradient and number of stop requests of one step, on their way from the GPU to the host."""
+
+    def __init__(self, step: int, learning_rate: float, parameters: FlatParameters, norm: torch.Tensor):
+        self.step, self.learning_rate = step, learning_rate
+        numbers = torch.stack([parameters.loss, norm, parameters.stop_requests])
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.is_ready = torch.cuda.Event() if numbers.is_cuda else None
+        if self.is_ready:
+            self.is_ready.record()
+
+    def read(self) -> list[float]:
+        """Waits for this step only, not for later ones."""
+        if self.is_ready:
+            self.is_ready.synchronize()
+        return self.numbers.tolist()
+
+
 class Learner:
     """The model, its optimizer and its learning rate schedule. train runs step(), and find_batch measures it."""
 
@@ -172,9 +191,15 @@ class Learner:
         self.model.train()
         return nats
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """True if step() returns before the GPU has computed the step."""
+        return not self.micro_batch.graph_obstacle
+
     def state(self) -> dict[str, Any]:
+        parameters = self.parameters.parameter.detach().cpu()  # waits for the GPU, so the host can read paged moments
         return {
-            "parameters": self.parameters.parameter.detach().cpu(),
+            "parameters": parameters,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -213,7 +238,33 @@ def train(
     tracker.start(progress.history, progress.step, order.num_steps)
     first_step, num_targets = progress.step, 0
     stopped_by: str | None = None
-    loss_sum = torch.tensor(progress.loss_sum, device=parameters.buffer.device)
+    unread: list[StepNumbers] = []
+    stop_requests = 0.0
+
+    def read_steps(but: int = 0) -> None:
+        """Reads the numbers of the steps that are not yet read, except of the last `but`; writes their log entries."""
+        nonlocal stop_requests
+        while len(unread) > but:
+            numbers = unread.pop(0)
+            loss, norm, stop_requests = numbers.read()
+            progress.loss_sum += loss
+            progress.steps_in_sum += 1
+            if numbers.step != 1 and numbers.step % settings.logging_steps:
+                continue
+            loss = progress.loss_sum / progress.steps_in_sum
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"train: the loss of step {numbers.step} is {loss}. Use a smaller train.learning_rate; on a GPU "
+                    "without bfloat16, use compute.compute_dtype=float32."
+                )
+            entry = {
+                "step": numbers.step,
+                "train/loss": loss,
+                "learning_rate": numbers.learning_rate,
+                "gradient_norm": norm,
+            }
+            tracker.log(progress.history, entry)
+            progress.loss_sum, progress.steps_in_sum = 0.0, 0
 
     def validate() -> None:
         nonlocal best
@@ -227,7 +278,6 @@ def train(
 
     def save() -> None:
         processes.require_equal(parameters.parameter, f"the adapter after step {progress.step}")
-        progress.loss_sum = float(loss_sum)
         if processes.is_main:
             save_checkpoint(checkpoints, progress.step, learner.state() | {"progress": vars(progress), "best": best})
 
@@ -244,32 +294,19 @@ def train(
         norm = learner.step(sequences, indices, progress.step, stop_requested=interrupt.received is not None)
         num_targets += sequences.num_targets(indices)
         progress.step += 1
-        loss_sum += parameters.loss
-        progress.steps_in_sum += 1
-        if progress.step == 1 or progress.step % settings.logging_steps == 0:
-            loss = float(loss_sum) / progress.steps_in_sum
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"train: the loss of step {progress.step} is {loss}. Use a smaller train.learning_rate; on a GPU "
-                    "without bfloat16, use compute.compute_dtype=float32."
-                )
-            entry = {
-                "step": progress.step,
-                "train/loss": loss,
-                "learning_rate": float(learner.scheduler.get_last_lr()[0]),
-                "gradient_norm": float(norm),
-            }
-            tracker.log(progress.history, entry)
-            loss_sum.zero_()
-            progress.steps_in_sum = 0
+        unread.append(StepNumbers(progress.step, learner.scheduler.get_last_lr()[0], parameters, norm))
+        read_steps(but=1 if learner.is_asynchronous else 0)
         tracker.end_step()
         if validation_windows and (progress.step % settings.eval_steps == 0 or progress.step == order.num_steps):
+            read_steps()
             validate()
-        stopped_by = stop_signal(parameters, processes, interrupt)
+        stopped_by = stop_signal(stop_requests, processes, interrupt)
         if progress.step % settings.save_steps == 0 or stopped_by:
+            read_steps()
             save()
         if stopped_by:
             break
+    read_steps()
     if is_last():  # the signal came in the last step
         stopped_by = None
     kept_step = progress.step
@@ -291,11 +328,14 @@ def replay_share(sequences: MixedSequences, order: DataOrder, num_steps: int) ->
     return sequences.num_replay_targets(indices) / sequences.num_targets(indices)
 
 
-def stop_signal(parameters: FlatParameters, processes: Processes, interrupt: Interrupt) -> str | None:
-    """The signal that stops the training after this step, or None. All processes get one answer: step() summed it."""
+def stop_signal(stop_requests: float, processes: Processes, interrupt: Interrupt) -> str | None:
+    """The signal that stops the training after this step, or None.
+
+    stop_requests: the sum of a step that all processes have read, so that all of them stop after the same step.
+    """
     if processes.count == 1:
         return interrupt.received.name if interrupt.received else None
-    if not parameters.stop_requests.item():
+    if not stop_requests:
         return None
     return interrupt.received.name if interrupt.received else "a signal to another process"
 

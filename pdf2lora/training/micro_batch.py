@@ -41,17 +41,21 @@ class MicroBatch:
         seed, first_sequence: select the dropout masks; first_sequence is the first sequence's position in the step.
         """
         self.forward.set_dropout(seed, first_sequence)
-        if self.graph_obstacle:
-            device = self.inputs.device
-            self._forward_backward(inputs.to(device), targets.to(device), torch.tensor(scale, device=device))
-            return
-        self.inputs[: len(inputs)].copy_(inputs, non_blocking=True)
-        self.targets.fill_(IGNORED)
-        self.targets[: len(targets)].copy_(targets, non_blocking=True)
+        num_sequences = len(inputs)
+        self._send(inputs, self.inputs[:num_sequences])
+        self._send(targets, self.targets[:num_sequences])
         self.scale.fill_(scale)
+        if self.graph_obstacle:
+            self._forward_backward(self.inputs[:num_sequences], self.targets[:num_sequences], self.scale)
+            return
+        self.targets[num_sequences:].fill_(IGNORED)
         if self.graph is None:
             self.graph = self._capture()
         self.graph.replay()
+
+    def _send(self, tokens: Tensor, to: Tensor) -> None:
+        """Copies to the device. From pinned memory: only then the copy waits for no earlier work of the GPU."""
+        to.copy_(tokens.pin_memory() if to.is_cuda else tokens, non_blocking=True)
 
     def _forward_backward(self, inputs: Tensor, targets: Tensor, scale: Tensor) -> None:
         hidden = self.forward(inputs)

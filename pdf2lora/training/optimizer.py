@@ -1,14 +1,14 @@
 """All LoRA matrices as one flat parameter, its gradient as one flat buffer, and the optimizers of train.optim.
 
-With one parameter, the optimizer is launched once per step. bitsandbytes' optimizers wait for the GPU after each
-parameter: the 224 LoRA matrices of a 3B Llama cost 25 ms per step. AdamW updates each number alone, so the result does
-not change; only the blocks of the 8-bit moments (Dettmers et al. 2022) have other borders. With one gradient buffer, a
-step needs one all-reduce.
+With one parameter, the optimizer is launched once per step, not once for each of the 224 LoRA matrices of a 3B Llama.
+AdamW updates each number alone, so the result does not change; only the blocks of the 8-bit moments (Dettmers et al.
+2022) have other borders. With one gradient buffer, a step needs one all-reduce.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
@@ -47,10 +47,28 @@ def build_optimizer(parameter: torch.nn.Parameter, train: Train) -> torch.optim.
     settings: dict[str, Any] = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     if train.optim.startswith("adamw_torch"):
         return torch.optim.AdamW([parameter], fused=train.optim == "adamw_torch_fused", **settings)
-    import bitsandbytes as bnb
-
     bits = 32 if train.optim.endswith("32bit") else 8
-    optimizer: torch.optim.Optimizer = bnb.optim.AdamW(
-        [parameter], optim_bits=bits, is_paged=train.optim.startswith("paged"), **settings
-    )
-    return optimizer
+    return AsynchronousAdamW([parameter], optim_bits=bits, is_paged=train.optim.startswith("paged"), **settings)
+
+
+class AsynchronousAdamW(bnb.optim.AdamW):  # type: ignore[misc]  # bitsandbytes has no types
+    """bitsandbytes' AdamW. Its step() does not wait for the GPU, so Python can start the next step meanwhile.
+
+    Paged moments are in memory that host and GPU share. Wait for the GPU before the host reads them (state_dict).
+    """
+
+    initialized: bool
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert closure is None
+        if not self.initialized:
+            self.check_overrides()
+            self.to_gpu()
+            self.initialized = True
+        for group_index, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if not self.state[parameter]:
+                    self.init_state(group, parameter, group_index, index)
+                self.prefetch_state(parameter)
+                self.update_step(group, parameter, group_index, index)

@@ -97,7 +97,6 @@ class Prober:
         params, processes = self.params, self.processes
         seq_length = params.compute.seq_length
         indices = np.arange(batch * processes.count * params.find_batch.steps) % len(sequences)
-        times = []  # before the first step and after each
         with PeakMemory() as peak:
             kernels = choose_kernels(params.compute, params.quantization, params.lora, read_config(base))
             plan = BatchPlan(kernels, gradient_checkpointing, batch, batch * processes.count)
@@ -116,17 +115,19 @@ class Prober:
                 return None
             buffer = learner.parameters.buffer
             failed = False
-            times.append(_now())
+            start, first_timed = _now(), 0
             try:
                 for step, step_indices in enumerate(indices.reshape(params.find_batch.steps, -1)):
+                    if step == WARM_UP_STEPS:
+                        start, first_timed = _now(), step
                     learner.step(sequences, step_indices, step)
                     if processes.count > 1 and learner.parameters.loss.isnan():
                         failed = True
                         break
-                    times.append(_now())
                     if not peak.on_gpu and processes.count == 1 and peak.gib > budget_gib:
                         break  # the batch does not fit; on a GPU, the limit ends the probe
-                if not learner.micro_batch.graph_obstacle:  # train validates while the graph keeps its memory
+                step_s = (_now() - start) / (step + 1 - first_timed)
+                if learner.is_asynchronous:  # train validates while the graph keeps its memory
                     learner.processes = Processes.alone(processes.device)
                     learner.validate(_windows(sequences, seq_length))
             except torch.OutOfMemoryError:
@@ -144,8 +145,6 @@ class Prober:
         if failed:
             return None
         peak_gib = max(processes.gather(peak.reserved_gib if uses_graph else peak.gib))
-        timed = times[WARM_UP_STEPS:] if len(times) > WARM_UP_STEPS + 1 else times
-        step_s = (timed[-1] - timed[0]) / (len(timed) - 1)
         return Measurement(round(peak_gib, 3), batch * processes.count * seq_length / step_s)
 
 

@@ -13,6 +13,7 @@ from pdf2lora.model.kernels.dequantize import Lora
 from pdf2lora.model.kernels.fp8_lora import Beside
 from pdf2lora.model.kernels.frozen import Frozen, Weights
 from pdf2lora.model.kernels.lora import DropoutCounter, LowRank
+from pdf2lora.model.kernels.lora_copies import copy_lora
 from pdf2lora.model.kernels.lora_products import both_products, is_read_once, product_float32
 from pdf2lora.model.kernels.rmsnorm import add_rmsnorm
 from pdf2lora.model.kernels.rows import Format, Rows
@@ -165,9 +166,8 @@ class Projections:
     def refresh(self, context: ForwardContext) -> None:
         """Copies PEFT's float32 matrices, which the optimizer has changed, to `a` and `b`."""
         for adapter in self.adapters:
-            r = len(adapter.a)  # without the padding
-            self.a[adapter.ranks][:r].copy_(adapter.a)
-            torch.mul(adapter.b, adapter.scaling, out=self.b[adapter.features, adapter.ranks][:, :r])
+            a_copy, b_copy = self.a[adapter.ranks], self.b[adapter.features, adapter.ranks]
+            copy_lora(adapter.a, adapter.b, adapter.scaling, a_copy, b_copy)
         if self.adapters and context.fp8:
             torch.linalg.vector_norm(self.a, dim=1, dtype=torch.float32, out=self.a_norms)
             torch.linalg.vector_norm(self.b, dim=0, dtype=torch.float32, out=self.b_norms)
