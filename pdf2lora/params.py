@@ -249,7 +249,7 @@ class Train(Section):
     gradient_checkpointing: Literal["auto", "none", "mlp", "full", "offload"]
     """Activations that the backward pass recomputes to save memory. none: nothing; mlp: gate and up projections; full:
     all but the layer inputs; offload: like full, with layer inputs in host memory. auto: find_batch selects the
-    fastest that fits."""
+    fastest that fits; on a CPU the first of none and full that fits."""
     logging_steps: Positive
     """Optimizer steps between two points of the training curves."""
     eval_steps: Positive

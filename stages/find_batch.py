@@ -88,7 +88,8 @@ def fastest_placement(
 ) -> Outcome:
     """Searches with layers in GPU memory. If they do not fit or need recomputation, also with layers in host memory.
 
-    Without recomputation, layers in host memory are not faster.
+    Without recomputation, layers in host memory are not faster. On a CPU the first value of gradient_checkpointing that
+    fits is chosen: a comparison of times could choose differently on another CPU.
 
     Raises InputError if no probe fits.
     """
@@ -105,13 +106,15 @@ def fastest_placement(
     if len(placements) > 1 and capabilities.resident_gib > budget_gib:
         placements.remove("gpu")
     best: Outcome | None = None
+    smallest, largest = params.find_batch.min, params.find_batch.max
     for placement in placements:
         searched = search_modes(
             partial(measure, placement),
             capabilities.gradient_checkpointing,
-            smallest=params.find_batch.min,
-            largest=params.find_batch.max,
+            smallest=smallest,
+            largest=largest,
             budget_gib=budget_gib,
+            enough=smallest if capabilities.device == "cpu" else largest,
         )
         is_last = placement == placements[-1]
         if not any(mode.largest for mode in searched) and (best or not is_last):

@@ -148,20 +148,24 @@ def measure_lines(lines, speeds=None):
 
 
 @settings(deadline=None)
-@given(modes=random_modes(), budget=st.floats(0.1, 60), bounds=st.sampled_from([(1, 64), (3, 9), (5, 5)]))
-def test_each_mode_is_searched_until_the_largest_batch_fits(modes, budget, bounds):
+@given(
+    modes=random_modes(),
+    budget=st.floats(0.1, 60),
+    bounds=st.sampled_from([(1, 64, 64), (1, 64, 1), (3, 9, 9), (3, 9, 3), (3, 9, 5), (5, 5, 5)]),
+)
+def test_each_mode_is_searched_until_enough_sequences_fit(modes, budget, bounds):
     lines, _ = modes
-    smallest, largest = bounds
+    smallest, largest, enough = bounds
     measure, batches = measure_lines(lines)
 
-    searched = search_modes(measure, list(lines), smallest=smallest, largest=largest, budget_gib=budget)
+    searched = search_modes(measure, list(lines), smallest=smallest, largest=largest, budget_gib=budget, enough=enough)
 
     fitting = {
         name: max((b for b in range(smallest, largest + 1) if fixed + slope * b <= budget), default=0)
         for name, (fixed, slope) in lines.items()
     }
     names = list(lines)
-    first_that_fits = next((number for number, name in enumerate(names) if fitting[name] == largest), len(names) - 1)
+    first_that_fits = next((number for number, name in enumerate(names) if fitting[name] >= enough), len(names) - 1)
     assert [mode.gradient_checkpointing for mode in searched] == names[: first_that_fits + 1]
     assert {mode.gradient_checkpointing: mode.largest for mode in searched} == {
         name: fitting[name] for name in names[: first_that_fits + 1]
@@ -173,7 +177,7 @@ def test_after_a_mode_that_runs_out_of_memory_the_next_one_is_searched():
     def measure(mode, batch):
         return Measurement(0.1 * batch, 5.0) if mode == "full" else None
 
-    none, full = search_modes(measure, ["none", "full"], smallest=1, largest=8, budget_gib=9)
+    none, full = search_modes(measure, ["none", "full"], smallest=1, largest=8, budget_gib=9, enough=8)
 
     assert (none.probes, none.largest) == ([Probe(1, False, None)], 0)
     assert full.largest == 8
@@ -211,7 +215,7 @@ def test_the_fastest_candidate_is_chosen_or_the_smallest_of_equally_fast_ones(
 ):
     lines, speeds = modes
     measure, _ = measure_lines(lines, speeds)
-    searched = search_modes(measure, list(lines), smallest=1, largest=32, budget_gib=budget)
+    searched = search_modes(measure, list(lines), smallest=1, largest=32, budget_gib=budget, enough=32)
 
     def tokens_per_s(mode, batch):
         return measure(mode, batch).tokens_per_s

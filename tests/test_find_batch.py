@@ -55,6 +55,7 @@ def error_of_stage() -> str:
 class FakeProbes:
     """Probes that need `gib` GiB per sequence and give `tokens_per_s`, by the value of gradient_checkpointing."""
 
+    device: ClassVar[str] = "NVIDIA T4"
     settings: ClassVar[tuple[str, ...]] = ("full",)
     gib: ClassVar[dict[str, float]] = {"none": 0.004, "full": 0.001}
     tokens_per_s: ClassVar[dict[str, float]] = {"none": 300.0, "full": 200.0}
@@ -73,7 +74,7 @@ class FakeProbes:
         self.has_ended = True
 
     def capabilities(self) -> Capabilities:
-        return Capabilities("cpu", "reference", self.settings, 0.0, ("gpu",), 0.0, "the reason")
+        return Capabilities(self.device, "reference", self.settings, 0.0, ("gpu",), 0.0, "the reason")
 
     def measure(self, gradient_checkpointing: str, batch: int, budget_gib: float, placement: str) -> Measurement:
         assert placement == "gpu"
@@ -93,7 +94,7 @@ def fake_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the budget is that of a CPU")
 @pytest.mark.timeout(300)  # another process imports torch
 def test_real_probes(project: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    project.configure({"train.effective_batch": 6, "compute.seq_length": 128})
+    project.configure({"train.effective_batch": 6, "train.gradient_checkpointing": "auto", "compute.seq_length": 128})
 
     find_batch.main()
 
@@ -104,9 +105,9 @@ def test_real_probes(project: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert fits[largest + 1] is False
     assert (found["device"], found["kernels"], found["num_processes"]) == ("cpu", "reference", 1)
     assert (found["memory_gib"], found["budget_gib"]) == ("auto", 0.008)
-    assert found["largest_batch"] == found["modes"]["full"]["largest_batch"] == largest
-    assert found["modes"]["full"]["gib_per_sequence"] > 0
-    assert list(found["modes"]) == [found["gradient_checkpointing"]] == ["full"]
+    assert found["largest_batch"] == found["modes"]["none"]["largest_batch"] == largest
+    assert found["modes"]["none"]["gib_per_sequence"] > 0
+    assert list(found["modes"]) == [found["gradient_checkpointing"]] == ["none"]
     assert found["per_device_batch"] == per_device_batch(largest, 6, 1)
     assert found["per_device_batch"] * found["gradient_accumulation_steps"] >= 6
     assert found["effective_batch"] == 6
@@ -190,6 +191,29 @@ def test_the_fastest_setting_is_chosen(
         "reference kernels (the reason)",
     ):
         assert words in printed
+
+
+@pytest.mark.usefixtures("fake_probes")
+@pytest.mark.parametrize(
+    ("gib_of_none", "chosen", "measured"),
+    [(0.004, ("none", 3, 4), ["none"] * 4), (0.013, ("full", 12, 1), ["none"] + ["full"] * 4)],
+)
+def test_on_a_cpu_the_first_setting_that_fits_is_chosen(
+    project: Any, monkeypatch: pytest.MonkeyPatch, gib_of_none: float, chosen: tuple[str, int, int], measured: list[str]
+) -> None:
+    """Not the fastest one: its times could choose differently on another CPU."""
+    monkeypatch.setattr(FakeProbes, "device", "cpu")
+    monkeypatch.setattr(FakeProbes, "settings", ("none", "full"))
+    monkeypatch.setitem(FakeProbes.gib, "none", gib_of_none)
+    monkeypatch.setitem(FakeProbes.tokens_per_s, "none", 1.0)
+    project.configure({"train.effective_batch": 12})
+
+    find_batch.main()
+
+    found = read("metrics/batch.json")
+    keys = ("gradient_checkpointing", "per_device_batch", "gradient_accumulation_steps")
+    assert tuple(found[key] for key in keys) == chosen
+    assert [setting for setting, _ in FakeProbes.last.measured] == measured
 
 
 def capabilities_of(device: str, free_gib: float = 0.0) -> Capabilities:

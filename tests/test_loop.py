@@ -520,22 +520,29 @@ def test_a_resume_with_another_number_of_processes(base: Path, tmp_path: Path) -
     assert losses_and_adapter(base, tmp_path / "same", 2, **SEVERAL)[0][:2] == complete[:2]
 
 
-def test_a_stop_request_of_one_process_stops_all_at_the_same_step(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("is_asynchronous", "last_step"), [(False, 2), (True, 3)])
+def test_a_stop_request_of_one_process_stops_all_at_the_same_step(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_asynchronous: bool, last_step: int
+) -> None:
+    """With a CUDA graph, the processes read the sum of a step while the GPU computes the next one."""
+    monkeypatch.setattr(Learner, "is_asynchronous", is_asynchronous)
+
     def work(processes: Processes) -> tuple[int, str | None]:
         def stop(step: int) -> None:
             if step == 1 and processes.index == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        result = run_training(base, tmp_path, processes=processes, before_step=stop, **SEVERAL).result
+        settings = SEVERAL | {"train_settings": changed(SEVERAL["train_settings"], eval_steps=9, save_steps=9)}
+        result = run_training(base, tmp_path, processes=processes, before_step=stop, **settings).result
         return result.steps, result.stopped_by
 
     first, second, third = run_forked(3, work)
 
-    assert second == (2, "SIGTERM")
+    assert second == (last_step, "SIGTERM")
     assert first == third
-    assert first[0] == 2
+    assert first[0] == last_step
     assert first[1] is not None
-    assert (tmp_path / "checkpoint-2").exists()
+    assert (tmp_path / f"checkpoint-{last_step}").exists()
 
 
 def test_processes_with_different_adapters_are_refused(base: Path, tmp_path: Path) -> None:

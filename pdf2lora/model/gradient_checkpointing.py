@@ -2,8 +2,6 @@
 
 from enum import StrEnum
 
-import torch
-
 from pdf2lora.errors import InputError
 from pdf2lora.model.kernel_choice import Kernels
 from pdf2lora.params import Train
@@ -26,15 +24,13 @@ SUPPORTED_GRADIENT_CHECKPOINTING: dict[Kernels, tuple[GradientCheckpointing, ...
 
 
 def gradient_checkpointing_choices(train: Train, kernels: Kernels) -> tuple[GradientCheckpointing, ...]:
-    """The values that find_batch compares, from the fastest step to the one with the smallest memory.
-
-    On a CPU `auto` is `full`, so that all CPUs train in the same way.
+    """The values that find_batch searches, from the fastest step to the one with the smallest memory.
 
     Raises InputError if the kernels do not support the value of train.gradient_checkpointing.
     """
     supported = SUPPORTED_GRADIENT_CHECKPOINTING[kernels]
     if train.gradient_checkpointing == "auto":
-        return supported if torch.cuda.is_available() else (GradientCheckpointing.FULL,)
+        return supported
     if train.gradient_checkpointing not in supported:
         raise InputError(
             f"train.gradient_checkpointing is {train.gradient_checkpointing!r}; the {kernels} kernels do not support "

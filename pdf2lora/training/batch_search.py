@@ -97,9 +97,9 @@ def memory_model(probes: list[Probe]) -> tuple[float, float] | None:
 
 
 def search_modes(
-    measure: Measure, modes: Sequence[str], *, smallest: int, largest: int, budget_gib: float
+    measure: Measure, modes: Sequence[str], *, smallest: int, largest: int, budget_gib: float, enough: int
 ) -> list[Mode]:
-    """Searches each mode, from the fastest step to the one with the smallest memory, until `largest` fits.
+    """Searches each mode, from the fastest step to the one with the smallest memory, until `enough` sequences fit.
 
     A mode that recomputes more is not faster at the same batch. It helps only at batches that did not fit before.
     """
@@ -111,7 +111,7 @@ def search_modes(
             return None if measured is None else measured.peak_gib
 
         searched.append(Mode(mode, search(measure_peak, smallest=smallest, largest=largest, budget_gib=budget_gib)))
-        if searched[-1].largest == largest:
+        if searched[-1].largest >= enough:
             break
     return searched
 

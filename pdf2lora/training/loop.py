@@ -22,8 +22,7 @@ Settings (params.yaml), their effects and trade-offs:
   stops early.
 - train.replay, replay_share: mixes replay text into each epoch, so an epoch has more steps. Each token has the same
   weight in the loss. The data order includes the replay text: a resumed training and several processes see the same.
-- train.logging_steps: the loss is the mean over the steps since the last log entry. With a CUDA graph, an entry is
-  written while the GPU computes the next step.
+- train.logging_steps: the loss is the mean over the steps since the last log entry (progress.py).
 - train.save_steps: saves a checkpoint every save_steps steps. SIGTERM, Ctrl-C and the end of the terminal save one too.
 - train.report_to: accelerate's trackers, in addition to dvclive (tracking.py).
 
@@ -37,9 +36,8 @@ Refused: train.keep=best or early stopping without validation documents; process
 
 import hashlib
 import logging
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +58,9 @@ from pdf2lora.training.data_order import DataOrder, Indices, micro_batches
 from pdf2lora.training.interrupt import Interrupt
 from pdf2lora.training.micro_batch import MicroBatch, graph_obstacle
 from pdf2lora.training.optimizer import FlatParameters, build_optimizer
+from pdf2lora.training.progress import Progress, StepLog, StepNumbers
 from pdf2lora.training.schedule import num_warmup_steps
-from pdf2lora.training.tracking import Entry, Tracker
+from pdf2lora.training.tracking import Tracker
 
 MIN_LOSS_SCALE = 2.0**-10  # the scale gets smaller than this only if the gradients of every step overflow
 VALIDATION_BATCH = 8  # windows; few, because a CUDA graph keeps the memory of the training step
@@ -79,19 +78,6 @@ class BatchPlan:
     effective_batch: int
 
 
-@dataclass
-class Progress:
-    """The part of a checkpoint that is neither parameters nor optimizer state."""
-
-    step: int = 0  # optimizer steps that are done
-    loss_sum: float = 0.0  # since the last log entry
-    steps_in_sum: int = 0
-    best_loss: float = math.inf  # of the validation documents
-    best_step: int = 0
-    validations_without_best: int = 0
-    history: list[Entry] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class TrainingResult:
     """steps: of the whole training; first_step: steps before this run; kept_step: the step whose adapter is kept."""
@@ -101,24 +87,6 @@ class TrainingResult:
     kept_step: int
     num_targets: int  # tokens that this run trained on
     stopped_by: str | None  # a signal's name
-
-
-class StepNumbers:
-    """Loss, norm of the gradient and number of stop requests of one step, on their way from the GPU to the host."""
-
-    def __init__(self, step: int, learning_rate: float, parameters: FlatParameters, norm: torch.Tensor):
-        self.step, self.learning_rate = step, learning_rate
-        numbers = torch.stack([parameters.loss, norm, parameters.stop_requests])
-        self.numbers = numbers.to("cpu", non_blocking=True)
-        self.is_ready = torch.cuda.Event() if numbers.is_cuda else None
-        if self.is_ready:
-            self.is_ready.record()
-
-    def read(self) -> list[float]:
-        """Waits for this step only, not for later ones."""
-        if self.is_ready:
-            self.is_ready.synchronize()
-        return self.numbers.tolist()
 
 
 class Learner:
@@ -238,33 +206,7 @@ def train(
     tracker.start(progress.history, progress.step, order.num_steps)
     first_step, num_targets = progress.step, 0
     stopped_by: str | None = None
-    unread: list[StepNumbers] = []
-    stop_requests = 0.0
-
-    def read_steps(but: int = 0) -> None:
-        """Reads the numbers of the steps that are not yet read, except of the last `but`; writes their log entries."""
-        nonlocal stop_requests
-        while len(unread) > but:
-            numbers = unread.pop(0)
-            loss, norm, stop_requests = numbers.read()
-            progress.loss_sum += loss
-            progress.steps_in_sum += 1
-            if numbers.step != 1 and numbers.step % settings.logging_steps:
-                continue
-            loss = progress.loss_sum / progress.steps_in_sum
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"train: the loss of step {numbers.step} is {loss}. Use a smaller train.learning_rate; on a GPU "
-                    "without bfloat16, use compute.compute_dtype=float32."
-                )
-            entry = {
-                "step": numbers.step,
-                "train/loss": loss,
-                "learning_rate": numbers.learning_rate,
-                "gradient_norm": norm,
-            }
-            tracker.log(progress.history, entry)
-            progress.loss_sum, progress.steps_in_sum = 0.0, 0
+    steps = StepLog(progress, tracker, settings.logging_steps)
 
     def validate() -> None:
         nonlocal best
@@ -294,19 +236,19 @@ def train(
         norm = learner.step(sequences, indices, progress.step, stop_requested=interrupt.received is not None)
         num_targets += sequences.num_targets(indices)
         progress.step += 1
-        unread.append(StepNumbers(progress.step, learner.scheduler.get_last_lr()[0], parameters, norm))
-        read_steps(but=1 if learner.is_asynchronous else 0)
+        numbers = StepNumbers(progress.step, learner.scheduler.get_last_lr()[0], parameters, norm)
+        steps.add(numbers, read_now=not learner.is_asynchronous)
         tracker.end_step()
         if validation_windows and (progress.step % settings.eval_steps == 0 or progress.step == order.num_steps):
-            read_steps()
+            steps.read()
             validate()
-        stopped_by = stop_signal(stop_requests, processes, interrupt)
+        stopped_by = stop_signal(steps.stop_requests, processes, interrupt)
         if progress.step % settings.save_steps == 0 or stopped_by:
-            read_steps()
+            steps.read()
             save()
         if stopped_by:
             break
-    read_steps()
+    steps.read()
     if is_last():  # the signal came in the last step
         stopped_by = None
     kept_step = progress.step
@@ -331,7 +273,7 @@ def replay_share(sequences: MixedSequences, order: DataOrder, num_steps: int) ->
 def stop_signal(stop_requests: float, processes: Processes, interrupt: Interrupt) -> str | None:
     """The signal that stops the training after this step, or None.
 
-    stop_requests: the sum of a step that all processes have read, so that all of them stop after the same step.
+    stop_requests: of a step that all processes have read, so that all of them stop after the same step.
     """
     if processes.count == 1:
         return interrupt.received.name if interrupt.received else None
