@@ -26,14 +26,23 @@ def _unquoted(value: object) -> object:
     return str(value) if type(value) in (int, float) else value
 
 
+NAME = r"^[A-Za-z0-9_-]+$"
+MODULE_NAME = r"^[A-Za-z0-9_.]+$"
+SCHEDULER = r"^(local|[a-z]+://\S+|\S+\.json)$"
+PATTERN_RULES = {
+    NAME: "have only letters, digits, '_' and '-'",
+    MODULE_NAME: "have only letters, digits, '_' and '.'",
+    SCHEDULER: "be local, an address such as tcp://host:8786, or a file that ends in .json",
+}
 # A folder, and a word that `dvc exp run -S` can parse.
-Name = Annotated[str, BeforeValidator(_unquoted), Field(pattern=r"^[A-Za-z0-9_-]+$")]
+Name = Annotated[str, BeforeValidator(_unquoted), Field(pattern=NAME)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
-ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
+ModuleName = Annotated[str, Field(pattern=MODULE_NAME)]
 ALL_LINEAR = "all-linear"
 Placement = Literal["gpu", "host"]  # of a base model's decoder layers
+ENTRY = re.compile(r"\.\d+$")  # of a list, in the path of an error
 DICTIONARY = re.compile(r"a valid dictionary( or instance of \w+)?")  # pydantic's words for a section
 INITIALIZATION = re.compile(r"gaussian|loftq|olora|pissa(_niter_\d+)?")
 REFUSED_INITIALIZATIONS = {
@@ -100,7 +109,7 @@ class Extract(Section):
 class Cluster(Section):
     """Where the work runs. No stage depends on this section: it changes the time, not the results."""
 
-    scheduler: Annotated[str, Field(pattern=r"^(local|[a-z]+://\S+|\S+\.json)$")]
+    scheduler: Annotated[str, Field(pattern=SCHEDULER)]
     """local: the cores of this machine. Otherwise the address of a Dask scheduler (tcp://host:8786) or the file that it
     writes (--scheduler-file), which ends in .json. Its workers read PDFs (extract), sketch texts (split) and encode
     texts (tokenize)."""
@@ -389,11 +398,21 @@ def read_params(file: Path = PARAMS_FILE) -> Params:
         raise InputError(f"\n{' ' * 7}".join(_merge_union_errors(lines))) from None
 
 
+def require_in_context(context_length: int, num_tokens: int, key: str) -> None:
+    """Raises InputError if there are more tokens than the base model's context has; `key` sets their number."""
+    if num_tokens > context_length:
+        raise InputError(
+            f"{key} is {num_tokens}; the base model's context is {context_length} tokens. "
+            f"Use a smaller value in params.yaml or with -S {key}=..."
+        )
+
+
 def _describe(detail: ErrorDetails) -> Iterator[str]:
     """Converts one pydantic error to lines with key, value, rule and remedy."""
     key = ".".join(str(part) for part in detail["loc"] if not UNION_MEMBER.fullmatch(str(part)))
     value, context = detail["input"], detail.get("ctx", {})
-    remedy = f"Change it in {PARAMS_FILE} or with -S {key}=..."
+    whole_list = ENTRY.sub("=[...]", key)  # -S cannot change one entry
+    remedy = f"Change it in {PARAMS_FILE} or with -S {whole_list if whole_list != key else f'{key}=...'}"
     match detail["type"]:
         case "missing":
             yield f"{key} is missing; every setting must be in {PARAMS_FILE}. Add it."
@@ -407,7 +426,9 @@ def _describe(detail: ErrorDetails) -> Iterator[str]:
             yield f"{key} is {value!r}; it must have at least {context['min_length']} entry. {remedy}"
         case "string_pattern_mismatch":
             key = key.removesuffix(".[key]")
-            yield f"{key} is {value!r}; it must have only letters, digits, '_' and '-'. {remedy}"
+            yield f"{key} is {value!r}; it must {PATTERN_RULES[context['pattern']]}. {remedy}"
+        case "string_too_short":
+            yield f"{key} is {value!r}; it must not be empty. {remedy}"
         case _:
             rule = detail["msg"].removeprefix("Input should ").replace("a valid integer", "an integer")
             rule = DICTIONARY.sub("a section of keys and values", rule)

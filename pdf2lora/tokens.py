@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from pdf2lora.errors import InputError
+from pdf2lora.params import require_in_context
 
 IGNORED = -100  # label of a position without loss (the default ignore_index of torch's cross_entropy)
 
@@ -64,11 +64,7 @@ class Encoder:
 def require_context(base: Path, num_tokens: int, key: str = "compute.seq_length") -> None:
     """Raises InputError if the base model cannot read so many tokens."""
     context_length = json.loads((base / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
-    if num_tokens > context_length:
-        raise InputError(
-            f"{key} is {num_tokens}; the base model's context is {context_length} tokens. "
-            f"Use a smaller value in params.yaml or with -S {key}=..."
-        )
+    require_in_context(context_length, num_tokens, key)
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,7 @@ class TestFourBitWeights:
     def of_width(self, project):
         def of_width(width):
             shutil.rmtree("models/source/demo")
-            write_tiny_llama(project / "models/source/demo", hidden_size=width)
+            write_tiny_llama(project / "models/source/demo", hidden_size=width, max_position_embeddings=512)
 
         return of_width
 

@@ -100,6 +100,13 @@ def test_params_cannot_be_changed() -> None:
         ("train.gradient_checkpointing", True, "must be 'auto', 'none', 'mlp', 'full' or 'offload'"),
         ("train.gradient_checkpointing", "half", "must be 'auto', 'none', 'mlp', 'full' or 'offload'"),
         ("compute.deterministic", "yes", "must be a boolean"),
+        ("model", "a b", "must have only letters, digits, '_' and '-'"),
+        ("cluster.corpus", "", "must not be empty"),
+        (
+            "cluster.scheduler",
+            "foo",
+            "must be local, an address such as tcp://host:8786, or a file that ends in .json",
+        ),
         ("train.early_stopping_patience", 0, "must be greater than or equal to 1 or 'none'"),
         ("train.report_to", "w&b", f"must be 'none' or {TRACKERS} or a list"),
     ],
@@ -115,6 +122,7 @@ def test_message_for_an_invalid_value_has_key_value_rule_and_remedy(
 def test_message_for_a_list_entry_has_its_index(write_params: WriteParams) -> None:
     [line] = error_lines(write_params({"extract.engines": ["pypdf2", "mupdf"]}))
     assert line.startswith("extract.engines.1 is 'mupdf'; it must be 'pypdf2' or 'pdfium'. Change it in params.yaml")
+    assert line.endswith("or with -S extract.engines=[...]")
 
 
 def test_message_for_a_list_entry_of_a_union_has_its_index(write_params: WriteParams) -> None:

@@ -21,7 +21,8 @@ def source(tmp_path, monkeypatch):
 
 @pytest.fixture
 def params_with(write_params):
-    return lambda **changes: read_params(write_params({"model": "tiny", **changes}))
+    short = {"model": "tiny", "compute.seq_length": 64, "evaluate.stride": 32}
+    return lambda **changes: read_params(write_params(short | changes))
 
 
 def levels(findings):
@@ -109,6 +110,35 @@ def test_a_4bit_model_must_have_its_own_quantization(source, params_with, key, v
     with pytest.raises(InputError, match=words):
         inspect_for(params_with(**{f"quantization.{key}": value}))
     inspect_for(params_with())
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"compute.seq_length": 129}, "compute.seq_length is 129; the base model's context is 128 tokens"),
+        ({"sample.max_new_tokens": 97}, "sample.max_new_tokens is 129; the base model's context is 128 tokens"),
+        ({"compute.seq_length": 128, "sample.max_new_tokens": 96}, None),
+    ],
+)
+def test_tokens_beyond_the_context_are_refused_before_the_first_stage(source, params_with, changes, line):
+    write_tiny_llama(source)
+    params = params_with(**{"sample.prompt_tokens": 32}, **changes)
+
+    if line is None:
+        inspect_for(params)
+        return
+    with pytest.raises(InputError) as caught:
+        inspect_for(params)
+    assert str(caught.value).startswith(line)
+
+
+def test_the_context_of_meta_s_layout_is_that_of_the_version(source, params_with):
+    write_tiny_meta(source, "3")
+    settings = {"models.tiny": {"llama_version": "3"}}
+    inspect_for(params_with(**settings, **{"compute.seq_length": 8192}))
+
+    with pytest.raises(InputError, match=r"compute\.seq_length is 8193; the base model's context is 8192 tokens"):
+        inspect_for(params_with(**settings, **{"compute.seq_length": 8193}))
 
 
 def test_the_demo_can_be_used(monkeypatch, write_params):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pdf2lora.errors import InputError
 from pdf2lora.families import FAMILIES, is_target
-from pdf2lora.params import ALL_LINEAR, Params
+from pdf2lora.params import ALL_LINEAR, Params, require_in_context
 from pdf2lora.paths import SOURCE_MODELS
 from pdf2lora.preflight.findings import Finding
 from pdf2lora.preflight.model_shape import GIB, ModelShape, model_shape
@@ -14,7 +14,7 @@ from pdf2lora.weights.huggingface_tokenizer import require_tokenizer_version
 from pdf2lora.weights.layout import find_layout
 from pdf2lora.weights.lfs_pointer import require_no_pointer
 from pdf2lora.weights.licences import find_licences
-from pdf2lora.weights.params_json import ModelArgs, read_model_args, require_version
+from pdf2lora.weights.params_json import VERSIONS, ModelArgs, read_model_args, require_version
 from pdf2lora.weights.tokenizer import require_tokenizer_kind
 
 
@@ -47,7 +47,19 @@ def inspect_for(params: Params) -> HuggingFaceFiles | ModelArgs:
         )
     if isinstance(files, HuggingFaceFiles) and files.is_4bit:
         _require_same_quantization(params, files)
+    context_length = _context_length(params, files)
+    if context_length is not None:
+        require_in_context(context_length, params.compute.seq_length, "compute.seq_length")
+        num_tokens = params.sample.prompt_tokens + params.sample.max_new_tokens
+        require_in_context(context_length, num_tokens, "sample.max_new_tokens")
     return files
+
+
+def _context_length(params: Params, files: HuggingFaceFiles | ModelArgs) -> int | None:
+    """The context of the source model in tokens. None: only transformers knows it, so convert writes it."""
+    if isinstance(files, HuggingFaceFiles):
+        return files.config.get("max_position_embeddings")
+    return VERSIONS[require_version(SOURCE_MODELS / params.model, params.llama_version)].context_length
 
 
 def inspect_source_model(source: Path, llama_version: str | None) -> HuggingFaceFiles | ModelArgs:
