@@ -55,7 +55,7 @@ class Case(NamedTuple):
 
     gradient_checkpointing: str
     batch: int
-    config: Any
+    model: Any
     run: Callable[[AfterStep], None]
 
 
@@ -180,7 +180,7 @@ def cases(params: Params) -> Iterator[Case]:
         yield Case(
             gradient_checkpointing,
             int(batch),
-            model.config,
+            model,
             partial(run, model, params, gradient_checkpointing, int(batch)),
         )
 
@@ -204,7 +204,7 @@ def main() -> None:
         seq_length = params.compute.seq_length
         step_s = (ends[1] - ends[0]) / (STEPS - STEPS_TO_WARM_UP)
         tokens_per_s = case.batch * seq_length / step_s
-        utilization = model_flops_utilization(tokens_per_s, case.config, seq_length, device_name())
+        utilization = model_flops_utilization(tokens_per_s, case.model, seq_length, device_name())
         row |= {
             "tokens_per_s": round(tokens_per_s),
             "model_flops_utilization": utilization and round(utilization, 3),

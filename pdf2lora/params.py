@@ -187,6 +187,11 @@ class Lora(Section):
         return self.init_lora_weights not in (True, "gaussian")
 
     @property
+    def needs_resident_base(self) -> bool:
+        """Whether the base's layers must be in GPU memory when LoRA is added. DoRA starts from their norms."""
+        return self.reads_weights or self.use_dora
+
+    @property
     def changes_base(self) -> bool:
         """Whether the adapter is trained on a changed base."""
         return self.reads_weights and self.init_lora_weights != "loftq"

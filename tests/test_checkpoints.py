@@ -45,7 +45,7 @@ def test_the_newest_two_are_kept(folder: Path) -> None:
 
 
 def test_a_state_is_loaded_as_it_was_saved(folder: Path) -> None:
-    checkpoint = latest_valid(folder)
+    checkpoint = latest_valid(folder, remove_corrupt=True)
     assert checkpoint is not None
     assert checkpoint.name == "checkpoint-10"
 
@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_removed_and_the_one_before_is_used(
 ) -> None:
     DAMAGE[damage](folder / "checkpoint-10")
 
-    assert latest_valid(folder) == folder / "checkpoint-8"
+    assert latest_valid(folder, remove_corrupt=True) == folder / "checkpoint-8"
 
     assert steps_in(folder) == {8}
     assert load_checkpoint(folder / "checkpoint-8")["progress"]["step"] == 8
@@ -102,15 +102,24 @@ def test_a_damaged_checkpoint_is_removed_and_the_one_before_is_used(
     assert line.startswith("train: checkpoint-10 ")
 
 
+def test_a_checkpoint_that_another_process_writes_is_left_alone(folder: Path) -> None:
+    newest = latest_valid(folder, remove_corrupt=True)
+    (folder / "checkpoint-99").mkdir()
+    (folder / "checkpoint-99" / STATE).write_bytes(b"half")
+
+    assert latest_valid(folder, remove_corrupt=False) == newest
+    assert (folder / "checkpoint-99" / STATE).exists()
+
+
 def test_without_a_valid_checkpoint_there_is_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for checkpoint in folder.iterdir():
         flip_a_bit(checkpoint / STATE)
 
-    assert latest_valid(folder) is None
+    assert latest_valid(folder, remove_corrupt=True) is None
 
     assert list(folder.iterdir()) == []
     assert len(capsys.readouterr().out.splitlines()) == 2
-    assert latest_valid(folder / "nowhere") is None
+    assert latest_valid(folder / "nowhere", remove_corrupt=True) is None
 
 
 def test_other_files_of_the_folder_are_left_alone(folder: Path) -> None:
@@ -119,7 +128,7 @@ def test_other_files_of_the_folder_are_left_alone(folder: Path) -> None:
 
     save_checkpoint(folder, 12, state_of(12))
 
-    assert latest_valid(folder) == folder / "checkpoint-12"
+    assert latest_valid(folder, remove_corrupt=True) == folder / "checkpoint-12"
     assert (folder / "lock").read_text() == "123"
 
 

@@ -48,6 +48,11 @@ def test_mask_keeps_the_right_share_of_each_feature_and_token(p):
     assert_share(kept[1:] == kept[:-1], equal_share)
 
 
+def test_the_largest_rate_keeps_some_features():
+    assert DropoutRate(0.999_999).threshold == 65_535
+    assert DropoutRate(0.999_999).scale == 65_536
+
+
 def test_rate_is_rounded_and_its_scale_is_exact():
     assert (DropoutRate(0.0).threshold, DropoutRate(0.0).scale) == (0, 1)
     assert DropoutRate(0.1).threshold == 6554

@@ -102,6 +102,7 @@ def test_without_a_driver_there_is_no_gpu(nvml: Any, monkeypatch: pytest.MonkeyP
     [
         ("0", [0]),
         ("2,0", [2, 0]),
+        ("1,0,1", [1, 0]),
         (" 1 , 2 ", [1, 2]),
         ("", []),
         ("-1", []),

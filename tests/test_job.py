@@ -309,7 +309,8 @@ def test_lack_of_memory_is_reported_in_one_line_with_the_remedy(
 
     monkeypatch.setattr(job, "train", fail)
     if step:
-        save_checkpoint(Path(".scratch/train") / job.run_fingerprint(read_params()), step, {})
+        key = fingerprint_now()
+        save_checkpoint(Path(".scratch/train") / key, step, {})
 
     message = run_one().exit
 
@@ -408,6 +409,34 @@ def test_a_signal_saves_a_checkpoint_and_the_next_run_resumes(outputs: Path) -> 
     assert same(adapter_in(Path()), adapter_in(outputs))
 
 
+def fingerprint_now() -> str:
+    batch = read("metrics/batch.json")
+    plan = BatchPlan("reference", batch["gradient_checkpointing"], batch["per_device_batch"], batch["effective_batch"])
+    return job.run_fingerprint(read_params(), plan)
+
+
+@pytest.mark.parametrize("setting", ["mlp", "offload"])
+def test_a_batch_of_other_kernels_is_refused_in_one_line(project: Any, setting: str) -> None:
+    project.configure(batch={"gradient_checkpointing": setting, "device": "NVIDIA H200"})
+
+    assert run_one().exit == (
+        f"error: train: metrics/batch.json has gradient_checkpointing '{setting}', which the reference kernels of this "
+        "machine do not support. Measure here: dvc repro -f -s find_batch"
+    )
+
+
+def test_measurements_that_fail_lose_neither_adapter_nor_checkpoints(
+    project: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "measurements", lambda *arguments: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        job.run(read_params(), None)
+
+    assert Path("models/adapter/adapter_model.safetensors").exists()
+    assert list(Path(".scratch/train").glob("*/checkpoint-*"))
+
+
 def test_the_fingerprint_changes_with_all_that_the_adapter_depends_on(
     project: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,9 +447,11 @@ def test_the_fingerprint_changes_with_all_that_the_adapter_depends_on(
 
     def fingerprint(changes: dict[str, Any] | None = None) -> str:
         project.configure(changes)
-        return job.run_fingerprint(read_params())
+        return fingerprint_now()
 
     first = fingerprint()
+    project.configure(batch={"per_device_batch": 1, "gradient_checkpointing": "none"})  # another division of a step
+    assert fingerprint_now() == first
     for changes in ({"sample.seed": 5}, {"compute.num_processes": 2}, {"find_batch.max": 3}):
         assert fingerprint(changes) == first, changes
     changed = [
@@ -438,10 +469,10 @@ def test_the_fingerprint_changes_with_all_that_the_adapter_depends_on(
         with Path(file).open("a") as text:
             text.write("\n")
         changed.append(fingerprint())
-    project.configure(batch={"per_device_batch": 1})
-    changed.append(job.run_fingerprint(read_params()))
+    project.configure(batch={"effective_batch": 1})
+    changed.append(fingerprint_now())
     monkeypatch.setattr(job, "version", lambda name: "9.9")
-    changed.append(job.run_fingerprint(read_params()))
+    changed.append(fingerprint_now())
     assert len({first, *changed}) == 1 + len(changed)
 
 

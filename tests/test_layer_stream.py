@@ -1,15 +1,19 @@
 """Packed layers and their stream, on the CPU: the kernels in Triton's interpreter, copies without CUDA streams."""
 
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 from forked import run_forked
 from interpreted import attention_forward, cpu_kernels, needs_interpreter, scaled_product  # noqa: F401
 from test_kernels_fused import ALL_LINEAR, NO_DROPOUT, hidden_and_gradients, some_ids
 from tiny_families import write_tiny_family
-from tiny_llama import COMPUTE, QUANTIZATION, changed, fill_b, quiet
+from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed, fill_b, quiet
 
 from pdf2lora.errors import InputError
-from pdf2lora.model import loading, packed_layers
+from pdf2lora.model import loading, packed_base, packed_layers
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.initialization import initialize
 from pdf2lora.model.kernels import frozen
@@ -103,6 +107,42 @@ def test_the_file_of_another_model_is_removed(base, tmp_path):
     load_base(base, changed(QUANTIZATION, bnb_4bit_quant_type="fp4"), COMPUTE, placement="host")
 
     assert len(list((tmp_path / ".scratch" / "base_4bit").glob("*/layers.bin"))) == 1
+
+
+def test_another_run_may_remove_the_folder_while_this_one_waits(base, monkeypatch):
+    """Each makes its folder before it has the lock, and the first one removes the others."""
+
+    @contextmanager
+    def lock_after_another_run(folder, **settings):
+        for other in folder.iterdir():
+            shutil.rmtree(other)
+        yield
+
+    monkeypatch.setattr(packed_layers, "exclusive_lock", lock_after_another_run)
+
+    load_base(base, QUANTIZATION, COMPUTE, placement="host")
+
+
+def test_a_file_that_another_run_removes_is_still_read(base, monkeypatch):
+    def packed_file(*arguments):
+        stream = packed_layers.packed_file(*arguments)
+        shutil.rmtree(Path(stream.name).parent)
+        return stream
+
+    monkeypatch.setattr(packed_base, "packed_file", packed_file)
+    removed = load_base(base, QUANTIZATION, COMPUTE, placement="host")
+    monkeypatch.undo()
+
+    ids = some_ids(1, 5)
+    assert torch.equal(removed(ids).logits, load_base(base, QUANTIZATION, COMPUTE, placement="host")(ids).logits)
+
+
+def test_dora_is_refused_because_it_reads_all_layers_at_once(base):
+    """Only two layers are on the device: PEFT would take the norms of other layers."""
+    model = load_base(base, QUANTIZATION, COMPUTE, placement="host")
+
+    with pytest.raises(InputError, match=r"lora\.use_dora is true, which needs the layers in GPU memory"):
+        add_lora(model, changed(LORA, use_dora=True))
 
 
 def test_too_little_host_memory_is_one_line(base, monkeypatch):

@@ -247,6 +247,20 @@ def test_target_module_that_the_model_does_not_have_is_refused(phi3):
     )
 
 
+def test_the_head_cannot_be_a_target(base):
+    """The loss computes the head's product without LoRA."""
+    with pytest.raises(InputError, match="'lm_head'; the model has no linear layer of that name"):
+        add_lora(load_base(base, QUANTIZATION, COMPUTE), changed(LORA, target_modules=["lm_head", "q_proj"]))
+
+
+def test_dora_with_8_bits_is_refused_on_a_cpu(base, no_gpu):
+    """PEFT 0.21.2 loses the scales of 8-bit weights there."""
+    model = load_base(base, changed(QUANTIZATION, bits=8), COMPUTE)
+
+    with pytest.raises(InputError, match=r"lora\.use_dora is true and quantization\.bits is 8"):
+        add_lora(model, changed(LORA, use_dora=True))
+
+
 def test_all_linear_excludes_the_head(base):
     assert lora_names(add_lora(load(base), changed(LORA, target_modules="all-linear"))) == BLOCK_LINEARS
 

@@ -34,6 +34,7 @@ from tiny_training import (
 )
 from transformers import get_scheduler
 
+from pdf2lora.errors import InputError
 from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.tokens import IGNORED, Sequences
@@ -218,9 +219,22 @@ def test_a_log_entry_has_the_mean_loss_since_the_last_one(run: Run) -> None:
 
     training = run(train_settings=LONG, validation_windows=[])
 
-    assert [entry["step"] for entry in training.history] == [1, 3, 6]
-    expected = [every[0], np.mean(every[1:3]), np.mean(every[3:6])]
+    assert [entry["step"] for entry in training.history] == [1, 3, 6, 8]
+    expected = [every[0], np.mean(every[1:3]), np.mean(every[3:6]), np.mean(every[6:])]
     assert training.values("train/loss") == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_also_between_log_entries(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(learner: Learner, sequences: Any, indices: Any, number: int, **settings: Any) -> torch.Tensor:
+        learner.parameters.loss.fill_(float("nan") if number == 2 else 5.0)
+        return torch.ones(())
+
+    monkeypatch.setattr(Learner, "step", step)
+
+    with pytest.raises(InputError, match="the loss of step 3 is nan"):
+        run(train_settings=changed(LONG, logging_steps=1000), validation_windows=[])
 
 
 @pytest.mark.parametrize("step_of_signal", [4, None])

@@ -37,7 +37,7 @@ class DropoutRate:
     @property
     def threshold(self) -> int:
         """Dropout removes a feature if its 16 random bits are below this number."""
-        return round(self.p * NUM_THRESHOLDS)
+        return min(round(self.p * NUM_THRESHOLDS), NUM_THRESHOLDS - 1)
 
     @property
     def scale(self) -> float:

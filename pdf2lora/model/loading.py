@@ -19,6 +19,7 @@ from pdf2lora.model.attention_choice import choose_attention
 from pdf2lora.model.device import compute_dtype, device
 from pdf2lora.model.dropout import install_counter_dropout
 from pdf2lora.model.head import check_causal_lm
+from pdf2lora.model.layer_stream import layer_stream
 from pdf2lora.model.packed_base import choose_placement, load_packed_base, packing_obstacle
 from pdf2lora.model.quantization import bitsandbytes_config, check_4bit_round_trip, require_quantization
 from pdf2lora.params import ALL_LINEAR, Compute, Lora, Placement, Quantization
@@ -155,8 +156,11 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
 
     Does not call PEFT's prepare_model_for_kbit_training, which casts embeddings, head and norms to float32.
 
-    Raises InputError if a name in lora.target_modules is not a linear layer of the model, or PEFT refuses it.
+    Raises InputError if a name in lora.target_modules is not a linear layer of the model, or PEFT refuses it; or for
+    DoRA with layers in host memory, or with 8 bits on a CPU.
     """
+    if lora.use_dora:
+        _check_dora(model)
     targets = target_modules(model, lora)
     settings = lora.model_dump() | {"target_modules": targets}
     if lora.reads_weights:
@@ -178,14 +182,30 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
     return peft_model
 
 
+def _check_dora(model: PreTrainedModel) -> None:
+    """PEFT reads all weights to compute their norms, the initial magnitudes of DoRA."""
+    if layer_stream(model) is not None:
+        raise InputError(
+            "lora.use_dora is true, which needs the layers in GPU memory (quantization.placement: gpu). Use false."
+        )
+    is_8bit = any(isinstance(module, bnb.nn.Linear8bitLt) for module in model.modules())
+    if is_8bit and not torch.cuda.is_available():
+        raise InputError(
+            "lora.use_dora is true and quantization.bits is 8: PEFT cannot read 8-bit weights on a CPU. Use 4 or 16 "
+            "bits, or use_dora false."
+        )
+
+
 def target_modules(model: PreTrainedModel, lora: Lora) -> list[str]:
     """lora.target_modules, sorted. all-linear: the names of all linear layers except the head.
 
     Raises InputError if a name is not a linear layer of the model.
     """
     head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    names = sorted({name.rpartition(".")[2] for name in linear if model.get_submodule(name) is not head})
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+    names = sorted({name.rpartition(".")[2] for name in linear})
     if lora.target_modules == ALL_LINEAR:
         return names
     for target in lora.target_modules:

@@ -6,9 +6,10 @@ All other parts (embeddings, norms, biases, head) are on the GPU in both cases.
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import bitsandbytes as bnb
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def possible_placements(
 
     Raises InputError if the placement is host, which this machine or model does not support.
     """
-    if quantization.placement == "auto" and lora.reads_weights:
+    if quantization.placement == "auto" and lora.needs_resident_base:
         return ("gpu",)
     if quantization.placement == "auto" and torch.cuda.is_available() and not packing_obstacle(config, quantization):
         return ("gpu", "host")
@@ -107,15 +108,15 @@ def load_packed_base(
     def read_layer(number: int) -> list[Tensor]:
         return [weights.read(f"model.layers.{number}.{name}.weight", dtype) for name in layouts[number].names]
 
-    file = packed_file(base, quantization, dtype, layouts, read_layer)
+    stream = packed_file(base, quantization, dtype, layouts, read_layer)
     _load_others(model, weights, dtype, base)
     if placement == "gpu":
-        for layer, layout, buffer in zip(layers, layouts, _read_buffers(file, layouts), strict=True):
+        for layer, layout, buffer in zip(layers, layouts, _read_buffers(stream, layouts), strict=True):
             layout.attach(layer, layout.views(buffer.to(device())), dtype)
     else:
         purpose = f"quantization.placement host: the packed layers of {base}"
         num_bytes = sum(layout.num_bytes for layout in layouts)
-        memory = shared_pinned_memory(num_bytes, lambda to: _read_file(file, to), processes, purpose)
+        memory = shared_pinned_memory(num_bytes, lambda to: _read_file(stream, to), processes, purpose)
         host = memory.split([layout.num_bytes for layout in layouts])
         model.layer_stream = LayerStream(layers, layouts, host, device(), dtype)
         model.layer_stream.memory = memory  # the split parts do not keep it pinned
@@ -158,14 +159,13 @@ def _load_others(model: PreTrainedModel, weights: BaseWeights, dtype: torch.dtyp
         model.generation_config = GenerationConfig.from_pretrained(base, local_files_only=True)
 
 
-def _read_buffers(file: Path, layouts: Sequence[LayerLayout]) -> list[Tensor]:
+def _read_buffers(stream: BinaryIO, layouts: Sequence[LayerLayout]) -> list[Tensor]:
     """Maps the file into memory. A layer is read from disk when it is copied."""
-    sizes = [layout.num_bytes for layout in layouts]
-    return list(torch.from_file(str(file), size=sum(sizes), dtype=torch.uint8).split(sizes))
+    values = torch.from_numpy(np.memmap(stream, dtype=np.uint8, mode="c"))
+    return list(values.split([layout.num_bytes for layout in layouts]))
 
 
-def _read_file(file: Path, to: Tensor) -> None:
+def _read_file(stream: BinaryIO, to: Tensor) -> None:
     view: Any = memoryview(to.numpy())  # type: ignore[arg-type]
-    with file.open("rb") as stream:
-        while len(view):
-            view = view[stream.readinto(view) :]
+    while len(view):
+        view = view[stream.readinto(view) :]  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from math import ceil, prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -151,10 +151,11 @@ def packed_file(
     dtype: torch.dtype,
     layouts: Sequence[LayerLayout],
     read_layer: Callable[[int], list[Tensor]],
-) -> Path:
-    """Returns the file with the buffers of all layers, one after the other. Writes it if it does not exist.
+) -> BinaryIO:
+    """The open file with the buffers of all layers, one after the other. Writes it if it does not exist.
 
-    Only the file of the last model stays in .scratch. Other processes that need the file wait.
+    Only the file of the last model stays in .scratch: another run can remove the file while this one reads it. Other
+    processes that need the file wait until it is written.
 
     read_layer: number of a layer -> its weights on the device, in `dtype`, in the order of LayerLayout.names.
 
@@ -166,14 +167,15 @@ def packed_file(
     file = folder / "layers.bin"
     with exclusive_lock(folder.parent, timeout_s=QUANTIZATION_TIMEOUT_S):
         if file.exists():
-            return file
+            return file.open("rb")
         for other in folder.parent.iterdir():
             if other.is_dir() and other != folder:
                 shutil.rmtree(other)
+        folder.mkdir(exist_ok=True)  # another run can have removed it before this one got the lock
         require_disk_space(folder, sum(layout.num_bytes for layout in layouts))
         with atomic_write(file) as partial, partial.open("wb") as stream:
             for number, layout in enumerate(layouts):
                 buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device())
                 layout.pack(read_layer(number), buffer)
                 stream.write(buffer.cpu().numpy().data)
-    return file
+        return file.open("rb")

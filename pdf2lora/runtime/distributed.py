@@ -16,7 +16,9 @@ from torch import Tensor
 
 from pdf2lora.runtime.launcher import PeerLost
 
-TIMEOUT = timedelta(minutes=5)  # of a collective; the launcher notices earlier if a process ends or hangs
+# Of a collective. The main process can hash a large base while the others wait in one. The launcher notices within a
+# minute if a process ends or hangs.
+TIMEOUT = timedelta(hours=2)
 
 
 class Processes:

@@ -35,7 +35,7 @@ def visible_gpus() -> list[str]:
             gpus.append(uuids[int(name)])
         else:
             gpus.append(next((uuid for uuid in uuids if uuid.startswith(name)), name))
-    return gpus
+    return list(dict.fromkeys(gpus))  # each GPU has one lock
 
 
 def _uuids() -> list[str]:

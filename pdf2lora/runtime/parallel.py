@@ -23,10 +23,11 @@ Result = TypeVar("Result")
 
 def process_pool(num_processes: int) -> ProcessPoolExecutor:
     """A pool whose processes end with this process, also if kill -9 ends it, and at once at Ctrl-C."""
-    return ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    return ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), initializer=end_with_parent)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Ends this process when its parent ends, also by kill -9, and at once at Ctrl-C."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

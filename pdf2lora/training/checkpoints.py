@@ -36,12 +36,18 @@ def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def latest_valid(folder: Path) -> Path | None:
-    """The newest intact checkpoint of the folder; None if there is none. Corrupt ones are removed with one line."""
+def latest_valid(folder: Path, *, remove_corrupt: bool) -> Path | None:
+    """The newest intact checkpoint of the folder; None if there is none.
+
+    remove_corrupt: removes corrupt ones with one line each. Only for the process that writes checkpoints: one that is
+    still being written looks corrupt.
+    """
     for checkpoint in reversed(_by_step(folder)):
         damage = find_damage(checkpoint)
         if damage is None:
             return checkpoint
+        if not remove_corrupt:
+            continue
         print(f"train: {checkpoint.name} is corrupt ({damage}) and is removed", flush=True)
         shutil.rmtree(checkpoint)
     return None

@@ -21,6 +21,7 @@ from peft import PeftModel
 
 from pdf2lora.errors import InputError
 from pdf2lora.model.device import limit_gpu_memory
+from pdf2lora.model.gradient_checkpointing import SUPPORTED_GRADIENT_CHECKPOINTING
 from pdf2lora.model.initialization import INITIAL, initialize
 from pdf2lora.model.kernel_choice import choose_kernels
 from pdf2lora.model.kernels.offload import HostOutOfMemory
@@ -77,71 +78,43 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
             "split.validation_fraction above 0, or keep the last adapter without early stopping."
         )
 
-    checkpoints = scratch_folder("train", run_fingerprint(params))
-    with ExitStack() as stack:
-        machine: dict[str, Any] = {}
+    plan = batch_plan(params, batch, processes)
+    checkpoints = scratch_folder("train", run_fingerprint(params, plan))
+    with ExitStack() as lock:
         if processes.is_main:
-            stack.enter_context(exclusive_lock(checkpoints, timeout_s=LOCK_TIMEOUT_S))
-            machine = stack.enter_context(machine_metrics("train"))
-            if batch["device"] != device_name():
-                print(
-                    f"train: {BATCH} was measured on {batch['device']}, and this is {device_name()}. "
-                    "`dvc repro -f -s find_batch` finds the fastest batch here."
+            lock.enter_context(exclusive_lock(checkpoints, timeout_s=LOCK_TIMEOUT_S))
+        with ExitStack() as stack:
+            machine: dict[str, Any] = stack.enter_context(machine_metrics("train")) if processes.is_main else {}
+            learner, order = build_learner(params, plan, corpus, replay, batch, checkpoints, processes)
+            first_epoch = np.concatenate([order.indices(step) for step in range(order.steps_per_epoch)])
+            tokens_per_step = sequences.num_targets(first_epoch) / order.steps_per_epoch  # steps can be smaller
+            trackers = Trackers(params, names) if names and processes.is_main else None
+            tracker = Tracker(METRICS, processes, trackers, tokens_per_step=tokens_per_step)
+            log.info("settings: %s", params.model_dump_json())
+            log.info("processes: %d; batch: %s", processes.count, batch)
+            log.info("trainable parameters: %s", learner.model.get_nb_trainable_parameters())
+            interrupt = stack.enter_context(Interrupt())
+            try:
+                result = train(
+                    learner,
+                    sequences,
+                    order=order,
+                    validation_windows=validation_windows,
+                    checkpoints=checkpoints,
+                    tracker=tracker,
+                    interrupt=interrupt,
                 )
-        trackers = Trackers(params, names) if names and processes.is_main else None
-        plan = BatchPlan(
-            kernels=choose_kernels(params.compute, params.quantization, params.lora, read_config(BASE)),
-            gradient_checkpointing=batch["gradient_checkpointing"],
-            per_device_batch=batch["per_device_batch"],
-            effective_batch=batch["effective_batch"],
-        )
-        if batch["memory_gib"] != "auto":
-            limit_gpu_memory(batch["memory_gib"])
-        epochs, seed, replay_share = params.train.num_train_epochs, params.train.seed, params.train.replay_share
-        order = DataOrder(len(corpus), plan.effective_batch, epochs, seed, len(replay), replay_share)
+            except torch.OutOfMemoryError as error:
+                raise InputError(out_of_memory(checkpoints, error, processes)) from error
+            if result.stopped_by:
+                raise Stopped(
+                    f"train: stopped by {result.stopped_by} after step {result.steps}; a checkpoint is saved, and "
+                    "dvc repro resumes from it"
+                )
+            if processes.is_main:
+                save_adapter(learner.model, params, checkpoints)
+            machine |= measurements(learner, params, tracker, result)
         if processes.is_main:
-            warnings = schedule_warnings(
-                params.train, num_sequences=order.num_in_epoch, effective_batch=plan.effective_batch
-            )
-            print(*(f"train: warning: {text}" for text in warnings), sep="\n", end="\n" if warnings else "")
-        model = build_model(BASE, params, processes, batch["placement"])
-        if params.lora.reads_weights:
-            folder = checkpoints / INITIAL
-            initialize(model, BASE, params.lora, seed=seed, folder=folder, processes=processes)
-        learner = Learner(
-            model, train=params.train, compute=params.compute, plan=plan, num_steps=order.num_steps, processes=processes
-        )
-        first_epoch = np.concatenate([order.indices(step) for step in range(order.steps_per_epoch)])
-        tokens_per_step = sequences.num_targets(first_epoch) / order.steps_per_epoch  # a mean: some steps are smaller
-        tracker = Tracker(METRICS, processes, trackers, tokens_per_step=tokens_per_step)
-        log.info("settings: %s", params.model_dump_json())
-        log.info("processes: %d; batch: %s", processes.count, batch)
-        log.info("trainable parameters: %s", model.get_nb_trainable_parameters())
-        interrupt = stack.enter_context(Interrupt())
-        try:
-            result = train(
-                learner,
-                sequences,
-                order=order,
-                validation_windows=validation_windows,
-                checkpoints=checkpoints,
-                tracker=tracker,
-                interrupt=interrupt,
-            )
-        except torch.OutOfMemoryError as error:
-            raise InputError(out_of_memory(checkpoints, error, processes)) from error
-        if result.stopped_by:
-            raise Stopped(
-                f"train: stopped by {result.stopped_by} after step {result.steps}; a checkpoint is saved, and "
-                "dvc repro resumes from it"
-            )
-        machine |= measurements(model, params, plan, tracker, result, processes)
-        if processes.is_main:
-            with atomic_directory(ADAPTER) as folder:
-                model.save_pretrained(folder)
-                (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; report writes the model card
-                if params.lora.reads_weights:
-                    shutil.copytree(checkpoints / INITIAL, folder / INITIAL)
             shutil.rmtree(checkpoints)  # so that a forced run trains again
     if processes.is_main:
         kept = f", kept step {result.kept_step}" if result.kept_step != result.steps else ""
@@ -150,6 +123,65 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
             f"log in {log_file.relative_to(project_root())}"
         )
     processes.end()
+
+
+def build_learner(
+    params: Params,
+    plan: BatchPlan,
+    corpus: Sequences,
+    replay: Sequences,
+    batch: dict[str, Any],
+    checkpoints: Path,
+    processes: Processes,
+) -> tuple[Learner, DataOrder]:
+    """The model with its initial adapter and its optimizer, and the order of the sequences.
+
+    batch: the content of metrics/batch.json.
+    """
+    if batch["memory_gib"] != "auto":
+        limit_gpu_memory(batch["memory_gib"])
+    epochs, seed, replay_share = params.train.num_train_epochs, params.train.seed, params.train.replay_share
+    order = DataOrder(len(corpus), plan.effective_batch, epochs, seed, len(replay), replay_share)
+    if processes.is_main:
+        warnings = schedule_warnings(
+            params.train, num_sequences=order.num_in_epoch, effective_batch=plan.effective_batch
+        )
+        print(*(f"train: warning: {text}" for text in warnings), sep="\n", end="\n" if warnings else "")
+    model = build_model(BASE, params, processes, batch["placement"])
+    if params.lora.reads_weights:
+        initialize(model, BASE, params.lora, seed=seed, folder=checkpoints / INITIAL, processes=processes)
+    learner = Learner(
+        model, train=params.train, compute=params.compute, plan=plan, num_steps=order.num_steps, processes=processes
+    )
+    return learner, order
+
+
+def batch_plan(params: Params, batch: dict[str, Any], processes: Processes) -> BatchPlan:
+    """The plan of metrics/batch.json with the kernels of this machine.
+
+    Raises InputError if it was measured with other kernels, which support another gradient checkpointing.
+    """
+    if processes.is_main and batch["device"] != device_name():
+        print(
+            f"train: {BATCH} was measured on {batch['device']}, and this is {device_name()}. "
+            "`dvc repro -f -s find_batch` finds the fastest batch here."
+        )
+    kernels = choose_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
+    if batch["gradient_checkpointing"] not in SUPPORTED_GRADIENT_CHECKPOINTING[kernels]:
+        raise InputError(
+            f"train: {BATCH} has gradient_checkpointing {batch['gradient_checkpointing']!r}, which the {kernels} "
+            "kernels of this machine do not support. Measure here: dvc repro -f -s find_batch"
+        )
+    return BatchPlan(kernels, batch["gradient_checkpointing"], batch["per_device_batch"], batch["effective_batch"])
+
+
+def save_adapter(model: PeftModel, params: Params, checkpoints: Path) -> None:
+    """Writes models/adapter."""
+    with atomic_directory(ADAPTER) as folder:
+        model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; report writes the model card
+        if params.lora.reads_weights:
+            shutil.copytree(checkpoints / INITIAL, folder / INITIAL)
 
 
 def tracker_names(params: Params) -> list[str]:
@@ -182,10 +214,9 @@ def read_data(params: Params) -> tuple[Sequences, Sequences, list[Window]]:
     return corpus, replay, windows
 
 
-def measurements(
-    model: PeftModel, params: Params, plan: BatchPlan, tracker: Tracker, result: TrainingResult, processes: Processes
-) -> dict[str, Any]:
+def measurements(learner: Learner, params: Params, tracker: Tracker, result: TrainingResult) -> dict[str, Any]:
     """The measurements of this run for metrics/machine.json. All processes must call it, because it gathers values."""
+    model, plan, processes = learner.model, learner.plan, learner.processes
     numbers: dict[str, Any] = {
         "num_processes": processes.count,
         "steps": result.steps - result.first_step,
@@ -200,7 +231,7 @@ def measurements(
     if tracker.median_step_s:
         tokens_per_s = result.num_targets / (result.steps - result.first_step) / tracker.median_step_s
         utilization = model_flops_utilization(
-            tokens_per_s / processes.count, model.config, params.compute.seq_length, device_name()
+            tokens_per_s / processes.count, model, params.compute.seq_length, device_name()
         )
         numbers["step_tokens_per_s"] = round(tokens_per_s)
         numbers["model_flops_utilization"] = utilization and round(utilization, 3)
@@ -214,7 +245,7 @@ def measurements(
 
 def out_of_memory(checkpoints: Path, error: torch.OutOfMemoryError, processes: Processes) -> str:
     """The message for a GPU or a host without memory during training: another program took it after find_batch."""
-    checkpoint = latest_valid(checkpoints)
+    checkpoint = latest_valid(checkpoints, remove_corrupt=False)
     resumes = f"the checkpoint of step {step_of(checkpoint)}" if checkpoint else "the base model"
     whose = f" of process {processes.index} of {processes.count}" if processes.count > 1 else ""
     if isinstance(error, HostOutOfMemory):
@@ -227,9 +258,12 @@ def out_of_memory(checkpoints: Path, error: torch.OutOfMemoryError, processes: P
     )
 
 
-def run_fingerprint(params: Params) -> str:
-    """A fingerprint of everything that the adapter depends on. It does not depend on the number of processes."""
+def run_fingerprint(params: Params, plan: BatchPlan) -> str:
+    """A fingerprint of everything that the adapter depends on.
+
+    It does not depend on the number of processes and on the division of a step, which change only rounding.
+    """
     libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")]
     compute = params.compute.model_dump(exclude={"num_processes"})
-    ingredients = (params.quantization, params.lora, compute, params.train, BASE / MANIFEST, TOKENS, BATCH)
-    return fingerprint(*ingredients, *stage_code("train"), *libraries)
+    settings = (params.quantization, params.lora, compute, params.train, plan.kernels, plan.effective_batch)
+    return fingerprint(*settings, BASE / MANIFEST, TOKENS, *stage_code("train"), *libraries)

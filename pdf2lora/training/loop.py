@@ -196,7 +196,7 @@ def train(
     progress, best = Progress(), None
 
     # Resume. Only the main process reads the checkpoint, because the other nodes may have another disk.
-    checkpoint = latest_valid(checkpoints) if processes.is_main else None
+    checkpoint = latest_valid(checkpoints, remove_corrupt=True) if processes.is_main else None
     state = processes.broadcast(load_checkpoint(checkpoint) if checkpoint else None)
     if state is not None:
         learner.load_state(state)
@@ -206,7 +206,7 @@ def train(
     tracker.start(progress.history, progress.step, order.num_steps)
     first_step, num_targets = progress.step, 0
     stopped_by: str | None = None
-    steps = StepLog(progress, tracker, settings.logging_steps)
+    step_log = StepLog(progress, tracker, settings.logging_steps)
 
     def validate() -> None:
         nonlocal best
@@ -237,18 +237,19 @@ def train(
         num_targets += sequences.num_targets(indices)
         progress.step += 1
         numbers = StepNumbers(progress.step, learner.scheduler.get_last_lr()[0], parameters, norm)
-        steps.add(numbers, read_now=not learner.is_asynchronous)
+        step_log.add(numbers, read_now=not learner.is_asynchronous)
         tracker.end_step()
         if validation_windows and (progress.step % settings.eval_steps == 0 or progress.step == order.num_steps):
-            steps.read()
+            step_log.read_all()
             validate()
-        stopped_by = stop_signal(steps.stop_requests, processes, interrupt)
+        if is_last():
+            step_log.finish(numbers)
+        stopped_by = stop_signal(step_log.stop_requests, processes, interrupt)
         if progress.step % settings.save_steps == 0 or stopped_by:
-            steps.read()
+            step_log.read_all()
             save()
         if stopped_by:
             break
-    steps.read()
     if is_last():  # the signal came in the last step
         stopped_by = None
     kept_step = progress.step

@@ -121,7 +121,7 @@ class Prober:
                     if step == WARM_UP_STEPS:
                         start, first_timed = _now(), step
                     learner.step(sequences, step_indices, step)
-                    if processes.count > 1 and learner.parameters.loss.isnan():
+                    if processes.count > 1 and learner.parameters.stop_requests.isnan():  # the loss can be NaN too
                         failed = True
                         break
                     if not peak.on_gpu and processes.count == 1 and peak.gib > budget_gib:

@@ -16,10 +16,11 @@ from pdf2lora.errors import InputError
 from pdf2lora.params import Params, Placement
 from pdf2lora.paths import BASE, TOKENS
 from pdf2lora.runtime.launcher import PIPE, job_environments
+from pdf2lora.runtime.parallel import end_with_parent
 from pdf2lora.token_files import TokenFile
 from pdf2lora.training.batch_search import Measurement
 
-ANSWER_S = 600.0  # longest time for one answer; the first one includes the import of torch
+ANSWER_S = 7200.0  # longest time for one answer; the first one can include the quantization of a large base
 GRACE_S = 5.0  # time that the other processes have to answer after the first failure
 NUM_TRIES = 2  # a process may have been killed for another reason than memory
 
@@ -145,7 +146,7 @@ class ProbeProcesses:
                 self.end()
                 raise InputError(
                     f"find_batch: process {waiting[0]} of {self.count} has not answered for {ANSWER_S:.0f} s. Look at "
-                    "its GPU (nvidia-smi), then run dvc repro again."
+                    "the machine (top) and its GPU (nvidia-smi), then run dvc repro again."
                 )
             for index in [index for index in waiting if self.pipes[index] in ready]:
                 try:
@@ -177,6 +178,7 @@ class ProbeProcesses:
 
 def _serve(pipe: Connection, params: Params, environment: dict[str, str]) -> None:
     """The main loop of a probe process: it answers requests until the pipe closes or an error occurs."""
+    end_with_parent()  # a probe that goes on would use a GPU whose lock is free again
     os.environ |= environment
     os.environ.pop(PIPE, None)
     try:

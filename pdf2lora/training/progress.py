@@ -61,32 +61,38 @@ class StepLog:
         self.unread.append(numbers)
         self._read(0 if read_now else 1)
 
-    def read(self) -> None:
-        """Reads all steps. Waits for the GPU."""
+    def read_all(self) -> None:
+        """Waits for the GPU."""
         self._read(0)
 
-    def _read(self, num_left: int) -> None:
-        while len(self.unread) > num_left:
-            self._record(self.unread.popleft())
+    def finish(self, last: StepNumbers) -> None:
+        """Writes the entry of the last steps, also if logging_steps does not divide the number of steps."""
+        self.read_all()
+        if self.progress.steps_in_sum:
+            self._write(last)
 
-    def _record(self, numbers: StepNumbers) -> None:
+    def _read(self, num_left: int) -> None:
+        """Raises InputError if the loss of a step is not finite."""
+        while len(self.unread) > num_left:
+            numbers = self.unread.popleft()
+            loss, _, self.stop_requests = numbers.read()
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"train: the loss of step {numbers.step} is {loss}. Use a smaller train.learning_rate; on a GPU "
+                    "without bfloat16, use compute.compute_dtype=float32."
+                )
+            self.progress.loss_sum += loss
+            self.progress.steps_in_sum += 1
+            if numbers.step == 1 or numbers.step % self.logging_steps == 0:
+                self._write(numbers)
+
+    def _write(self, numbers: StepNumbers) -> None:
         progress = self.progress
-        loss, norm, self.stop_requests = numbers.read()
-        progress.loss_sum += loss
-        progress.steps_in_sum += 1
-        if numbers.step != 1 and numbers.step % self.logging_steps:
-            return
-        loss = progress.loss_sum / progress.steps_in_sum
-        if not math.isfinite(loss):
-            raise InputError(
-                f"train: the loss of step {numbers.step} is {loss}. Use a smaller train.learning_rate; on a GPU "
-                "without bfloat16, use compute.compute_dtype=float32."
-            )
         entry = {
             "step": numbers.step,
-            "train/loss": loss,
+            "train/loss": progress.loss_sum / progress.steps_in_sum,
             "learning_rate": numbers.learning_rate,
-            "gradient_norm": norm,
+            "gradient_norm": numbers.read()[1],
         }
         self.tracker.log(progress.history, entry)
         progress.loss_sum, progress.steps_in_sum = 0.0, 0
