@@ -150,7 +150,7 @@ class Quantization(Section):
     placement: Placement | Literal["auto"]
     """Where the decoder layers are. gpu: in GPU memory. host: in pinned host memory; each layer is copied to the GPU
     when it is needed, so a model larger than the GPU can train. Does not change the result. auto: the faster one that
-    fits."""
+    fits. loftq, pissa, olora and use_dora need gpu."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -228,7 +228,8 @@ class FindBatch(Section):
     steps: Annotated[int, Field(ge=2)]
     """Optimizer steps per measurement. The first step is a warm-up and is not timed."""
     memory_gib: Gib | Literal["auto"]
-    """GPU memory budget in GiB. auto: all free memory. A number emulates a smaller GPU."""
+    """GPU memory budget of a training step in GiB. auto: all free memory. A number emulates a smaller GPU. It does not
+    limit evaluate."""
     cpu_memory_gib: Gib
     """Budget for the tensors of a step on a machine without a GPU, in GiB."""
     gpu_headroom_gib: Annotated[float, Field(ge=0)]
@@ -245,7 +246,8 @@ class Train(Section):
 
     effective_batch: Positive | Literal["auto"]
     """Sequences per optimizer step. The per-device batch and accumulation divide it, so the result does not depend on
-    the GPU's memory. auto: the largest batch that fits."""
+    the GPU's memory. auto: the largest batch that fits. The demo has 4; 16 to 64 suit a real model. A number below the
+    number of processes leaves GPUs idle."""
     num_train_epochs: Annotated[float, Field(gt=0)]
     """Passes over the training documents; fractions are allowed."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)]
