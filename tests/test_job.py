@@ -411,7 +411,9 @@ def test_a_signal_saves_a_checkpoint_and_the_next_run_resumes(outputs: Path) -> 
 
 def fingerprint_now() -> str:
     batch = read("metrics/batch.json")
-    plan = BatchPlan("reference", batch["gradient_checkpointing"], batch["per_device_batch"], batch["effective_batch"])
+    plan = loop.BatchPlan(
+        "reference", batch["gradient_checkpointing"], batch["per_device_batch"], batch["effective_batch"]
+    )
     return job.run_fingerprint(read_params(), plan)
 
 
