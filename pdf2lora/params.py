@@ -222,9 +222,9 @@ class FindBatch(Section):
     """Search for the batch size. It measures real training steps in a child process."""
 
     min: Positive
-    """Smallest per-device batch, in sequences. find_batch stops with an error if it does not fit."""
+    """The first batch that is measured, in sequences. find_batch stops with an error if it does not fit."""
     max: Positive
-    """Largest per-device batch, in sequences."""
+    """The largest batch that is measured, in sequences."""
     steps: Annotated[int, Field(ge=2)]
     """Optimizer steps per measurement. The first step is a warm-up and is not timed."""
     memory_gib: Gib | Literal["auto"]
