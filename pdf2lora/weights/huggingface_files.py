@@ -219,9 +219,15 @@ def largest_token_id(tokenizer: Tokenizer) -> int:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Raises InputError if the file is not a tokenizer.json."""
+    """The tokenizer without the truncation and the padding that a tokenizer.json can set.
+
+    Raises InputError if the file is not a tokenizer.json.
+    """
     require_no_pointer(path)
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more specific
         raise InputError(f"{path}: this is not a tokenizer ({error}). Download the file again.") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
