@@ -215,6 +215,12 @@ class TestDoctor:
 
         assert "problem  corpus        data/pdfs/demo has no file that ends in .pdf" in printed(capsys, status=1)
 
+    def test_a_corpus_without_a_readable_page_is_a_problem(self, project, capsys):
+        for name in ("one.pdf", "sub/two.PDF"):
+            (project / "data/pdfs/demo" / name).write_bytes(b"not a PDF")
+
+        assert "problem  corpus        pdfium can read no page of data/pdfs/demo." in printed(capsys, status=1)
+
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
