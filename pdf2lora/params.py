@@ -41,6 +41,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
 ModuleName = Annotated[str, Field(pattern=MODULE_NAME)]
 ALL_LINEAR = "all-linear"
+UNQUANTIZED_GPU_SHARE = 0.8  # of the free GPU memory for an unquantized base; the rest: activations and logits
 Placement = Literal["gpu", "host"]  # of a base model's decoder layers
 ENTRY = re.compile(r"\.\d+$")  # of a list, in the path of an error
 DICTIONARY = re.compile(r"a valid dictionary( or instance of \w+)?")  # pydantic's words for a section

@@ -156,10 +156,10 @@ def git() -> Finding:
     )
 
 
-def memory(needed_gib: float) -> Finding:
+def memory(needed_gib: float, remedy: str = "Free some") -> Finding:
     available_gib = available_bytes() / GIB
     if available_gib < needed_gib:
-        text = f"{available_gib:.1f} GiB free, about {needed_gib:.1f} GiB needed. Free some (free -h shows it)."
+        text = f"{available_gib:.1f} GiB free, about {needed_gib:.1f} GiB needed. {remedy} (free -h shows it)."
         return Finding("problem", "memory", text)
     return Finding("ok", "memory", f"{available_gib:.1f} GiB free, {psutil.cpu_count(logical=True)} processors")
 
