@@ -14,7 +14,7 @@ MAX_DIMENSION = 2**20  # eight times the largest number in any Llama's params.js
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError if the file is missing or is not a JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows programs write a byte order mark
     except FileNotFoundError:
         raise InputError(f"{path}: the file is missing. Download it again with the source model.") from None
     except (ValueError, RecursionError) as error:
