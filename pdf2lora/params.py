@@ -77,8 +77,9 @@ class Section(BaseModel):
 class SourceModel(Section):
     """Facts about one base model that its files do not contain."""
 
-    llama_version: Annotated[Literal["1", "2", "3", "3.1", "3.2"], BeforeValidator(_unquoted)] | None = None
-    """Selects RoPE scaling, context length and special tokens. Meta's params.json does not distinguish 3.1 from 3.2."""
+    llama_version: Annotated[Literal["1", "2", "3", "3.1", "3.2", "3.3"], BeforeValidator(_unquoted)] | None = None
+    """Selects RoPE scaling, context length and special tokens. Meta's params.json does not distinguish 3.1, 3.2
+    and 3.3."""
     hub_id: str | None = None
     """The model's name on the Hugging Face hub, for users of the exported adapter."""
 
