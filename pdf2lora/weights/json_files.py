@@ -1,5 +1,6 @@
 """JSON files of a source model, read with checks."""
 
+import codecs
 import json
 import math
 from collections.abc import Mapping
@@ -22,6 +23,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: the file must be a JSON object. Download the file again.")
     return value
+
+
+def copy_json(file: Path, target: Path) -> None:
+    """Copies a JSON file without its byte order mark, which transformers cannot read."""
+    target.write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
 
 
 def whole_number(values: Mapping[str, Any], key: str, path: Path, default: int | None = None) -> int:
