@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from commands.arguments import require_no_arguments
 from pdf2lora.documents.sources import Listing, list_corpus
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.params import Params, read_params
@@ -96,4 +97,5 @@ def print_report(findings: Sequence[Finding], estimates: Sequence[Estimate]) -> 
 
 
 if __name__ == "__main__":
+    require_no_arguments(__doc__)
     main()
