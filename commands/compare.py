@@ -15,6 +15,7 @@ from typing import Any
 import dvc.api
 import pandas as pd
 
+from commands.arguments import require_no_arguments
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.evaluation.comparison import Comparison, compare, parse_table
 from pdf2lora.evaluation.revisions import is_evaluated, read_at
@@ -66,16 +67,16 @@ def read_table(row: Row) -> pd.DataFrame | None:
 
 def seed_noise(rows: Sequence[Row], settings: Sequence[str]) -> float | None:
     """The largest relative difference in perplexity of runs that differ only in train.seed; None without such runs."""
-    runs = defaultdict(list)
+    groups = defaultdict(list)
     for row in rows:
         others = tuple(str(row.get(name)) for name in settings if name not in ("train.seed", "evaluate.compare_to"))
-        runs[others].append((row.get("train.seed"), row["adapted.perplexity"]))
-    differences = [
-        max(perplexities) / min(perplexities) - 1
-        for group in runs.values()
-        if len({seed for seed, _ in group}) > 1
-        for perplexities in [[perplexity for _, perplexity in group]]
-    ]
+        groups[others].append(row)
+    differences = []
+    for group in groups.values():
+        seeds = {row.get("train.seed") for row in group}
+        perplexities = [row["adapted.perplexity"] for row in group]
+        if len(seeds) > 1:
+            differences.append(max(perplexities) / min(perplexities) - 1)
     return max(differences, default=None)
 
 
@@ -134,4 +135,5 @@ def format_table(rows: Sequence[Sequence[str]], width: int) -> str:
 
 
 if __name__ == "__main__":
+    require_no_arguments(__doc__)
     main()

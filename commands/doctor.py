@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from commands.arguments import require_no_arguments
 from pdf2lora.documents.sources import Listing, list_corpus
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.params import Params, read_params
@@ -18,14 +19,14 @@ from pdf2lora.preflight.environment import Gpu
 from pdf2lora.preflight.findings import Finding, has_problem
 from pdf2lora.preflight.folders import require_folders
 from pdf2lora.preflight.forecast import Estimate, forecast, required_disk_gib, schedule_notes, training_sequences
+from pdf2lora.preflight.host_memory import host_memory
 from pdf2lora.preflight.model_shape import ModelShape
-from pdf2lora.preflight.placement import placement, streams_layers
+from pdf2lora.preflight.placement import placement
 from pdf2lora.preflight.previous_run import PreviousRun
 from pdf2lora.preflight.source_model import source_model
 from pdf2lora.preflight.token_count import count_training_tokens
 
 REQUIREMENTS = Path("requirements.txt")
-LIBRARIES_GIB = 1.5  # torch, transformers and the rest, in memory
 
 
 @report_input_errors
@@ -48,6 +49,9 @@ def main() -> None:
     if shape is not None and not has_problem(inputs):
         previous = PreviousRun.read(params)
         tokens = count_training_tokens(params, previous, folder, listing.sources)
+        if tokens.num_tokens == 0:
+            text = f"pdfium can read no page of {folder}. Put PDFs there that are whole and open without a password."
+            findings.append(Finding("problem", "corpus", text))
         estimates = forecast(params, previous, shape, gpus, tokens)
         findings += schedule_notes(previous, params, training_sequences(params, tokens))
         findings += check_capacity(params, previous, shape, gpus)
@@ -73,12 +77,9 @@ def check_machine(params: Params, gpus: list[Gpu]) -> list[Finding]:
 
 def check_capacity(params: Params, previous: PreviousRun, shape: ModelShape, gpus: Sequence[Gpu]) -> list[Finding]:
     """Free memory and disk space for this model."""
-    streams = bool(gpus) and streams_layers(params, shape, gpus)
-    layers_gib = shape.layers_gib(params.quantization)
-    host_gib = shape.base_gib(params.quantization) if not gpus else layers_gib if streams else 0.0
-    packed_gib = layers_gib if gpus and params.quantization.bits == 4 else 0.0
+    packed_gib = shape.layers_gib(params.quantization) if gpus and params.quantization.bits == 4 else 0.0
     findings = [
-        environment.memory(LIBRARIES_GIB + host_gib),
+        host_memory(params, shape, gpus),
         environment.disk(Path(), required_disk_gib(previous, shape) + packed_gib),
     ]
     if gpus and (finding := placement(params, shape, gpus)):
@@ -96,4 +97,5 @@ def print_report(findings: Sequence[Finding], estimates: Sequence[Estimate]) -> 
 
 
 if __name__ == "__main__":
+    require_no_arguments(__doc__)
     main()

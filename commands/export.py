@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
+from commands.arguments import require_no_arguments
 from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.evaluation.metrics import Metrics, model_metrics, text_size
@@ -136,4 +137,5 @@ def measure(model: Path, params: Params) -> Metrics:
 
 
 if __name__ == "__main__":
+    require_no_arguments(__doc__)
     main()

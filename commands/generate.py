@@ -70,9 +70,10 @@ def read_prompts(file: Path | None) -> list[str]:
             prompt = os.environ.get("PROMPT", "")
             if not prompt and not sys.stdin.isatty():
                 prompt = sys.stdin.read().removesuffix("\n")
+            prompt.encode()  # bytes of PROMPT that are not UTF-8 are surrogates in the string
             prompts = [prompt] if prompt.strip() else []
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file or 'standard input'}: not UTF-8 ({error}). Convert it with iconv -t UTF-8.") from None
+    except UnicodeError as error:
+        raise InputError(f"{file or 'the prompt'}: not UTF-8 ({error}). Convert it with iconv -t UTF-8.") from None
     if not prompts:
         raise InputError('The prompt is empty. Give the beginning of a text: make generate PROMPT="The sea level"')
     return prompts

@@ -23,6 +23,7 @@ import psutil
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from commands.arguments import require_no_arguments
 from pdf2lora.runtime.files import write_json
 from pdf2lora.runtime.processes import is_alive
 
@@ -107,4 +108,5 @@ def _has_keys(path: Path, *keys: str) -> bool:
 
 
 if __name__ == "__main__":
+    require_no_arguments(__doc__)
     main()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import vl_convert
 
+from commands.arguments import require_no_arguments
 from pdf2lora.runtime.files import atomic_write
 
 TEMPLATE = Path(".dvc/tmp/plots.html")
@@ -47,4 +48,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    require_no_arguments(__doc__)
     main()

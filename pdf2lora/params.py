@@ -41,6 +41,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Gib = Annotated[float, Field(gt=0)]
 ModuleName = Annotated[str, Field(pattern=MODULE_NAME)]
 ALL_LINEAR = "all-linear"
+UNQUANTIZED_GPU_SHARE = 0.8  # of the free GPU memory for an unquantized base; the rest: activations and logits
 Placement = Literal["gpu", "host"]  # of a base model's decoder layers
 ENTRY = re.compile(r"\.\d+$")  # of a list, in the path of an error
 DICTIONARY = re.compile(r"a valid dictionary( or instance of \w+)?")  # pydantic's words for a section
@@ -76,8 +77,9 @@ class Section(BaseModel):
 class SourceModel(Section):
     """Facts about one base model that its files do not contain."""
 
-    llama_version: Annotated[Literal["1", "2", "3", "3.1", "3.2"], BeforeValidator(_unquoted)] | None = None
-    """Selects RoPE scaling, context length and special tokens. Meta's params.json does not distinguish 3.1 from 3.2."""
+    llama_version: Annotated[Literal["1", "2", "3", "3.1", "3.2", "3.3"], BeforeValidator(_unquoted)] | None = None
+    """Selects RoPE scaling, context length and special tokens. Meta's params.json does not distinguish 3.1, 3.2
+    and 3.3."""
     hub_id: str | None = None
     """The model's name on the Hugging Face hub, for users of the exported adapter."""
 

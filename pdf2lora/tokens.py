@@ -43,6 +43,8 @@ class Encoder:
     @classmethod
     def from_json(cls, tokenizer_json: str, bos: int | None, eos: int) -> "Encoder":
         tokenizer = Tokenizer.from_str(tokenizer_json)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # "<|end_of_text|>" in a document is plain text
         return cls(tokenizer, bos, eos)
 

@@ -1,13 +1,13 @@
 """check: params.yaml -> data/checked
 
-Runs before the other stages after each change of params.yaml. It reports invalid settings, missing folders, damaged
-archives and an unusable source model within two seconds, before a later stage imports torch, and before DVC deletes old
-outputs. Its output never changes, so it does not make other stages run again.
+Runs before the other stages after each change of params.yaml. It reports invalid settings, missing folders, a corpus
+without PDFs, damaged archives and an unusable source model within two seconds, before a later stage imports torch, and
+before DVC deletes old outputs. Its output never changes, so it does not make other stages run again.
 """
 
 from pathlib import Path
 
-from pdf2lora.documents.sources import list_corpus
+from pdf2lora.documents.sources import list_corpus, require_sources
 from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
 from pdf2lora.params import read_params
 from pdf2lora.paths import CORPORA
@@ -24,7 +24,7 @@ CHECKED = Path("data/checked")
 def main() -> None:
     params = read_params()
     require_folders(params)
-    list_corpus(CORPORA / params.corpus)
+    require_sources(CORPORA / params.corpus, list_corpus(CORPORA / params.corpus))
     inspect_for(params)
 
     if params.evaluate.compare_to != "none":

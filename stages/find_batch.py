@@ -164,17 +164,25 @@ def batch_json(
         "per_device_batch": choice.per_device_batch,
         "gradient_accumulation_steps": choice.gradient_accumulation_steps,
         "effective_batch": choice.per_device_batch * num_processes if effective == "auto" else effective,
-        "modes": {
-            mode.gradient_checkpointing: {"largest_batch": mode.largest}
-            | ({"fixed_gib": round(line[0], 3), "gib_per_sequence": round(line[1], 4)} if line else {})
-            for mode in searched
-            for line in [memory_model(mode.probes)]
-        },
+        "modes": {mode.gradient_checkpointing: mode_json(mode) for mode in searched},
         "probes": [
             {"gradient_checkpointing": mode.gradient_checkpointing, **asdict(probe)}
             for mode in searched
             for probe in mode.probes
         ],
+    }
+
+
+def mode_json(mode: Mode) -> dict[str, Any]:
+    """The largest batch of one value of gradient_checkpointing, and its memory model if there are enough probes."""
+    model = memory_model(mode.probes)
+    if model is None:
+        return {"largest_batch": mode.largest}
+    fixed_gib, gib_per_sequence = model
+    return {
+        "largest_batch": mode.largest,
+        "fixed_gib": round(fixed_gib, 3),
+        "gib_per_sequence": round(gib_per_sequence, 4),
     }
 
 

@@ -6,6 +6,7 @@ import pytest
 from example_run import write_run
 from helpers import REPOSITORY
 from ruamel.yaml import YAML
+from tiny_meta import rewrite_json
 
 from pdf2lora.params import read_params
 from pdf2lora.report.card import render_card
@@ -31,6 +32,16 @@ def test_has_perplexities_settings_and_licence(project):
     assert "25.0%" in card
     assert "| lora.target_modules | q_proj, k_proj, v_proj, o_proj |" in card
     assert "LICENSE.txt" in card
+
+
+def test_a_worse_adapter_raises_the_perplexity(project):
+    worse = {"share": -0.085, "low_95": -0.1, "high_95": -0.07}
+    rewrite_json(project / "metrics/eval.json", improvement=worse, improvement_over_unquantized=worse)
+
+    card = card_of(project)
+
+    assert "The adapter raises the perplexity of the 4-bit base by 8.5% (95% interval: 7.0% to 10.0%)." in card
+    assert "Compared with the unquantized base, it is higher by 8.5% (7.0% to 10.0%)." in card
 
 
 def test_names_a_missing_licence(project):

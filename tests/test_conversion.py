@@ -18,7 +18,7 @@ def test_an_unknown_version_is_refused(tmp_path: Path, target: Path) -> None:
     write_tiny_meta(tmp_path / "tiny", "3")
 
     with pytest.raises(
-        InputError, match=r'models.tiny.llama_version is "4", which is not.* Use one of 1, 2, 3, 3.1, 3.2'
+        InputError, match=r'models.tiny.llama_version is "4", which is not.* Use one of 1, 2, 3, 3.1, 3.2, 3.3'
     ):
         convert_default(tmp_path / "tiny", target, "4")
 

@@ -48,9 +48,13 @@ def after_a_run(project, write_params):
     write_params({"compute.seq_length": 64, "evaluate.stride": 64})
     params = YAML(typ="safe").load((project / "params.yaml").read_text())
 
+    def size_of(dep):
+        sizes = [file.stat().st_size for file in (project / dep).rglob("*") if file.is_file()]
+        return {"size": sum(sizes), "nfiles": len(sizes)}
+
     def stage(sections, *deps):
         locked = {section: params[section] for section in sections}
-        return {"params": {"params.yaml": locked}, "deps": [{"path": dep, "md5": "0"} for dep in deps]}
+        return {"params": {"params.yaml": locked}, "deps": [{"path": dep, "md5": "0"} | size_of(dep) for dep in deps]}
 
     lock = {
         "extract": stage(["extract"], "data/pdfs/demo"),
@@ -147,6 +151,11 @@ class TestDoctor:
         assert "1,500 characters in data/split/train.jsonl, 4 per token" in output
         assert "measured" not in output
 
+    def test_a_run_with_other_pdfs_does_not_count(self, after_a_run, capsys):
+        write_pdf(after_a_run / "data/pdfs/demo/three.pdf", [prose(3)])
+
+        assert "estimated: 5 pages (pdfium)" in printed(capsys)
+
     @pytest.mark.parametrize("changed", ["data/split", "models/base/tokenizer.json"])
     def test_tokens_of_another_text_or_tokenizer_do_not_count(self, after_a_run, capsys, changed):
         yaml = YAML(typ="safe")
@@ -214,6 +223,12 @@ class TestDoctor:
         Path("data/pdfs/demo").mkdir()
 
         assert "problem  corpus        data/pdfs/demo has no file that ends in .pdf" in printed(capsys, status=1)
+
+    def test_a_corpus_without_a_readable_page_is_a_problem(self, project, capsys):
+        for name in ("one.pdf", "sub/two.PDF"):
+            (project / "data/pdfs/demo" / name).write_bytes(b"not a PDF")
+
+        assert "problem  corpus        pdfium can read no page of data/pdfs/demo." in printed(capsys, status=1)
 
     @pytest.mark.parametrize(
         ("changes", "words"),

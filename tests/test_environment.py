@@ -100,6 +100,17 @@ def test_a_gpu_without_its_own_memory_uses_that_of_the_machine(tmp_path, monkeyp
     assert gpu.memory_gib == pytest.approx(psutil.virtual_memory().total / 2**30)
 
 
+def test_a_driver_that_does_not_know_the_compute_capability(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'Tesla T4, 440.33, 15360, [N/A]'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
+    gpus = environment.find_gpus()
+
+    assert gpus == [Gpu("Tesla T4", "440.33", 15.0, None)]
+    assert environment.gpu(gpus, "auto").level == "ok"
+
+
 def test_a_missing_git_is_a_problem(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
 

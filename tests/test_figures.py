@@ -5,7 +5,7 @@ import re
 import pytest
 from matplotlib.text import Text
 
-from pdf2lora.report import figures
+from pdf2lora.report import figures, style
 
 
 def memory_figure(budget_gib):
@@ -79,3 +79,10 @@ def test_bounds_are_of_one_value_of_gradient_checkpointing():
 )
 def test_a_long_name_loses_its_folders_and_then_its_middle(name, expected):
     assert figures.shortened(name, length=10) == expected
+
+
+@pytest.mark.parametrize("name", ["cost_$5_and_$10", "100$ bill", r"x_$\frac$ y"])
+def test_a_dollar_sign_starts_no_formula(name):
+    figure = figures.documents([{"id": f"{name}.pdf", "base_perplexity": 9.0, "adapted_perplexity": 8.0}])
+
+    assert name in style.svg(figure)

@@ -68,6 +68,11 @@ def test_a_prompt_that_is_not_utf8_is_refused(run, tmp_path):
         run("--prompts", "prompts.txt")
 
 
+def test_a_prompt_of_the_environment_that_is_not_utf8_is_refused(run):
+    with pytest.raises(SystemExit, match=r"the prompt: not UTF-8 .*Convert it"):
+        run(PROMPT=os.fsdecode("Stra\xdfe".encode("latin-1")))
+
+
 def test_an_empty_prompt_is_refused(run):
     with pytest.raises(SystemExit, match="The prompt is empty"):
         run()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_llama import EOS, changed, write_tiny_llama
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import LlamaForCausalLM
 
 from pdf2lora.evaluation import generation
@@ -121,6 +122,27 @@ def test_a_character_of_several_tokens_is_one_piece(tiny, monkeypatch):
 
     assert generate_texts(tiny, ["The sea"], on_text=pieces.append) == ["aß€"]
     assert pieces == ["a", "ß", "€"]
+
+
+def test_a_continuation_keeps_the_space_before_it(tiny, monkeypatch):
+    """Decoders as in Llama 2 and Mistral remove the first space of a text."""
+    words = ["<unk>", "<s>", "</s>", "▁The", "▁ice", "▁melts"]
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=0))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+
+    def continuation(forward, starts, encoder, settings, streamer):
+        for tokens in ([1, 3], [4], [5]):
+            streamer.put(torch.tensor(tokens))
+        streamer.end()
+        return torch.tensor([[4, 5]])
+
+    monkeypatch.setattr(generation, "_continue_with_cache", continuation)
+    monkeypatch.setattr(generation, "_continue_with_passes", continuation)
+    pieces = []
+
+    assert generate_texts((tiny[0], Encoder(tokenizer, 1, 2)), ["The"], on_text=pieces.append) == [" ice melts"]
+    assert pieces == [" ice", " melts"]
 
 
 @pytest.mark.parametrize("tiny", ["cache"], indirect=True)

@@ -1,13 +1,14 @@
 """Source models in Hugging Face's layout: copied, or refused with the reason."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_meta import Weights, convert_default, read_weights, rewrite_json, write_tiny_meta
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -73,6 +74,38 @@ def test_older_config(source: Path, target: Path) -> None:
     (source / "config.json").write_text(json.dumps(config))
     summary = convert_default(source, target)
     assert (summary["rope_theta"], summary["rope_factor"], summary["dtype"]) == (500000.0, 32.0, "float32")
+
+
+@pytest.mark.parametrize("num_files", [1, 5])
+def test_a_missing_prefix_is_added_to_the_names(source: Path, target: Path, tmp_path: Path, num_files: int) -> None:
+    weights = read_weights(source)
+    if num_files == 1:
+        shutil.rmtree(source)
+        convert_default(tmp_path / "tiny", source)
+    for file in source.glob("*.safetensors"):
+        save_file({name.removeprefix("model."): weight for name, weight in load_file(file).items()}, file)
+    if num_files > 1:
+        index = source / "model.safetensors.index.json"
+        weight_map = json.loads(index.read_text())["weight_map"]
+        rewrite_json(index, weight_map={name.removeprefix("model."): file for name, file in weight_map.items()})
+
+    convert_default(source, target)
+
+    converted = read_weights(target)
+    assert converted.keys() == weights.keys()
+    assert all(torch.equal(converted[name], weight) for name, weight in weights.items())
+    AutoModelForCausalLM.from_pretrained(target, local_files_only=True)
+
+
+def test_byte_order_marks_are_removed(source: Path, target: Path) -> None:
+    names = [file.name for file in source.glob("*.json")]
+    contents = {name: (source / name).read_text(encoding="utf-8") for name in names}
+    for name in names:
+        (source / name).write_text(contents[name], encoding="utf-8-sig")
+
+    convert_default(source, target)
+
+    assert {name: (target / name).read_text(encoding="utf-8") for name in names} == contents
 
 
 def test_cut_weights(source: Path, target: Path) -> None:

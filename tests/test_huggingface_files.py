@@ -52,7 +52,7 @@ def test_sizes_are_read_from_the_headers(source: Path) -> None:
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
             "quantized (8-bit bitsandbytes). Use the unquantized model",
         ),
-        ({"quantization_config": None}, "quantized (UNKNOWN)"),
+        ({"quantization_config": {}}, "quantized (UNKNOWN)"),
         (
             {"rope_parameters": {"rope_type": "longlora"}},
             'rope_parameters has the type "longlora"; it must be one of default, linear, dynamic, yarn, longrope, ',
@@ -69,6 +69,31 @@ def test_a_model_that_cannot_be_trained_is_refused(source: Path, changes: dict[s
     rewrite_json(source / "config.json", **changes)
 
     assert words in refusal(source)
+
+
+def test_quantization_config_null_is_an_unquantized_model(source: Path) -> None:
+    rewrite_json(source / "config.json", quantization_config=None)
+
+    assert json.loads((source / "config.json").read_text())["quantization_config"] is None
+    assert not read_huggingface(source).is_4bit
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_byte_order_mark_is_accepted(source: Path, name: str) -> None:
+    (source / name).write_text((source / name).read_text(encoding="utf-8"), encoding="utf-8-sig")
+
+    assert read_huggingface(source).num_layers == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float16])
+def test_stored_masks_are_no_weights(source: Path, dtype: torch.dtype) -> None:
+    num_parameters = read_huggingface(source).num_parameters
+    weights = load_file(source / "model.safetensors")
+    masks = {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8, dtype=dtype)}
+    masks["gpt_neox.layers.0.attention.masked_bias"] = torch.ones((), dtype=dtype)
+    save_file(weights | masks, source / "model.safetensors", {"format": "pt"})
+
+    assert read_huggingface(source).num_parameters == num_parameters
 
 
 def test_missing_files_are_named(source: Path) -> None:

@@ -97,6 +97,7 @@ class TestLogits:
             pytest.param("2", 2, False, 2, 10000.0, None, id="2, grouped queries"),
             pytest.param("3", 1, False, 2, 500000.0, None, id="3"),
             pytest.param("3.1", 2, False, 2, 500000.0, 8.0, id="3.1, two shards"),
+            pytest.param("3.3", 1, False, 2, 500000.0, 8.0, id="3.3"),
             pytest.param("3.2", 1, True, 1, 500000.0, 32.0, id="3.2, tied, one key head"),
             pytest.param("3.2", 2, True, 2, 500000.0, 32.0, id="3.2, tied, two shards"),
         ],

@@ -83,7 +83,7 @@ def test_params_cannot_be_changed() -> None:
         ("quantization.bits", "4", "must be 4, 8 or 16"),
         ("quantization.bnb_4bit_quant_type", "int4", "must be 'nf4' or 'fp4'"),
         ("compute.attention", "eager", "must be 'auto', 'flash_attention_2' or 'sdpa'"),
-        ("models.demo.llama_version", "3.3", "must be '1', '2', '3', '3.1' or '3.2'"),
+        ("models.demo.llama_version", "3.4", "must be '1', '2', '3', '3.1', '3.2' or '3.3'"),
         ("corpus", "ar6.wg1", "must have only letters, digits, '_' and '-'"),
         ("model", "llama_3.2", "must have only letters, digits, '_' and '-'"),
         ("corpus", "../other", "must have only letters, digits, '_' and '-'"),

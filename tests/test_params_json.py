@@ -62,7 +62,7 @@ def test_a_damaged_file_is_refused(file: Path, content: str | None, words: str) 
 @pytest.mark.parametrize(
     ("version", "is_scaled", "words"),
     [
-        ("3", True, 'models.tiny.llama_version is "3", which has no scaled rope. Set .* (3.1 or 3.2)'),
+        ("3", True, 'models.tiny.llama_version is "3", which has no scaled rope. Set .* (3.1 or 3.2 or 3.3)'),
         ("3.1", False, 'is "3.1", which has scaled rope (factor 8). Set .* (1 or 2 or 3)'),
         ("3.2", None, 'use_scaled_rope is false, but models.tiny.llama_version is "3.2", which has scaled rope'),
         ("2", True, 'models.tiny.llama_version is "2", which has no scaled rope'),
@@ -87,4 +87,4 @@ def test_feed_forward_size_by_meta_s_rule(file: Path, params: dict[str, Any], ex
 
 
 def test_versions() -> None:
-    assert list(VERSIONS) == ["1", "2", "3", "3.1", "3.2"]
+    assert list(VERSIONS) == ["1", "2", "3", "3.1", "3.2", "3.3"]

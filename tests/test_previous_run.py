@@ -12,7 +12,9 @@ def params(write_params):
 
 
 def run_with(params, stage, locked=None, dep=None):
-    entry = {"params": {"params.yaml": locked or {}}, "deps": [{"path": dep, "md5": "0"}] if dep else []}
+    """dep: a folder with one file of two bytes."""
+    deps = [{"path": dep, "md5": "0", "size": 2, "nfiles": 1}] if dep else []
+    entry = {"params": {"params.yaml": locked or {}}, "deps": deps}
     return PreviousRun(params, stages={stage: entry}, machine={}, batch={})
 
 
@@ -25,9 +27,22 @@ def test_same_params(params):
     assert not run_with(params, "train", current).ran_with_same_params("find_batch")
 
 
-def test_the_base_is_current_if_convert_read_this_source_model(params):
+def test_the_base_is_current_if_convert_read_this_source_model(params, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "models/source" / params.model
+    (source / ".cache").mkdir(parents=True)
+    (source / ".cache/times").write_text("DVC ignores this file")
+    (source / "config.json").write_text("{}")
+
     assert run_with(params, "convert", dep=f"models/source/{params.model}").has_current_base
     assert not run_with(params, "convert", dep="models/source/other").has_current_base
+
+    (source / "tokenizer.json").touch()
+    assert not run_with(params, "convert", dep=f"models/source/{params.model}").has_current_base
+
+    (source / "tokenizer.json").unlink()
+    (source / "config.json").write_text('{"a": 1}')
+    assert not run_with(params, "convert", dep=f"models/source/{params.model}").has_current_base
 
 
 def test_same_sequence_length(params):

@@ -25,6 +25,12 @@ def test_reads_text_files_and_documents_of_pdfs(tmp_path):
     assert list(read_replay(tmp_path / "books")) == TEXTS
 
 
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_text("The sea rises.", encoding="utf-8-sig")
+
+    assert list(read_replay(tmp_path)) == ["The sea rises."]
+
+
 def test_a_folder_without_text_is_refused(tmp_path):
     (tmp_path / "a.pdf").touch()
 

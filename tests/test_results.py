@@ -55,6 +55,7 @@ def test_an_empty_field_of_a_curve_is_nan(tmp_path):
 def test_licences_are_found_by_name(tmp_path, name):
     (tmp_path / name).touch()
     (tmp_path / "params.json").touch()
+    (tmp_path / "LICENSES").mkdir()
 
     assert find_licences(tmp_path) == [name]
 

@@ -71,3 +71,7 @@ def test_an_ordinary_training_has_no_warning(changes):
 def test_a_constant_rate_has_no_warm_up():
     assert warnings_of(4, lr_scheduler_type="constant", warmup_steps=0.5) == []
     assert highest_rate(4, lr_scheduler_type="constant", warmup_steps=0.5) == 1
+
+
+def test_a_training_without_sequences_has_no_warning():
+    assert warnings_of(0) == []

@@ -5,13 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_llama import BOS, EOS, SPECIAL_TOKENS, byte_tokenizer
+from tiny_llama import BOS, EOS, PAD, SPECIAL_TOKENS, byte_tokenizer
 from tokenizers import processors
 
 from pdf2lora.errors import InputError
+from pdf2lora.weights.huggingface_files import load_tokenizer
 from pdf2lora.weights.special_tokens import find_bos, find_eos
 
 BOS_TOKEN, EOS_TOKEN = SPECIAL_TOKENS[:2]
+
+
+def test_padding_of_tokenizer_json_is_not_bos(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS_TOKEN} $A", special_tokens=[(BOS_TOKEN, BOS)]
+    )
+    tokenizer.enable_padding(direction="left", pad_id=PAD, length=8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+
+    assert find_bos(load_tokenizer(tmp_path / "tokenizer.json"), {}) == BOS
 
 
 @pytest.mark.parametrize(

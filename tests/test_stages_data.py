@@ -242,6 +242,14 @@ def test_check_refuses_an_unknown_corpus_and_lists_the_known_ones(project: Write
     assert has_no_outputs()
 
 
+def test_check_refuses_a_corpus_without_pdfs(project: WriteParams) -> None:
+    Path("data/pdfs/demo").mkdir(parents=True)
+    shutil.copytree(REPOSITORY / "models/source/demo", "models/source/demo")
+    project({"corpus": "demo"})
+    assert error_message(check.main).startswith("error: corpus: data/pdfs/demo has no .pdf file.")
+    assert has_no_outputs()
+
+
 def test_check_refuses_an_unknown_model(project: WriteParams) -> None:
     project({"model": "llama_8b"})
     assert error_message(check.main) == (
@@ -253,6 +261,7 @@ def test_check_refuses_an_unknown_model(project: WriteParams) -> None:
 
 def test_check_refuses_a_source_model_that_cannot_be_used(project: WriteParams) -> None:
     Path("data/pdfs/demo").mkdir(parents=True)
+    Path("data/pdfs/demo/a.pdf").touch()
     shutil.copytree(REPOSITORY / "models/source/demo", "models/source/demo")
     Path("models/source/demo/tokenizer.model").unlink()
     project({"corpus": "demo"})
@@ -264,6 +273,7 @@ def test_the_output_of_check_does_not_depend_on_the_corpus(project: WriteParams)
     outputs = set()
     for name in ("reports", "climate"):
         Path("data/pdfs", name).mkdir(exist_ok=True)
+        Path("data/pdfs", name, "a.pdf").touch()
         shutil.copytree(REPOSITORY / "models/source/demo", "models/source/demo", dirs_exist_ok=True)
         project({"corpus": name, "model": "demo"})
         check.main()

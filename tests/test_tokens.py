@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_llama import BOS, CONTEXT_LENGTH, END_OF_TURN, EOS, write_tiny_llama
+from tiny_llama import BOS, CONTEXT_LENGTH, END_OF_TURN, EOS, PAD, byte_tokenizer, write_tiny_llama
 from tiny_meta import rewrite_json
 
 from pdf2lora.errors import InputError
@@ -42,6 +42,16 @@ def test_encode_adds_no_special_tokens(encoder):
     assert tokens.dtype == np.int64
     assert len(tokens) == 3
     assert encoder.encode([""])[0].shape == (0,)
+
+
+def test_truncation_and_padding_of_tokenizer_json_do_not_count():
+    tokenizer = byte_tokenizer()
+    tokenizer.enable_truncation(max_length=4)
+    tokenizer.enable_padding(pad_id=PAD, length=8)
+
+    encoder = Encoder.from_json(tokenizer.to_str(), BOS, EOS)
+
+    assert [len(tokens) for tokens in encoder.encode(["the sea", "ice"])] == [7, 3]
 
 
 def test_special_token_in_a_document_is_encoded_as_text(encoder):

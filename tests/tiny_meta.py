@@ -56,7 +56,7 @@ def make_params(version: str, **changes: Any) -> dict[str, Any]:
         params |= {"vocab_size": -1}
     else:
         params |= {"vocab_size": VOCAB_SIZE, "rope_theta": 500000.0}
-    if version in ("3.1", "3.2"):
+    if version in ("3.1", "3.2", "3.3"):
         params["use_scaled_rope"] = True
     return params | changes
 

@@ -43,13 +43,21 @@ def generate(
     window = sliding_window(forward.model.config)  # the fused kernels have none
     is_long = len(starts) * length > MAX_TOKENS_OF_A_PASS or (window is not None and length > window)
     uses_cache = isinstance(forward, ReferenceForward) or is_long
-    streamer = _TextStreamer(encoder, on_text) if on_text else None
+    streamer = _TextStreamer(encoder, prompts[0], on_text) if on_text else None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         continued = (_continue_with_cache if uses_cache else _continue_with_passes)(
             forward, starts, encoder, settings, streamer
         )
-    return [encoder.tokenizer.decode(ids) for ids in continued.tolist()]
+    return [
+        _decode(encoder, prompt, new)[len(_decode(encoder, prompt)) :]
+        for prompt, new in zip(prompts, continued.tolist(), strict=True)
+    ]
+
+
+def _decode(encoder: Encoder, prompt: Tokens, new: Sequence[int] = ()) -> str:
+    """The text of prompt and new tokens. Alone, the new tokens of Llama 2 or Mistral would lose their first space."""
+    return encoder.tokenizer.decode([*prompt.tolist(), *new])
 
 
 def _continue_with_cache(
@@ -135,12 +143,12 @@ def _end_tokens(model: Any) -> list[int]:
 class _TextStreamer(BaseStreamer):  # type: ignore[misc]
     """Passes text on, token by token. It keeps the bytes of an incomplete character until the next token."""
 
-    def __init__(self, encoder: Encoder, on_text: Callable[[str], object]):
-        self.tokenizer = encoder.tokenizer
+    def __init__(self, encoder: Encoder, prompt: Tokens, on_text: Callable[[str], object]):
+        self.encoder, self.prompt = encoder, prompt
         self.on_text = on_text
         self.received_prompt = False
         self.tokens: list[int] = []
-        self.num_characters = 0  # that were passed on
+        self.num_characters = len(_decode(encoder, prompt))  # that are known or were passed on
 
     def put(self, value: torch.Tensor) -> None:
         if self.received_prompt:
@@ -152,7 +160,7 @@ class _TextStreamer(BaseStreamer):  # type: ignore[misc]
         self._pass_on(is_last=True)
 
     def _pass_on(self, *, is_last: bool = False) -> None:
-        text = self.tokenizer.decode(self.tokens)
+        text = _decode(self.encoder, self.prompt, self.tokens)
         if len(text) > self.num_characters and (is_last or not text.endswith("\N{REPLACEMENT CHARACTER}")):
             self.on_text(text[self.num_characters :])
             self.num_characters = len(text)

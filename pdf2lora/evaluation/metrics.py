@@ -12,11 +12,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pdf2lora.evaluation.intervals import METHOD, Counts, Estimate, Nats, improvement, interval_note, perplexity
+from pdf2lora.evaluation.intervals import (
+    METHOD,
+    Counts,
+    Estimate,
+    Interval,
+    Nats,
+    improvement,
+    interval_note,
+    perplexity,
+)
+from pdf2lora.evaluation.limits import COSTLY_QUANTIZATION
 from pdf2lora.evaluation.rounding import rounded
 from pdf2lora.tokens import Tokens
 
-COSTLY_QUANTIZATION = 0.05  # a larger increase of the perplexity is reported with remedies
 LARGEST_EXPONENT = 709.0  # of a float64
 Metrics = dict[str, Any]
 
@@ -61,7 +70,8 @@ def model_metrics(nats: Nats, sizes: Sequence[TextSize]) -> Metrics:
         "bits_per_byte": total / math.log(2) / sum(size.bytes for size in sizes),
         "word_perplexity": math.exp(nats_per_word) if nats_per_word < LARGEST_EXPONENT else None,
     }
-    return {name: value and rounded(value) for name, value in numbers.items()} | _bounds(estimate)
+    metrics = {name: None if value is None else rounded(value) for name, value in numbers.items()}
+    return metrics | _bounds(estimate)
 
 
 def score_metrics(scores: Scores, sizes: Sequence[TextSize]) -> Metrics:
@@ -146,7 +156,7 @@ def share_metrics(estimate: Estimate) -> Metrics:
 
 def negated(estimate: Estimate) -> Estimate:
     interval = estimate.interval
-    return Estimate(-estimate.value, interval and type(interval)(-interval.high, -interval.low))
+    return Estimate(-estimate.value, None if interval is None else Interval(-interval.high, -interval.low))
 
 
 def token_counts(sizes: Sequence[TextSize]) -> Counts:

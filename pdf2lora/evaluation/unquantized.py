@@ -11,9 +11,7 @@ from pdf2lora.model.device import compute_dtype, device
 from pdf2lora.model.forward import Forward, build_forward
 from pdf2lora.model.kernel_choice import Kernels
 from pdf2lora.model.loading import load_base, read_config
-from pdf2lora.params import Compute, Quantization
-
-FREE_SHARE = 0.8  # share of the free GPU memory for weights; the rest is for activations and logits
+from pdf2lora.params import UNQUANTIZED_GPU_SHARE, Compute, Quantization
 
 Placement = dict[str, torch.device | str]  # name of a module -> its device
 
@@ -60,4 +58,4 @@ def _weights_gib(folder: Path, compute: Compute) -> float:
 
 
 def _free_gpu_gib() -> float:
-    return FREE_SHARE * torch.cuda.mem_get_info()[0] / 2**30
+    return UNQUANTIZED_GPU_SHARE * torch.cuda.mem_get_info()[0] / 2**30

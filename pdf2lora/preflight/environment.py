@@ -28,7 +28,8 @@ class Gpu:
     name: str
     driver: str
     memory_gib: float
-    compute_capability: float
+    compute_capability: float | None
+    """None: the driver does not know it."""
 
 
 def python_version() -> Finding:
@@ -71,9 +72,9 @@ def find_gpus() -> list[Gpu]:
     gpus = []
     for line in result.stdout.splitlines():
         name, driver, mebibytes, capability = (field.strip() for field in line.split(","))
-        # A GPU without its own memory has [N/A] there.
+        # A field that the driver does not know is [N/A]. A GPU without its own memory uses the host's.
         memory_gib = float(mebibytes) / 1024 if mebibytes.isdigit() else psutil.virtual_memory().total / GIB
-        gpus.append(Gpu(name, driver, memory_gib, float(capability)))
+        gpus.append(Gpu(name, driver, memory_gib, None if capability == "[N/A]" else float(capability)))
     return gpus
 
 
@@ -86,7 +87,7 @@ def gpu(gpus: list[Gpu], num_processes: int | str) -> Finding:
     if len(gpus) > 1:
         num_used = len(gpus) if num_processes == "auto" else num_processes
         text += f"; compute.num_processes {num_processes} uses {num_used} of {len(gpus)} GPUs"
-    if first.compute_capability < 8:
+    if first.compute_capability is not None and first.compute_capability < 8:
         return Finding("note", "GPU", f"{text}; no bfloat16 below compute capability 8.0, so float16 is used")
     return Finding("ok", "GPU", text)
 
@@ -156,10 +157,10 @@ def git() -> Finding:
     )
 
 
-def memory(needed_gib: float) -> Finding:
+def memory(needed_gib: float, remedy: str = "Free some") -> Finding:
     available_gib = available_bytes() / GIB
     if available_gib < needed_gib:
-        text = f"{available_gib:.1f} GiB free, about {needed_gib:.1f} GiB needed. Free some (free -h shows it)."
+        text = f"{available_gib:.1f} GiB free, about {needed_gib:.1f} GiB needed. {remedy} (free -h shows it)."
         return Finding("problem", "memory", text)
     return Finding("ok", "memory", f"{available_gib:.1f} GiB free, {psutil.cpu_count(logical=True)} processors")
 

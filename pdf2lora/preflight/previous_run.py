@@ -12,6 +12,7 @@ from pdf2lora.params import Params
 from pdf2lora.paths import BASE, CORPORA, SOURCE_MODELS, SPLIT_DOCUMENTS
 
 TOKENIZER = BASE / "tokenizer.json"
+IGNORED = ".cache"  # of a source model, by .dvcignore
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,11 @@ class PreviousRun:
         locked = self.locked_params("train").get("compute", {})
         return bool(locked.get("seq_length") == self.params.compute.seq_length)
 
-    def _depended_on(self, stage: str, path: Path) -> bool:
-        return any(dep["path"] == str(path) for dep in self.stages.get(stage, {}).get("deps", ()))
+    def _depended_on(self, stage: str, folder: Path) -> bool:
+        """Whether the last run of a stage read this folder with as many files and bytes. Hashes would take too long."""
+        files = [file for file in folder.rglob("*") if file.is_file() and IGNORED not in file.parts]
+        current = {"path": str(folder), "size": sum(file.stat().st_size for file in files), "nfiles": len(files)}
+        return any(current.items() <= dep.items() for dep in self.stages.get(stage, {}).get("deps", ()))
 
 
 def _read_metrics(name: str) -> dict[str, Any]:

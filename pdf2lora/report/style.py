@@ -34,6 +34,7 @@ PNG_DPI = 160
 _SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "pdf2lora",  # without it the ids of the SVG are random
     "svg.fonttype": "none",  # text is stored as text, not as outlines: small, searchable, in the page's font
+    "text.parse_math": False,  # a $ in the name of a PDF starts no formula
     "font.family": "DejaVu Sans",  # comes with matplotlib, so text has the same width on every machine
     "font.size": 9,
     "axes.titlesize": 10,

@@ -20,7 +20,7 @@ def get_template(name: str) -> Template:
         lstrip_blocks=True,
     )
     templates.filters |= {"percent": percent, "number": number, "size": size, "setting": setting}
-    templates.filters |= {"interval": interval, "signed_percent": signed_percent}
+    templates.filters |= {"interval": interval, "signed_percent": signed_percent, "unsigned": unsigned}
     return templates.get_template(name)
 
 
@@ -30,6 +30,15 @@ def percent(share: float, digits: int = 1) -> str:
 
 def signed_percent(share: float, digits: int = 1) -> str:
     return f"{share:+.{digits}%}"
+
+
+def unsigned(improvement: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An improvement without its sign: a negative one becomes the increase of the perplexity."""
+    if improvement["share"] >= 0:
+        return improvement
+    low, high = improvement["low_95"], improvement["high_95"]
+    bounds = (None, None) if low is None else (-high, -low)
+    return {"share": -improvement["share"], "low_95": bounds[0], "high_95": bounds[1]}
 
 
 def interval(metrics: Mapping[str, Any], as_percent: bool = False) -> str:

@@ -1,9 +1,9 @@
 """Warnings of the report about runs whose numbers can mislead, for example small ones."""
 
+from pdf2lora.evaluation.limits import COSTLY_QUANTIZATION
 from pdf2lora.params import Params
 from pdf2lora.report.results import Results
 
-HIGH_COST = 0.05  # of quantization, as a share of the perplexity
 FORGOTTEN = 0.05  # increase of the general text's perplexity
 LEAKAGE = 0.05  # share of the test documents' 13-word sequences that occur in train
 FEW_STEPS = 10
@@ -20,7 +20,7 @@ def run_warnings(results: Results, params: Params) -> list[str]:
         warnings.append("The interval of the improvement contains zero: these documents do not show an improvement.")
     elif improvement["share"] < 0:
         warnings.append("The adapter makes the model worse on the test documents.")
-    if evaluation.get("quantization_cost", {}).get("share", 0) > HIGH_COST:
+    if evaluation.get("quantization_cost", {}).get("share", 0) > COSTLY_QUANTIZATION:
         cost = evaluation["quantization_cost"]["share"]
         warnings.append(
             f"{params.quantization.bits} bits raise the perplexity of the base by {cost:.1%}. More bits or a larger "

@@ -15,7 +15,8 @@ MAX_LEAKAGE = 0.01  # share of 13-word sequences; common phrases give less
 def read_replay(folder: Path) -> Iterator[str]:
     """Yields the documents of the folder, in the order of the files' names.
 
-    A .txt file is one document in UTF-8. A .jsonl file has the format of data/documents.jsonl and data/split.
+    A .txt file is one document in UTF-8; a byte order mark is not part of its text. A .jsonl file has the format of
+    data/documents.jsonl and data/split.
 
     Raises InputError if the folder has no text, or a file is in another encoding or format.
     """
@@ -25,7 +26,7 @@ def read_replay(folder: Path) -> Iterator[str]:
     for file in files:
         try:
             if file.suffix.lower() == ".txt":
-                yield file.read_text(encoding="utf-8")
+                yield file.read_text(encoding="utf-8-sig")
             else:
                 yield from (document.text for document in read_documents(file) if document.reason is None)
         except UnicodeDecodeError as error:

@@ -19,6 +19,8 @@ def schedule_warnings(train: Train, *, num_sequences: int, effective_batch: int)
     During the warm-up, step k (the first one is 0) has k / num_warmup of the full learning rate.
     """
     num_steps = DataOrder(num_sequences, effective_batch, train.num_train_epochs, train.seed).num_steps
+    if num_steps == 0:
+        return []
     num_warmup = num_warmup_steps(train.warmup_steps, num_steps) if train.lr_scheduler_type in WITH_WARMUP else 0
     steps = "1 optimizer step" if num_steps == 1 else f"{num_steps:,} optimizer steps"
     warnings = []

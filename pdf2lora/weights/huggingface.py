@@ -1,11 +1,16 @@
 """Copies a source model in Hugging Face's layout to the base model, after checks.
 
-The files do not change, with two exceptions: a missing tokenizer.json is made from tokenizer.model, and the keys of
-config.json that the pipeline reads are added or corrected (bos_token_id, eos_token_id, max_position_embeddings).
+The files do not change, with these exceptions:
+
+- A missing tokenizer.json is made from tokenizer.model.
+- Keys of config.json that the pipeline reads are added or corrected: bos_token_id, eos_token_id,
+  max_position_embeddings.
+- Names of weights get a missing prefix: h.0 of GPT-2 becomes transformer.h.0.
+- JSON files lose a byte order mark.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +20,13 @@ from pdf2lora.runtime.free_space import require_disk_space
 from pdf2lora.weights.config_json import summarize
 from pdf2lora.weights.huggingface_files import read_huggingface
 from pdf2lora.weights.huggingface_tokenizer import read_huggingface_tokenizer
-from pdf2lora.weights.safetensors_files import Progress
+from pdf2lora.weights.json_files import copy_json, read_json
+from pdf2lora.weights.safetensors_files import Progress, copy_with_names
 from pdf2lora.weights.special_tokens import find_bos, find_eos
 from pdf2lora.weights.transformers_check import load_without_weights
 
-COPIED_FILES = (
-    "generation_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "model.safetensors.index.json",
-)
+COPIED_FILES = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+INDEX = "model.safetensors.index.json"
 
 
 def copy_huggingface(source: Path, target: Path, llama_version: str | None, progress: Progress) -> dict[str, object]:
@@ -45,12 +46,20 @@ def copy_huggingface(source: Path, target: Path, llama_version: str | None, prog
     total = sum(path.stat().st_size for path in copied)
     require_disk_space(target, total)
     if config == files.config:
-        shutil.copyfile(source / "config.json", target / "config.json")
+        copy_json(source / "config.json", target / "config.json")
     else:
         write_json(target / "config.json", config)
+    rename = _renaming(model, files.weights)
+    if (source / INDEX).is_file():
+        _copy_index(source / INDEX, target / INDEX, rename)
     done = 0
     for path in copied:
-        shutil.copyfile(path, target / path.name)
+        if rename and path in files.weight_files:
+            copy_with_names(path, target / path.name, rename)
+        elif path.suffix == ".json":
+            copy_json(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
         done += path.stat().st_size
         progress(done, total)
     tokenizer.write(target)
@@ -61,6 +70,27 @@ def copy_huggingface(source: Path, target: Path, llama_version: str | None, prog
         "num_files": len(files.weight_files),
         **summarize(model.config, files.dtype),
     }
+
+
+def _renaming(model: Any, names: Iterable[str]) -> Callable[[str], str] | None:
+    """Adds the prefix of transformers' names. None if the names have it.
+
+    A model that was saved without its head lacks the prefix, as in gpt2. transformers then adds it, but export and the
+    packed layers need the names as they are in the model.
+    """
+    prefix, expected = f"{model.base_model_prefix}.", model.state_dict().keys()
+    if not any(name not in expected and prefix + name in expected for name in names):
+        return None
+    return lambda name: name if name in expected or name.startswith(prefix) else prefix + name
+
+
+def _copy_index(file: Path, target: Path, rename: Callable[[str], str] | None) -> None:
+    if rename is None:
+        copy_json(file, target)
+        return
+    index = read_json(file)
+    weight_map = {rename(name): file_name for name, file_name in index["weight_map"].items()}
+    write_json(target, index | {"weight_map": weight_map})
 
 
 def _context_length(source: Path, config: Mapping[str, Any], model_config: Any) -> int:

@@ -39,11 +39,11 @@ class HuggingFaceFiles:
     config: Mapping[str, Any]
     weight_files: tuple[Path, ...]
     weights: Mapping[str, StoredWeight]
-    """By name. Rotary frequencies, which follow from the config, are left out."""
+    """By name. Buffers, which follow from the config, are left out."""
 
     @property
     def is_4bit(self) -> bool:
-        return "quantization_config" in self.config
+        return is_quantized(self.config)
 
     @property
     def dtype(self) -> str:
@@ -98,11 +98,16 @@ def read_huggingface(source: Path) -> HuggingFaceFiles:
         if config.get(key) is not None and not isinstance(config[key], list):  # a list has a size for each layer
             whole_number(config, key, path)
     weight_files, weights = read_weights(source)
-    _require_known_dtypes(source, weights, is_4bit="quantization_config" in config)
+    _require_known_dtypes(source, weights, is_4bit=is_quantized(config))
     _require_no_experts(source, weights)
     _require_all_layers(source, config, weights)
     _require_rows_for_all_tokens(source, config, weights)
     return HuggingFaceFiles(config, tuple(weight_files), weights)
+
+
+def is_quantized(config: Mapping[str, Any]) -> bool:
+    """Whether the weights of a model with this config.json are stored quantized."""
+    return config.get("quantization_config") is not None
 
 
 def _require_causal_lm(path: Path, config: Mapping[str, Any]) -> None:
@@ -119,7 +124,7 @@ def _require_causal_lm(path: Path, config: Mapping[str, Any]) -> None:
 
 def _require_usable_quantization(path: Path, config: Mapping[str, Any]) -> None:
     """A 4-bit bitsandbytes model is used as it is. Raises InputError for every other quantized model."""
-    if "quantization_config" not in config:
+    if not is_quantized(config):
         return
     quantization = config["quantization_config"]
     quantization = quantization if isinstance(quantization, dict) else {}
@@ -219,9 +224,15 @@ def largest_token_id(tokenizer: Tokenizer) -> int:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Raises InputError if the file is not a tokenizer.json."""
+    """The tokenizer without the truncation and the padding that a tokenizer.json can set.
+
+    Raises InputError if the file is not a tokenizer.json.
+    """
     require_no_pointer(path)
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # tokenizers raises nothing more specific
         raise InputError(f"{path}: this is not a tokenizer ({error}). Download the file again.") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

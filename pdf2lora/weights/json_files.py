@@ -1,5 +1,6 @@
 """JSON files of a source model, read with checks."""
 
+import codecs
 import json
 import math
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ MAX_DIMENSION = 2**20  # eight times the largest number in any Llama's params.js
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError if the file is missing or is not a JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows programs write a byte order mark
     except FileNotFoundError:
         raise InputError(f"{path}: the file is missing. Download it again with the source model.") from None
     except (ValueError, RecursionError) as error:
@@ -22,6 +23,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: the file must be a JSON object. Download the file again.")
     return value
+
+
+def copy_json(file: Path, target: Path) -> None:
+    """Copies a JSON file without its byte order mark, which transformers cannot read."""
+    target.write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
 
 
 def whole_number(values: Mapping[str, Any], key: str, path: Path, default: int | None = None) -> int:

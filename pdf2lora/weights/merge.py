@@ -19,6 +19,7 @@ from pdf2lora.errors import InputError
 from pdf2lora.runtime.files import write_json
 from pdf2lora.runtime.free_space import require_disk_space
 from pdf2lora.runtime.manifest import MANIFEST
+from pdf2lora.weights.huggingface_files import is_quantized
 from pdf2lora.weights.json_files import read_json
 from pdf2lora.weights.safetensors_files import mapped_weights
 
@@ -39,7 +40,7 @@ def merge(base: Path, adapter: Path, target: Path, progress: Progress = lambda n
     Raises InputError if the base is quantized, the disk is too small, or the adapter fits another base.
     """
     config = read_json(base / "config.json")
-    if "quantization_config" in config:
+    if is_quantized(config):
         raise InputError(f"{base}: the base model is stored in 4 bits. Train on the unquantized model to merge.")
     is_transposed = config.get("model_type") in TRANSPOSED_MODEL_TYPES
     settings = LoraConfig.from_pretrained(str(adapter))

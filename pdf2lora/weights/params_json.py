@@ -29,6 +29,7 @@ VERSIONS = {
     "3": Version(8192, None, 500000.0),
     "3.1": Version(131072, 8.0, 500000.0),
     "3.2": Version(131072, 32.0, 500000.0),
+    "3.3": Version(131072, 8.0, 500000.0),
 }
 ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 DEFAULT_MULTIPLE_OF = 256

@@ -1,6 +1,7 @@
 """Writes safetensors files without a whole weight in memory, and maps weights to change them in place."""
 
 import json
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ Progress = Callable[[int, int], None]  # bytes written, bytes in all
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 GIB = 2**30
+METADATA = "__metadata__"  # an entry of the header that is not a weight
+COPY_BYTES = 16 * 2**20
 
 
 def plan_files(weights: Mapping[str, ShardedWeight], max_shard_gib: float) -> dict[str, dict[str, ShardedWeight]]:
@@ -44,16 +47,14 @@ def write_weights(target: Path, files: Mapping[str, Mapping[str, ShardedWeight]]
     total = sum(weight.num_bytes for weights in files.values() for weight in weights.values())
     done = 0
     for file_name, weights in files.items():
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {METADATA: {"format": "pt"}}
         end = 0
         for name, weight in weights.items():
             start, end = end, end + weight.num_bytes
             dtype = SAFETENSORS_DTYPES[weight.dtype]
             header[name] = {"dtype": dtype, "shape": weight.shape, "data_offsets": (start, end)}
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # keeps the weights aligned
         with (target / file_name).open("wb") as file:
-            file.write(struct.pack("<Q", len(encoded)) + encoded)
+            file.write(_encode(header))
             for weight in weights.values():
                 for slab in weight.slabs():
                     file.write(slab.view(torch.uint8).numpy().data)
@@ -63,6 +64,22 @@ def write_weights(target: Path, files: Mapping[str, Mapping[str, ShardedWeight]]
         weight_map = {name: file_name for file_name, weights in files.items() for name in weights}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(target / "model.safetensors.index.json", index)
+
+
+def copy_with_names(source: Path, target: Path, rename: Callable[[str], str]) -> None:
+    """Copies a safetensors file with other names of the weights. Their bytes do not change."""
+    with source.open("rb") as old, target.open("wb") as new:
+        (length,) = struct.unpack("<Q", old.read(8))
+        header = json.loads(old.read(length))
+        new.write(_encode({name if name == METADATA else rename(name): entry for name, entry in header.items()}))
+        shutil.copyfileobj(old, new, COPY_BYTES)
+
+
+def _encode(header: Mapping[str, object]) -> bytes:
+    """The start of a safetensors file: the length of the header, and the header."""
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # keeps the weights aligned
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def mapped_weights(file: Path) -> Iterator[tuple[str, Tensor]]:

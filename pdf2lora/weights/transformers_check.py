@@ -8,12 +8,15 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pdf2lora.errors import InputError
 from pdf2lora.weights.huggingface_files import QUANT_STATE, HuggingFaceFiles
+from pdf2lora.weights.json_files import copy_json
 from pdf2lora.weights.safetensors_header import StoredWeight
 
+JSON_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")  # that transformers reads
 MAX_REASON_CHARACTERS = 200  # of an error message of transformers
 
 
@@ -24,13 +27,13 @@ def load_without_weights(source: Path, files: HuggingFaceFiles) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        with _quiet_transformers():
-            config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    with _quiet_transformers(), _readable_folder(source, files) as folder:
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             if files.is_4bit:  # bitsandbytes cannot load 4-bit weights on the meta device
                 del config.quantization_config
             model, report = AutoModelForCausalLM.from_pretrained(
-                source,
+                folder,
                 config=config,
                 device_map={"": "meta"},
                 ignore_mismatched_sizes=True,
@@ -38,8 +41,8 @@ def load_without_weights(source: Path, files: HuggingFaceFiles) -> Any:
                 local_files_only=True,
                 trust_remote_code=False,
             )
-    except Exception as error:  # transformers raises many types
-        raise InputError(_cannot_load(source, error)) from None
+        except Exception as error:  # transformers raises many types
+            raise InputError(_cannot_load(source, error, folder)) from None
     for name, stored, expected in sorted(report["mismatched_keys"]):
         if not (files.is_4bit and _is_packed(files.weights[name], expected)):
             raise InputError(
@@ -58,15 +61,29 @@ def load_without_weights(source: Path, files: HuggingFaceFiles) -> Any:
     return model
 
 
+@contextmanager
+def _readable_folder(source: Path, files: HuggingFaceFiles) -> Iterator[str]:
+    """Yields a temporary folder with links to the weights and with the JSON files without byte order marks."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in files.weight_files:
+            (folder / file.name).symlink_to(file.resolve())
+        for file in source.glob("*.json"):
+            if file.name in JSON_FILES:
+                copy_json(file, folder / file.name)
+        yield name
+
+
 def _is_packed(weight: StoredWeight, shape: Sequence[int]) -> bool:
     """Whether the bytes are a matrix of this shape, with two 4-bit weights in each byte."""
     return weight.dtype == "U8" and len(shape) == 2 and weight.num_bytes * 2 == math.prod(shape)
 
 
-def _cannot_load(source: Path, error: Exception) -> str:
+def _cannot_load(source: Path, error: Exception, folder: str) -> str:
+    """The error message. folder: the temporary folder, which the error may name."""
     import transformers
 
-    reason = " ".join(str(error).split())[:MAX_REASON_CHARACTERS].rstrip(".")
+    reason = " ".join(str(error).replace(folder, str(source)).split())[:MAX_REASON_CHARACTERS].rstrip(".")
     has_code = '"auto_map"' in (source / "config.json").read_text(encoding="utf-8")
     remedy = (
         "Its own code (auto_map in config.json) is not run. Use a model that transformers knows."

@@ -1,14 +1,18 @@
 """The safetensors files of a folder in Hugging Face's layout, and the error for a folder without any."""
 
+import re
 from pathlib import Path
 
 from pdf2lora.errors import InputError
 from pdf2lora.weights.json_files import read_json
 from pdf2lora.weights.safetensors_header import StoredWeight, read_header
 
+# Rotary frequencies, and the causal masks of GPT-2 and GPT-NeoX
+BUFFER = re.compile(r"rotary_emb\.inv_freq$|\.(attention|attn)\.(masked_)?bias$")
+
 
 def read_weights(source: Path) -> tuple[list[Path], dict[str, StoredWeight]]:
-    """The files, and the entries of their headers by name. Leaves out rotary frequencies, which follow from the config.
+    """The files, and the entries of their headers by name. Leaves out buffers, which follow from the config.
 
     Raises InputError if a file is missing or damaged, lies outside the folder, or is of another format.
     """
@@ -33,8 +37,9 @@ def read_weights(source: Path) -> tuple[list[Path], dict[str, StoredWeight]]:
         raise InputError(
             f"{source}: {index.name} names the weight {absent}, but no file has it. Download all files of the model."
         )
-    kept = {name: weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
-    return [source / name for name in names], kept
+    return [source / name for name in names], {
+        name: weight for name, weight in weights.items() if not BUFFER.search(name)
+    }
 
 
 def missing_weights_message(source: Path) -> str:
