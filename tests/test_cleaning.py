@@ -178,12 +178,28 @@ def test_headers_are_compared_without_case() -> None:
 
 
 @pytest.mark.parametrize(
-    "number", ["7", "- 7 -", "Page 7", "page 7 of 12", "p. 7", "7/12", "[7]", "vii", "XII", "2041", "– xiv –"]
+    ("first", "second"),
+    [
+        ("7", "8"),
+        ("- 7 -", "- 8 -"),
+        ("Page 7", "Page 8"),
+        ("page 7 of 12", "page 8 of 12"),
+        ("p. 7", "p. 8"),
+        ("S 7", "S 8"),
+        ("7/12", "8/12"),
+        ("[7]", "[8]"),
+        ("viii", "ix"),
+        ("XII", "XIII"),
+        ("2041", "2042"),
+        ("– xiv –", "– xv –"),
+        ("", "2"),
+        ("Page 1", ""),
+    ],
 )
-def test_page_numbers_are_removed(number: str) -> None:
+def test_page_numbers_are_removed(first: str, second: str) -> None:
     expected = f"{BODY} here. {BODY} there."
-    assert clean([f"{number}\n{BODY} here.", f"{BODY} there."]) == expected
-    assert clean([f"{BODY} here.", f"{BODY} there.\n{number}"]) == expected
+    assert clean([f"{first}\n{BODY} here.", f"{second}\n{BODY} there."]) == expected
+    assert clean([f"{BODY} here.\n{first}", f"{BODY} there.\n{second}"]) == expected
 
 
 def test_a_line_on_one_page_stays() -> None:
