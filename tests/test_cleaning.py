@@ -284,6 +284,17 @@ def test_headings_and_list_items_are_separate_paragraphs() -> None:
     ]
 
 
+@pytest.mark.parametrize("before", ["by Smith, P. and Jones,", "by Smith, P. &", "by P. Smith and"])
+def test_the_initial_of_an_author_starts_no_list_item(before: str) -> None:
+    page = f"The flow of rivers in the wet season {before}\nA. (2010) and by Miller, who worked in the mountains, too."
+    assert clean([page]) == page.replace("\n", " ")
+
+
+def test_items_after_a_comma_are_separate_paragraphs() -> None:
+    lines = ["(a) The level of the sea,", "(b) the ice of the mountains,", "c. the rain of the summer."]
+    assert clean(["\n".join(lines)]).split("\n\n") == lines
+
+
 @pytest.mark.parametrize(
     "bullet", ["•", "●", "➢", "\uf0b7", "\uf0a7"], ids=["dot", "circle", "arrow", "symbol", "wingdings"]
 )

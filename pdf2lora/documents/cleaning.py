@@ -21,6 +21,9 @@ PARAGRAPH_ENDS = '.!?:;”"。！？：；」』'
 _BULLETS = "•▪◦●○■□▸►▶➢➤❖✓✔‣⁃∙·"
 _LIST_ITEM = re.compile(rf"[-–*{_BULLETS}]\s|[{_BULLETS}]$|\(?(?:\d{{1,3}}|[A-Za-z]|[ivx]{{1,4}})[.)]\s")
 
+_INITIAL = re.compile(r"[A-Z]\.\s")
+_BEFORE_INITIAL = re.compile(r"(?:[,&]|\band)$")  # Smith, P. and Jones, A. (2010): the initial is not a list item
+
 # The match starts at the first letter of a word. A match from every letter would take hours for a very long word.
 _HYPHENATED_WORD = re.compile(r"(-?)(?<![^\W\d_])([^\W\d_]+)-\n(?=(\w+)(-?)(?:\s[^\W\d_]+(-))?)")
 # After a hyphen, they continue a list (short- and long-term, Ein- und Ausfuhr) or a compound (peer-to-peer).
@@ -102,6 +105,11 @@ def _join_hyphenated(text: str, removed: Counter[str]) -> str:
     return _BROKEN_AFTER_SIGN.sub(r"\1", _HYPHENATED_WORD.sub(join, text))
 
 
+def _starts_list_item(line: str, before: str) -> bool:
+    is_initial = _INITIAL.match(line) and _BEFORE_INITIAL.search(before)
+    return bool(_LIST_ITEM.match(line)) and not is_initial
+
+
 def _paragraphs(lines: list[str], removed: Counter[str]) -> list[str]:
     """Joins printed lines to paragraphs. A blank line, a list item or a short line ends the paragraph before it."""
     paragraphs: list[list[str]] = []
@@ -110,7 +118,7 @@ def _paragraphs(lines: list[str], removed: Counter[str]) -> list[str]:
         if not line:
             is_new = True
             continue
-        if is_new or _LIST_ITEM.match(line):
+        if is_new or _starts_list_item(line, lines[number - 1]):
             paragraphs.append([line])
         else:
             paragraphs[-1].append(line)
