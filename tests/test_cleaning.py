@@ -99,6 +99,7 @@ def test_hyphens_inside_a_line_stay(page: str) -> None:
         ("a state-\nof-the-art map, mother-\nin-law", "a state-of-the-art map, mother-in-law"),
         ("an out-\nof-date map of the cli-\nmate", "an out-of-date map of the climate"),
         ("a T-\ncell, an X-\nray", "a T-cell, an X-ray"),
+        ("c'est-\nà-dire, arc-\nen-ciel", "c'est-à-dire, arc-en-ciel"),
         ("l'é-\ncole", "l'école"),
         ("an e-\nmail, email", "an email, email"),
         ("תל-\nאביב", "תל-אביב"),
@@ -288,6 +289,11 @@ def test_headings_and_list_items_are_separate_paragraphs() -> None:
 def test_the_initial_of_an_author_starts_no_list_item(before: str) -> None:
     page = f"The flow of rivers in the wet season {before}\nA. (2010) and by Miller, who worked in the mountains, too."
     assert clean([page]) == page.replace("\n", " ")
+
+
+def test_the_initial_of_an_author_continues_a_short_line() -> None:
+    lines = ["Smith, P. and Jones,", "A. (2010). The flow of rivers in the wet season, as seen in the mountains."]
+    assert clean(["\n".join(lines)]) == " ".join(lines)
 
 
 def test_items_after_a_comma_are_separate_paragraphs() -> None:

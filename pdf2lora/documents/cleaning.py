@@ -30,7 +30,7 @@ _HYPHENATED_WORD = re.compile(r"(-?)(?<![^\W\d_])([^\W\d_]+)-\n(?=(\w+)(-?)(?:\s
 _CONJUNCTIONS = {"and", "und", "oder", "sowie", "og", "och", "eller"}
 _ALL_CONJUNCTIONS = _CONJUNCTIONS | {"or", "to"}  # these two are also the ends of words: equat-or
 # Between two hyphens they are separate words: day-to-day is not day-today.
-_LINKS = {"to", "in", "on", "of", "by", "for", "and", "or", "at", "the", "a"}
+_LINKS = {"to", "in", "on", "of", "by", "for", "and", "or", "at", "the", "a", "à", "de", "en", "sur"}
 _BEFORE_PARTS = {*"0123456789_.@=&"}  # before a part of a number, formula or address: 20th-century, N2O-rich
 _BEFORE_LETTERS = {"", *" \n([“"}
 _IN_ADDRESS = re.compile(r"\w[.:][\w/]\S*/$")  # www.example.org/sea-level
@@ -105,9 +105,8 @@ def _join_hyphenated(text: str, removed: Counter[str]) -> str:
     return _BROKEN_AFTER_SIGN.sub(r"\1", _HYPHENATED_WORD.sub(join, text))
 
 
-def _starts_list_item(line: str, before: str) -> bool:
-    is_initial = _INITIAL.match(line) and _BEFORE_INITIAL.search(before)
-    return bool(_LIST_ITEM.match(line)) and not is_initial
+def _continues_names(line: str, before: str) -> bool:
+    return bool(_INITIAL.match(line) and _BEFORE_INITIAL.search(before))
 
 
 def _paragraphs(lines: list[str], removed: Counter[str]) -> list[str]:
@@ -118,14 +117,15 @@ def _paragraphs(lines: list[str], removed: Counter[str]) -> list[str]:
         if not line:
             is_new = True
             continue
-        if is_new or _starts_list_item(line, lines[number - 1]):
+        if is_new or (_LIST_ITEM.match(line) and not _continues_names(line, lines[number - 1])):
             paragraphs.append([line])
         else:
             paragraphs[-1].append(line)
         following = lines[number + 1] if number + 1 < len(lines) else ""
         longest_near = max(map(len, lines[max(0, number - 3) : number + 4]))
         is_short = len(line) < SHORT_LINE * longest_near and line not in _BULLETS
-        is_new = is_short and (line[-1] in PARAGRAPH_ENDS or not following[:1].islower())
+        can_end = line[-1] in PARAGRAPH_ENDS or not following[:1].islower()
+        is_new = is_short and can_end and not _continues_names(following, line)
     # A dot leader can start on one line and end on the next.
     joined = (_collapse(_LINE_BREAK_WITHOUT_SPACE.sub("", "\n".join(lines)), removed) for lines in paragraphs)
     return [paragraph for paragraph in joined if paragraph]
