@@ -91,7 +91,7 @@ def _texts_of_boxes(letters: _Letters, boxes: Sequence[Box]) -> list[str]:
     texts = [""] * len(boxes)
     number = 0
     for index, character in enumerate(letters.text):
-        if not character.isspace():
+        if character not in " \r\n":
             box = letters.tight_box(index)
             following = (later for later in range(number, len(boxes)) if has_center(boxes[later], box))
             number = next(following, number)
@@ -106,7 +106,7 @@ def _join_pieces(pieces: Sequence[tuple[str, Box]]) -> str:
         height = max(box.top - box.bottom, box_before.top - box_before.bottom)
         has_gap = box.left - box_before.right > SPACE * height
         line += f" {text}" if before.endswith("\n") and has_gap else text
-    return "".join(line.splitlines())
+    return line.replace("\r\n", "")
 
 
 def _text_with_gaps(letters: _Letters) -> str:
