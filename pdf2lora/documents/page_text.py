@@ -57,7 +57,13 @@ class _Letters:
 
 def text_in_reading_order(text_page: Any) -> tuple[str, bool]:
     """Returns the text of a page, and whether the order of its pieces is changed."""
-    letters = _with_superscripts(_letters_on_page(text_page))
+    text, bounded = str(text_page.get_text_range()), str(text_page.get_text_bounded())
+    if _num_visible(bounded) > _num_visible(text):
+        return bounded, False  # the text with positions does not have the codes of a font without a Unicode map
+    letters = _Letters(text_page, text, [0, *accumulate(1 + (character > "\uffff") for character in text)])
+    if _num_visible(bounded) < _num_visible(text):
+        letters = _inside_page(letters)
+    letters = _with_superscripts(letters)
     boxes = [Box(*text_page.get_rect(number)) for number in range(text_page.count_rects())]
     order = column_order(boxes)
     if order is None:
@@ -70,17 +76,16 @@ def text_in_reading_order(text_page: Any) -> tuple[str, bool]:
     return "\n".join(lines), True
 
 
-def _letters_on_page(text_page: Any) -> _Letters:
+def _num_visible(text: str) -> int:
+    return len("".join(text.split()))
+
+
+def _inside_page(letters: _Letters) -> _Letters:
     """Returns the characters without those that are outside of the page, such as the marks of a printer."""
-    text = str(text_page.get_text_range())
-    places = [0, *accumulate(1 + (character > "\uffff") for character in text)]
-    letters = _Letters(text_page, text, places)
-    bounded = str(text_page.get_text_bounded())
-    if len("".join(text.split())) == len("".join(bounded.split())):
-        return letters
-    page_box = Box(*text_page.page.get_bbox())
-    inside = [index for index in range(len(text)) if has_center(page_box, letters.tight_box(index))]
-    return _Letters(text_page, "".join(text[index] for index in inside), [places[index] for index in inside])
+    page_box = Box(*letters.text_page.page.get_bbox())
+    inside = [index for index in range(len(letters.text)) if has_center(page_box, letters.tight_box(index))]
+    text = "".join(letters.text[index] for index in inside)
+    return replace(letters, text=text, places=[letters.places[index] for index in inside])
 
 
 def _texts_of_boxes(letters: _Letters, boxes: Sequence[Box]) -> list[str]:
