@@ -11,8 +11,9 @@ from pdf2lora.documents.characters import clean_characters, collapse_spaces
         "Ⅳ ① ™ … ㎡ ﷺ 5 µm ´",
         "한국어 텍스트",
         "Ελληνικά, русский, हिन्दी, ไทย",
+        "\u06dd\u0661 \u0600\u0662 عـــام",
     ],
-    ids=["superscripts", "full_width_punctuation", "symbols", "korean", "scripts"],
+    ids=["superscripts", "full_width_punctuation", "symbols", "korean", "scripts", "arabic_number_signs"],
 )
 def test_characters_with_a_meaning_stay(text: str) -> None:
     assert clean_characters(text) == (text, 0)
@@ -26,6 +27,7 @@ def test_characters_with_a_meaning_stay(text: str) -> None:
         ("ＡＢ１２", "AB12"),
         ("ｶﾀｶﾅ", "カタカナ"),
         ("\ufee3\ufeae\ufea3\ufe92\ufe8e", "مرحبا"),
+        ("\u0645\ufe76\u062f \u0645\ufe77\u062f \u0645\ufc60\u062f \u0645\ufcf2\u062f", "مَد مَد مَّد مَّد"),
         ("\u2f00\u2f08", "一人"),
         ("a\u00a0b\u3000c\u2011d", "a b c-d"),
         ("cafe\u0301", "café"),
@@ -36,6 +38,7 @@ def test_characters_with_a_meaning_stay(text: str) -> None:
         "wide_letters",
         "narrow_kana",
         "arabic_forms",
+        "arabic_marks",
         "radicals",
         "no_break",
         "composed",

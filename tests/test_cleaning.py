@@ -6,6 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pdf2lora.documents import cleaning
+from pdf2lora.documents.characters import KEPT_FORMATS
 
 
 def clean(pages: list[str]) -> str:
@@ -21,7 +22,7 @@ BODY = "The sea is warmer than it was and the ice is thinner"
         ("The e\ufb03cient \ufb01sh over\ufb02ows", "The efficient fish overflows"),
         ("cafe\u0301 m\u00b2 \uff21\uff22 \u2460", "café m² AB ①"),
         ("a\u00a0b\u2009c\u3000d\te", "a b c d e"),
-        ("caf\u0065\u200b\u0301 \u1100-\n\u1161", "café 가"),
+        ("caf\u0065\u200b\u0301 x\u1100-\n\u1161", "café x가"),
     ],
     ids=["ligatures", "forms", "blanks", "composed_at_last"],
 )
@@ -95,6 +96,17 @@ def test_hyphens_inside_a_line_stay(page: str) -> None:
         ("short-\nand long-term plans", "short- and long-term plans"),
         ("short-\nor long-term, near-\nto\nmid-term", "short- or long-term, near- to mid-term"),
         ("the equat-\nor in", "the equator in"),
+        ("a state-\nof-the-art map, mother-\nin-law", "a state-of-the-art map, mother-in-law"),
+        ("an out-\nof-date map of the cli-\nmate", "an out-of-date map of the climate"),
+        ("a T-\ncell, an X-\nray", "a T-cell, an X-ray"),
+        ("c'est-\nà-dire, arc-\nen-ciel", "c'est-à-dire, arc-en-ciel"),
+        ("l'é-\ncole", "l'école"),
+        ("an e-\nmail, email", "an email, email"),
+        ("תל-\nאביב", "תל-אביב"),
+        ("中国-\n美国", "中国-美国"),
+        ("ind-\nog udførsel", "ind- og udførsel"),
+        ("https://www.unep.org/climate-\nchange", "https://www.unep.org/climate-change"),
+        ("water/sani-\ntation", "water/sanitation"),
         ("by mid-cen-\ntury, a century", "by mid-century, a century"),
         ("Ein-\nund Ausfuhr", "Ein- und Ausfuhr"),
         ("a thous-\nand, one thousand", "a thousand, one thousand"),
@@ -178,12 +190,28 @@ def test_headers_are_compared_without_case() -> None:
 
 
 @pytest.mark.parametrize(
-    "number", ["7", "- 7 -", "Page 7", "page 7 of 12", "p. 7", "7/12", "[7]", "vii", "XII", "2041", "– xiv –"]
+    ("first", "second"),
+    [
+        ("7", "8"),
+        ("- 7 -", "- 8 -"),
+        ("Page 7", "Page 8"),
+        ("page 7 of 12", "page 8 of 12"),
+        ("p. 7", "p. 8"),
+        ("S 7", "S 8"),
+        ("7/12", "8/12"),
+        ("[7]", "[8]"),
+        ("viii", "ix"),
+        ("XII", "XIII"),
+        ("2041", "2042"),
+        ("– xiv –", "– xv –"),
+        ("", "2"),
+        ("Page 1", ""),
+    ],
 )
-def test_page_numbers_are_removed(number: str) -> None:
+def test_page_numbers_are_removed(first: str, second: str) -> None:
     expected = f"{BODY} here. {BODY} there."
-    assert clean([f"{number}\n{BODY} here.", f"{BODY} there."]) == expected
-    assert clean([f"{BODY} here.", f"{BODY} there.\n{number}"]) == expected
+    assert clean([f"{first}\n{BODY} here.", f"{second}\n{BODY} there."]) == expected
+    assert clean([f"{BODY} here.\n{first}", f"{BODY} there.\n{second}"]) == expected
 
 
 def test_a_line_on_one_page_stays() -> None:
@@ -257,6 +285,22 @@ def test_headings_and_list_items_are_separate_paragraphs() -> None:
     ]
 
 
+@pytest.mark.parametrize("before", ["by Smith, P. and Jones,", "by Smith, P. &", "by P. Smith and"])
+def test_the_initial_of_an_author_starts_no_list_item(before: str) -> None:
+    page = f"The flow of rivers in the wet season {before}\nA. (2010) and by Miller, who worked in the mountains, too."
+    assert clean([page]) == page.replace("\n", " ")
+
+
+def test_the_initial_of_an_author_continues_a_short_line() -> None:
+    lines = ["Smith, P. and Jones,", "A. (2010). The flow of rivers in the wet season, as seen in the mountains."]
+    assert clean(["\n".join(lines)]) == " ".join(lines)
+
+
+def test_items_after_a_comma_are_separate_paragraphs() -> None:
+    lines = ["(a) The level of the sea,", "(b) the ice of the mountains,", "c. the rain of the summer."]
+    assert clean(["\n".join(lines)]).split("\n\n") == lines
+
+
 @pytest.mark.parametrize(
     "bullet", ["•", "●", "➢", "\uf0b7", "\uf0a7"], ids=["dot", "circle", "arrow", "symbol", "wingdings"]
 )
@@ -307,7 +351,7 @@ def test_cleaning_is_idempotent(pages: list[str]) -> None:
     text = clean(pages)
     assert clean([text]) == text
     assert text == unicodedata.normalize("NFC", text)
-    assert not {"Cc", "Cf", "Co", "Cs"} & {unicodedata.category(c) for c in set(text) - {"\n", "\u200c", "\u200d"}}
+    assert not {"Cc", "Cf", "Co", "Cs"} & {unicodedata.category(c) for c in set(text) - {"\n"} - KEPT_FORMATS}
     assert all(line == " ".join(line.split()) for line in text.split("\n"))
 
 

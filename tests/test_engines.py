@@ -4,7 +4,15 @@ import matplotlib
 import pytest
 from helpers import prose
 from PyPDF2 import PdfReader, PdfWriter
-from PyPDF2.generic import AnnotationBuilder, ArrayObject, DictionaryObject, NameObject, NumberObject, TextStringObject
+from PyPDF2.generic import (
+    AnnotationBuilder,
+    ArrayObject,
+    DecodedStreamObject,
+    DictionaryObject,
+    NameObject,
+    NumberObject,
+    TextStringObject,
+)
 from reportlab.pdfbase import pdfmetrics
 from reportlab.pdfbase.ttfonts import TTFont
 from reportlab.pdfgen.canvas import Canvas
@@ -211,3 +219,89 @@ def test_pdfium_reads_blank_lines_between_paragraphs(tmp_path: Path) -> None:
     canvas.save()
     text = ENGINES["pdfium"](tmp_path / "paragraphs.pdf").read_page(0).text
     assert [line.strip() for line in text.split("\n")] == ["The sea", "rises.", "", "The ice", "melts.", "Slowly."]
+
+
+def write_rows(file: Path, *rows: tuple[str, ...], angle: int = 0) -> Path:
+    canvas = Canvas(str(file))
+    canvas.rotate(angle)
+    if angle == 90:
+        canvas.translate(0, -750)
+    for row, pieces in enumerate(rows):
+        draw_pieces(canvas, 700 - 14 * row, *pieces)
+    canvas.save()
+    return file
+
+
+def lines_of(file: Path) -> list[str]:
+    return [line.strip() for line in ENGINES["pdfium"](file).read_page(0).text.splitlines()]
+
+
+def test_pdfium_reads_the_marks_of_several_footnotes(tmp_path: Path) -> None:
+    file = write_rows(
+        tmp_path / "marks.pdf", ("says a report", "^1,2", " and one", "^3, 4", " of 1,000 in 2001, 2 or 3.")
+    )
+    assert lines_of(file) == ["says a report¹,² and one³, ⁴ of 1,000 in 2001, 2 or 3."]
+
+
+def test_a_raised_digit_belongs_to_the_line_that_pdfium_ends_before_it(tmp_path: Path) -> None:
+    file = write_rows(
+        tmp_path / "x.pdf",
+        (
+            "x",
+            "^2",
+            " is a square",
+        ),
+        ("5", "^2", " too"),
+    )
+    assert lines_of(file) == ["x² is a square", "5² too"]
+
+
+def test_rotated_text_has_no_superscripts(tmp_path: Path) -> None:
+    rows = ["The oceans take up CO2", "Table A12 shows H1N1"]
+    assert lines_of(write_rows(tmp_path / "rotated.pdf", *((row,) for row in rows), angle=90)) == rows
+
+
+def test_characters_of_two_utf_16_units_do_not_shift_the_positions(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "source.pdf", ("the set @ has x", "^2", "10 cells and y", "^10", "3"))
+    writer = copy_of(source)
+    unicode_map = DecodedStreamObject()
+    unicode_map.set_data(
+        b"begincmap 1 begincodespacerange <00> <FF> endcodespacerange 1 beginbfrange <20> <7E> <0020> endbfrange "
+        b"1 beginbfchar <40> <D835DD38> endbfchar endcmap"
+    )
+    [font] = writer.pages[0]["/Resources"]["/Font"].values()
+    font.get_object()[NameObject("/ToUnicode")] = writer._add_object(unicode_map)
+    writer.write(tmp_path / "set.pdf")
+    assert lines_of(tmp_path / "set.pdf") == ["the set 𝔸 has x²10 cells and y¹⁰3"]
+
+
+def test_text_outside_of_the_page_is_not_read(tmp_path: Path) -> None:
+    canvas = Canvas(str(tmp_path / "slug.pdf"))
+    canvas.drawString(100, -20, "book.indb 12")
+    draw_pieces(canvas, 700, "10", "^3", " W m", "^-2", " of CO", "_2", " in all")
+    for y, line in ((686, "years."), (660, "The ice"), (646, "melts."), (632, "Slowly.")):
+        canvas.drawString(100, y, line)
+    canvas.save()
+    assert lines_of(tmp_path / "slug.pdf") == ["10³ W m⁻² of CO2 in all", "years.", "", "The ice", "melts.", "Slowly."]
+
+
+@pytest.mark.parametrize("lead", [9, 10, 12])
+def test_columns_drawn_row_by_row_keep_superscripts_and_high_letters(tmp_path: Path, lead: int) -> None:
+    canvas = Canvas(str(tmp_path / "columns.pdf"))
+    for row, letter in enumerate("abcdefghijklmnop"):
+        for x, side in ((50, "left"), (310, "right")):
+            text = canvas.beginText(x, 760 - lead * row)
+            for size, rise, piece in (
+                (10, 0, f"{side} {letter} (by flow) of 10 km"),
+                (7, 4, "2"),
+                (10, 0, " [of Jog]"),
+            ):
+                text.setFont("Helvetica", size)
+                text.setRise(rise)
+                text.textOut(piece)
+            canvas.drawText(text)
+    canvas.save()
+    expected = [
+        f"{side} {letter} (by flow) of 10 km² [of Jog]" for side in ("left", "right") for letter in "abcdefghijklmnop"
+    ]
+    assert lines_of(tmp_path / "columns.pdf") == expected

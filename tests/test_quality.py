@@ -65,6 +65,21 @@ def test_letters_shifted_to_other_letters_are_not_readable() -> None:
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        "Gauge: 7 GWh, 3 MW, 5 kV, 9 kg, 2 mm, 4 hPa, 6 km",
+        "20CrMnTi: c 1 Si 2 Mn 3 p 4 Ni 5 Mo 6 Al 7 Cu 8 Ti 9 Ni 1 Mo 2 Al 3",
+        "ON 3, QC 4, NB 7, NS 2: 9 km, 3 kg",
+        "Станция: выработка 7 GWh, мощность 3 MW, напряжение 5 kV, расход 9 kg, длина линии 4 km",
+        "本年度发电量为7GWh,装机容量3MW,线路长度5km,电压9kV,煤耗2kg。",
+    ],
+    ids=["english", "steel", "provinces", "russian", "chinese"],
+)
+def test_tables_with_units_are_not_codes(row: str) -> None:
+    assert not has_codes(f"{row}\n" * 40)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "Let f be a map of a set X to a set Y and let x and y be points of X. Then f(x) = a p + b n for p > 2.",

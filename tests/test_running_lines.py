@@ -90,5 +90,16 @@ def test_bare_numbers_that_do_not_count_the_pages_stay() -> None:
     assert bodies([""] * 4, ["12", "13", "30", "15"])[0] == [[], [], ["30"], []]
 
 
+@pytest.mark.parametrize("number", ["352", "3/4", "(iv)", "Page 9"])
+def test_numbers_that_count_no_pages_stay(number: str) -> None:
+    assert bodies(["", ""], [number, ""])[0] == [[number], []]
+    assert bodies([""] * 4, ["", number, "", ""])[0] == [[], [number], [], []]
+
+
+def test_labels_of_a_table_are_not_page_numbers() -> None:
+    pages = [["The storms", "S1", "S2", "S3"], ["The waves"], ["The winds", "P5"]]
+    assert remove_running_lines(pages)[0] == pages
+
+
 def test_a_single_page_keeps_its_lines() -> None:
     assert remove_running_lines([["Page 7", BODY, "12"]]) == ([["Page 7", BODY, "12"]], {})

@@ -19,6 +19,11 @@ LINE_END_HYPHEN = re.compile(r"[\x02\ufffe]\n?|\u00ad\n|(?<=[^\W\d_])¬[^\S\n]*\
 # tags have a meaning (superscripts, fractions, full-width punctuation), which NFKC would destroy: 10³ -> 103.
 FORM_TAGS = {"<font>", "<initial>", "<medial>", "<final>", "<isolated>", "<narrow>", "<vertical>", "<noBreak>"}
 LIGATURES_AND_RADICALS = re.compile("[\u01c4-\u01cc\ufb00-\ufb06\ufb13-\ufb17\u2e80-\u2fdf]")
+# The NFKC of a separate Arabic vowel mark is the mark after a space or a tatweel. The word does not have these two.
+ARABIC_MARK_PLACES = " \u0640"
+# These format characters are visible: they enclose numbers (Arabic, Syriac, Kaithi). Persian and Indic scripts need the
+# two joiners.
+KEPT_FORMATS = {*"\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd\u200c\u200d"}
 ARABIC_PHRASES = re.compile("[\ufdf0-\ufdff]")
 
 # The signs of symbol fonts (Symbol, Wingdings) have only private codes. At the start of a line they are bullets.
@@ -51,8 +56,8 @@ def _replacement(character: str) -> str:
     match unicodedata.category(character):
         case "Cc":
             return character if character == "\n" else "" if character == "\0" else " "
-        case "Cf":  # Persian and Indic scripts need the two joiners
-            return character if character in "\u200c\u200d" else ""
+        case "Cf":
+            return character if character in KEPT_FORMATS else ""
         case "Co" | "Cn" | "Cs":
             return ""
         case "Zs" | "Zl" | "Zp":
@@ -68,7 +73,9 @@ def _plain_form(character: str) -> str:
     plain = unicodedata.normalize("NFKC", character)
     is_form = tag in FORM_TAGS and not ARABIC_PHRASES.match(character)
     is_wide_letter = tag == "<wide>" and plain.isalnum()
-    return plain if is_form or is_wide_letter or LIGATURES_AND_RADICALS.match(character) else character
+    if is_form:
+        return plain.strip(ARABIC_MARK_PLACES)
+    return plain if is_wide_letter or LIGATURES_AND_RADICALS.match(character) else character
 
 
 def collapse_spaces(line: str) -> tuple[str, int]:

@@ -21,14 +21,22 @@ PARAGRAPH_ENDS = '.!?:;”"。！？：；」』'
 _BULLETS = "•▪◦●○■□▸►▶➢➤❖✓✔‣⁃∙·"
 _LIST_ITEM = re.compile(rf"[-–*{_BULLETS}]\s|[{_BULLETS}]$|\(?(?:\d{{1,3}}|[A-Za-z]|[ivx]{{1,4}})[.)]\s")
 
+_INITIAL = re.compile(r"[A-Z]\.\s")
+_BEFORE_INITIAL = re.compile(r"(?:[,&]|\band)$")  # Smith, P. and Jones, A. (2010): the initial is not a list item
+
 # The match starts at the first letter of a word. A match from every letter would take hours for a very long word.
 _HYPHENATED_WORD = re.compile(r"(-?)(?<![^\W\d_])([^\W\d_]+)-\n(?=(\w+)(-?)(?:\s[^\W\d_]+(-))?)")
 # After a hyphen, they continue a list (short- and long-term, Ein- und Ausfuhr) or a compound (peer-to-peer).
-_CONJUNCTIONS = {"and", "und", "oder", "sowie", "och", "eller"}
+_CONJUNCTIONS = {"and", "und", "oder", "sowie", "og", "och", "eller"}
 _ALL_CONJUNCTIONS = _CONJUNCTIONS | {"or", "to"}  # these two are also the ends of words: equat-or
-# Between two hyphens they are a word of their own: day-to-day is not day-today.
-_LINKS = {"to", "in", "on", "of", "by", "for", "and", "or", "at", "the", "a"}
+# Between two hyphens they are separate words: day-to-day is not day-today.
+_LINKS = {"to", "in", "on", "of", "by", "for", "and", "or", "at", "the", "a", "à", "de", "en", "sur"}
 _BEFORE_PARTS = {*"0123456789_.@=&"}  # before a part of a number, formula or address: 20th-century, N2O-rich
+_BEFORE_LETTERS = {"", *" \n([“"}
+_IN_ADDRESS = re.compile(r"\w[.:][\w/]\S*/$")  # www.example.org/sea-level
+MAX_ADDRESS = 200  # characters of an address before a hyphen
+# Hebrew, Arabic, Korean and the scripts without spaces do not break words with a hyphen. Their hyphens join two words.
+_NEVER_HYPHENATED = re.compile(f"[\u0590-\u07ff\uac00-\ud7a3{UNSPACED}]")
 # 1850-1900, CO2-equivalent, ocean–atmosphere, and/or and addresses are broken after the sign.
 _BROKEN_AFTER_SIGN = re.compile(rf"(?<=[\w/.)+%°])([–—/]|-(?!\n(?:{'|'.join(_ALL_CONJUNCTIONS)})\b(?!-)))\n(?=\w)")
 
@@ -77,20 +85,28 @@ def _join_hyphenated(text: str, removed: Counter[str]) -> str:
 
     def join(match: re.Match[str]) -> str:
         hyphen_before, start, rest, hyphen_after, next_hyphen = match.groups()
-        is_part = text[match.start() - 1 : match.start()] in _BEFORE_PARTS
-        is_link = hyphen_before and start.casefold() in _LINKS
+        before = text[max(0, match.start() - MAX_ADDRESS) : match.start()]
+        is_in_address = before.endswith("/") and _IN_ADDRESS.search(before)
+        is_letter = len(start) == 1 and before[-1:] in _BEFORE_LETTERS  # X-ray: a letter is not a syllable
+        is_part = before[-1:] in _BEFORE_PARTS or is_in_address or is_letter or _NEVER_HYPHENATED.match(rest)
+        is_link = (hyphen_before and start.casefold() in _LINKS) or (hyphen_after and rest.casefold() in _LINKS)
         is_word = f"{start}{rest}".casefold() in words and not is_link
         conjunctions = _ALL_CONJUNCTIONS if hyphen_after or next_hyphen else _CONJUNCTIONS
         has_conjunction = rest.casefold() in conjunctions and not is_word
         if has_conjunction and not hyphen_after:
             return f"{match[0][:-1]} "
         is_compound = f"{start}-{rest}".casefold() in compounds or (
-            not is_word and (hyphen_before or is_part or has_conjunction or rest[0].isupper() or rest[0].isdigit())
+            not is_word
+            and (hyphen_before or is_part or is_link or has_conjunction or rest[0].isupper() or rest[0].isdigit())
         )
         removed["hyphens"] += not is_compound
         return f"{hyphen_before}{start}{'-' if is_compound else ''}"
 
     return _BROKEN_AFTER_SIGN.sub(r"\1", _HYPHENATED_WORD.sub(join, text))
+
+
+def _continues_names(line: str, before: str) -> bool:
+    return bool(_INITIAL.match(line) and _BEFORE_INITIAL.search(before))
 
 
 def _paragraphs(lines: list[str], removed: Counter[str]) -> list[str]:
@@ -101,14 +117,15 @@ def _paragraphs(lines: list[str], removed: Counter[str]) -> list[str]:
         if not line:
             is_new = True
             continue
-        if is_new or _LIST_ITEM.match(line):
+        if is_new or (_LIST_ITEM.match(line) and not _continues_names(line, lines[number - 1])):
             paragraphs.append([line])
         else:
             paragraphs[-1].append(line)
         following = lines[number + 1] if number + 1 < len(lines) else ""
         longest_near = max(map(len, lines[max(0, number - 3) : number + 4]))
         is_short = len(line) < SHORT_LINE * longest_near and line not in _BULLETS
-        is_new = is_short and (line[-1] in PARAGRAPH_ENDS or not following[:1].islower())
+        can_end = line[-1] in PARAGRAPH_ENDS or not following[:1].islower()
+        is_new = is_short and can_end and not _continues_names(following, line)
     # A dot leader can start on one line and end on the next.
     joined = (_collapse(_LINE_BREAK_WITHOUT_SPACE.sub("", "\n".join(lines)), removed) for lines in paragraphs)
     return [paragraph for paragraph in joined if paragraph]

@@ -33,6 +33,12 @@ def union(boxes: Sequence[Box]) -> Box:
     return Box(min(lefts), min(bottoms), max(rights), max(tops))
 
 
+def has_center(box: Box, other: Box) -> bool:
+    """Whether the center of the other box is in the box."""
+    x, y = (other.left + other.right) / 2, (other.bottom + other.top) / 2
+    return box.left <= x <= box.right and box.bottom <= y <= box.top
+
+
 @dataclass
 class _Line:
     side: str  # left, right or both

@@ -1,27 +1,12 @@
 """The PDF engines. Each one opens a file and reads the text of single pages."""
 
 import ctypes
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdf2lora.documents.columns import Box, column_order, union
-from pdf2lora.documents.paragraphs import (
-    continues_row,
-    is_drop_cap,
-    is_raised,
-    order_of_vertical_lines,
-    paragraph_starts,
-)
-
-SPACE = 0.1  # times the height of a line: if the gap between two pieces of a row is wider, a space is written there
-MAYBE_RAISED = re.compile(r"\S[\d+\-−–]*\d")
-SUPERSCRIPTS = str.maketrans("0123456789+-−–", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁻")
-LINE_END = re.compile("\r\n|\n|(?<=\ufffe)(?!\r?\n)")  # pdfium writes U+FFFE for a hyphen at a line end
-PROSE_LETTERS = 8  # in a column of prose, a line has at least 8 letters
-PROSE_SHARE = 0.8  # in at least 80% of the lines
+from pdf2lora.documents.page_text import text_in_reading_order
 
 
 class Encrypted(Exception):
@@ -74,7 +59,7 @@ def _open_pdfium(file: Path) -> OpenFile:
         page = document[number]
         try:
             text_page = page.get_textpage()
-            text, is_reordered = _text_in_reading_order(text_page)
+            text, is_reordered = text_in_reading_order(text_page)
             return Page("\n".join([text, *_form_values(document, page), *_typed_texts(page)]), is_reordered)
         finally:
             page.close()
@@ -85,75 +70,6 @@ def _open_pdfium(file: Path) -> OpenFile:
         is_placeholder=_is_xfa_placeholder(document, form_type),
         num_attachments=document.count_attachments(),
     )
-
-
-def _text_in_reading_order(text_page: Any) -> tuple[str, bool]:
-    boxes = [Box(*text_page.get_rect(number)) for number in range(text_page.count_rects())]
-    order = column_order(boxes)
-    if order is None:
-        return _text_with_gaps(text_page), False
-    lines = [text_page.get_text_bounded(*union([boxes[piece] for piece in pieces])) for pieces in order]
-    num_prose_lines = sum(sum(map(str.isalpha, line)) >= PROSE_LETTERS for line in lines)
-    if num_prose_lines < PROSE_SHARE * len(lines):  # the lines of a table of contents are also full, but of dots
-        return _text_with_gaps(text_page), False
-    return "\n".join(lines), True
-
-
-def _text_with_gaps(text_page: Any) -> str:
-    """Returns the text with a blank line before each paragraph that has a vertical gap or an indent above it."""
-    from pypdfium2 import raw
-
-    text = str(text_page.get_text_range())
-    bounded = str(text_page.get_text_bounded())
-    if len("".join(text.split())) != len("".join(bounded.split())):
-        return bounded  # text outside of the page shifts the indices of characters
-
-    def letter(index: int) -> Box:
-        return Box(*text_page.get_charbox(raw.FPDFText_GetCharIndexFromTextIndex(text_page, index), loose=True))
-
-    text = _with_superscripts(text, letter)
-    lines = LINE_END.split(text)
-    starts = [0, *(match.end() for match in LINE_END.finditer(text))]
-    ends = [start + len(line.rstrip()) - 1 for start, line in zip(starts, lines, strict=True)]
-    first_letters, last_letters = (
-        [letter(index) if line.strip() else None for index, line in zip(indices, lines, strict=True)]
-        for indices in (starts, ends)
-    )
-    order = order_of_vertical_lines(first_letters, last_letters)
-    lines = [lines[number] for number in order]
-    first_letters, last_letters = ([boxes[number] for number in order] for boxes in (first_letters, last_letters))
-    is_start = paragraph_starts(first_letters)
-    result = [lines[0]]
-    for number, line in enumerate(lines[1:], 1):
-        first, last, box = first_letters[number - 1], last_letters[number - 1], first_letters[number]
-        above = result[-1].strip()
-        if first and box and len(above) == 1 and above.isupper() and is_drop_cap(first, box):
-            result[-1] = above + line
-        elif first and last and box and continues_row(first, last, box):
-            gap = " " if box.left - last.right > SPACE * (box.top - box.bottom) else ""
-            result[-1] = result[-1].rstrip() + gap + line
-        elif is_start[number] and not line.lstrip()[:1].islower():
-            result += ["", line]
-        else:
-            result.append(line)
-    return "\n".join(result)
-
-
-def _with_superscripts(text: str, letter: Callable[[int], Box]) -> str:
-    """Returns the text with raised digits and signs as superscripts: 10³, m⁻², and footnote marks. Subscripts stay.
-
-    letter: index in the text -> the box of this character, as high as its font.
-    """
-    characters = list(text)
-    for match in MAYBE_RAISED.finditer(text):
-        base = letter(match.start())
-        for index in range(match.start() + 1, match.end()):
-            box = letter(index)
-            if is_raised(base, box):
-                characters[index] = text[index].translate(SUPERSCRIPTS)
-            else:
-                base = box
-    return "".join(characters)
 
 
 def _form_values(document: Any, page: Any) -> list[str]:

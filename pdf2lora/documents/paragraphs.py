@@ -12,6 +12,7 @@ MIN_INDENT = 0.5  # of the height of the line
 SAME_ROW = 0.3  # times the height: two letters of a row have tops and bottoms that differ by less
 RAISED_HEIGHT = 0.85  # times the height of the letter before it: a superscript is smaller
 RAISED_BOTTOM = 0.15  # times the height of the letter before it: the bottom of a superscript is higher by more
+RAISED_GAP = 0.3  # times the height of the letter before it: a superscript is not farther from it
 DROP_CAP = 1.8  # times the height of normal letters: a drop cap, the large first letter of a chapter, is higher
 SAME_LEFT = 0.1  # of the height: the lines above and below an indented line start at the same x
 
@@ -61,10 +62,12 @@ def continues_row(first: Box, last: Box, box: Box) -> bool:
     return has_same_font and first.left < box.left and last.bottom < box.top and box.bottom < last.top
 
 
-def is_raised(base: Box, box: Box) -> bool:
-    """Whether a letter is smaller than the one before it, and raised."""
+def is_raised(base: Box, last: Box, box: Box) -> bool:
+    """Whether a letter is smaller than the base letter, raised, and next to the last letter."""
     height = base.top - base.bottom
-    return box.top - box.bottom < RAISED_HEIGHT * height and box.bottom - base.bottom > RAISED_BOTTOM * height
+    is_smaller = box.top - box.bottom < RAISED_HEIGHT * height
+    is_higher = RAISED_BOTTOM * height < box.bottom - base.bottom < height
+    return is_smaller and is_higher and box.left - last.right < RAISED_GAP * height
 
 
 def is_drop_cap(letter: Box, box: Box) -> bool:

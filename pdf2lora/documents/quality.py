@@ -1,7 +1,6 @@
 """Measures of a text's quality. They need no word list and no language."""
 
 import re
-import string
 import unicodedata
 from collections import Counter
 from itertools import groupby
@@ -12,10 +11,14 @@ from pdf2lora.documents.text import UNSPACED
 MAX_UNREADABLE_RUNS = 0.03  # runs of unreadable characters per character
 MAX_SPACED_OUT_LETTERS = 0.15  # share of all words
 MAX_GLUED_LETTERS = 0.2  # share of all letters in words of 26 letters or more
-MIN_VOWELS = 0.2  # share of all Latin letters; counted only in texts of more than 200 Latin letters
+MIN_VOWELS = 0.2  # share of all Latin letters and of those in words, if the words have more than 150 letters
+MIN_WORD = 4  # letters of these words: units and abbreviations (GWh, kV) often have no vowel
+MIN_LATIN = 0.5  # share of all letters: a text in another script has units and abbreviations in Latin letters
 MAX_COMPARED_CHARACTERS = 100_000  # of a text; the time of num_word_errors can grow with the square
 
 _WORD = re.compile(r"[^\W\d_]+")
+_LATIN_LETTERS = re.compile("[a-z]+")
+_LATIN_WORD = re.compile(rf"[a-z]{{{MIN_WORD},}}")
 _TOKEN = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 _UNSPACED_LETTER = re.compile(f"[{UNSPACED}]")
 _UNREADABLE = re.compile("[\x00\x01\x03-\x08\x10-\x1f\ue000-\uf8ff\ufffd]+")
@@ -46,8 +49,13 @@ def has_codes(text: str) -> bool:
         if len(runs) >= MAX_UNREADABLE_RUNS * len(text):
             return True
     plain = unicodedata.normalize("NFD", text).lower()
-    num_latin = sum(map(plain.count, string.ascii_lowercase))
-    return num_latin > 200 and sum(map(plain.count, "aeiouy")) / num_latin <= MIN_VOWELS
+    letters, words = "".join(_LATIN_LETTERS.findall(plain)), "".join(_LATIN_WORD.findall(plain))
+    is_latin = len(letters) > MIN_LATIN * sum(map(str.isalpha, plain))
+    return is_latin and len(words) > 150 and _has_few_vowels(letters) and _has_few_vowels(words)
+
+
+def _has_few_vowels(letters: str) -> bool:
+    return sum(map(letters.count, "aeiouy")) <= MIN_VOWELS * len(letters)
 
 
 def _num_spaced_out_letters(text: str) -> int:

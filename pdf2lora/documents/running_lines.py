@@ -3,6 +3,7 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 EDGE_LINES = 3  # running lines are among the first and last three lines of a page
@@ -10,15 +11,13 @@ RUNNING_SHARE = 0.4  # they are on at least 40% of the pages (left and right pag
 MIN_CHAPTER_PAGES = 3  # or of the pages of a chapter; it has at least three of them
 SAME_NUMBERS_SHARE = 0.6  # and at least 60% of them have the same numbers or count the pages
 
-_PAGE_WORDS = "page|pages|pg|pag|pagina|página|p|s|seite|sida|side|strana|strona|str|стр|страница|صفحة|עמוד"
-_NUMBER = r"(?:\d{1,4}|[ivx]{1,6})"
-_LABELED_PAGE_NUMBER = re.compile(
-    rf"\W*(?:(?:{_PAGE_WORDS})\W*{_NUMBER}(?:\s*(?:of|/|von|de|из)\s*\d{{1,4}})?"  # Page 7 of 12
-    rf"|\d{{1,4}}\s*(?:of|/)\s*\d{{1,4}}|[ivx]{{1,6}}"  # 7/12, vii
-    rf"|第?\s*\d{{1,4}}\s*[页頁ページ]+)\W*",
+_PAGE_WORDS = "page|pages|pg|pag|pagina|página|[ps](?=[.\\s])|seite|sida|side|strana|strona|str|стр|страница|صفحة|עמוד"
+_PAGE_NUMBER = re.compile(
+    rf"\W*(?:(?:{_PAGE_WORDS})\W*)?(\d{{1,4}}|[ivx]{{1,6}})(?:\s*(?:of|/|von|de|из)\s*\d{{1,4}})?\W*"  # Page 7 of 12
+    rf"|\W*第?\s*(\d{{1,4}})\s*[页頁ページ]+\W*",
     re.IGNORECASE,
 )
-_BARE_PAGE_NUMBER = re.compile(r"\W*(\d{1,4})\W*")
+_BARE_NUMBER = re.compile(r"\W*\d{1,4}\W*")
 _COUNTING_HEADING = re.compile(r"[^\W\d_]+\.? \d+\W*|第\s*\d+\s*\w")  # Article 7
 
 
@@ -32,35 +31,53 @@ def remove_running_lines(pages: list[list[str]]) -> tuple[list[list[str]], Count
         return pages, removed
     tops, bottoms = zip(*map(_edges, pages), strict=True)
     running = _chapter_lines(tops, bottoms) | dict.fromkeys(_running_keys(pages), -1)
-    top_numbers, bottom_numbers = list(map(_bare_numbers, tops)), list(map(_bare_numbers, bottoms))
-
-    def kind(line: str, page: int, numbers: list[set[int]], running_kind: str) -> str | None:
-        if not line:
-            return "blank_lines"
-        if _is_page_number(line, page, numbers):
-            return "page_numbers"
-        first_kept = min(running.get(key, page) for key in (_key(line), line.casefold()))
-        is_running = first_kept < page and not _BARE_PAGE_NUMBER.fullmatch(line)
-        return running_kind if is_running else None
-
-    def num_removed(lines: Iterable[str], page: int, numbers: list[set[int]], running_kind: str) -> int:
-        """Returns how many lines to remove, from the first on: at most three, and the blank lines between them."""
-        kinds: list[str] = []
-        for line in lines:
-            name = kind(line, page, numbers, running_kind)
-            if name is None or len(kinds) - kinds.count("blank_lines") == EDGE_LINES:
-                break
-            kinds.append(name)
-        removed.update(kinds)
-        return len(kinds)
-
+    top = _PageEnd("headers", running, list(map(_page_numbers, tops)))
+    bottom = _PageEnd("footers", running, list(map(_page_numbers, bottoms)))
     bodies = []
     for number, page in enumerate(pages):
-        first = num_removed(page, number, top_numbers, "headers")
-        last = len(page) - num_removed(reversed(page[first:]), number, bottom_numbers, "footers")
-        bodies.append(page[first:last])
+        top_kinds = top.kinds_to_remove(page, number)
+        body = page[len(top_kinds) :]
+        bottom_kinds = bottom.kinds_to_remove(body[::-1], number)
+        bodies.append(body[: len(body) - len(bottom_kinds)])
+        removed.update(top_kinds + bottom_kinds)
     del removed["blank_lines"]
     return bodies, removed
+
+
+@dataclass(frozen=True)
+class _PageEnd:
+    """The top or the bottom of all pages."""
+
+    running_kind: Literal["headers", "footers"]
+    first_pages: dict[str, int]  # key of a running line -> its first page, which keeps the line; -1 if no page keeps it
+    page_numbers: list[set[int]]  # of each page: the numbers at this end that can be page numbers
+
+    def kinds_to_remove(self, lines: Iterable[str], page: int) -> list[str]:
+        """Returns the kinds of the lines to remove, from this end on: at most three, and blank lines between them."""
+        kinds: list[str] = []
+        for line in lines:
+            kind = self.kind_of(line, page)
+            if kind is None or len(kinds) - kinds.count("blank_lines") == EDGE_LINES:
+                break
+            kinds.append(kind)
+        return kinds
+
+    def kind_of(self, line: str, page: int) -> str | None:
+        """Returns the kind of a line that is not part of the text. None for a line of the text."""
+        if not line:
+            return "blank_lines"
+        if self._is_page_number(line, page):
+            return "page_numbers"
+        is_running = any(self.first_pages.get(key, page) < page for key in (_key(line), line.casefold()))
+        return self.running_kind if is_running and not _BARE_NUMBER.fullmatch(line) else None
+
+    def _is_page_number(self, line: str, page: int) -> bool:
+        """Returns True for a number that counts the pages. Other numbers can belong to a table."""
+        number = _page_number(line)
+        if number is None:
+            return False
+        near = [step for step in (-2, -1, 1, 2) if 0 <= page + step < len(self.page_numbers)]
+        return number == page + 1 or any(number + step in self.page_numbers[page + step] for step in near)
 
 
 def _edges(page: list[str]) -> tuple[list[str], list[str]]:
@@ -130,21 +147,21 @@ def _number_kind(lines: dict[int, str]) -> Literal["constant", "counting", "othe
     return "counting" if counts_pages else "constant"
 
 
-def _bare_numbers(lines: list[str]) -> set[int]:
-    return {int(match[1]) for match in map(_BARE_PAGE_NUMBER.fullmatch, lines) if match}
+def _page_numbers(lines: list[str]) -> set[int]:
+    return {number for number in map(_page_number, lines) if number is not None}
 
 
-def _is_page_number(line: str, page: int, numbers: list[set[int]]) -> bool:
-    """Returns True for a page number: one with a label, or one that continues the numbers of the pages near it.
-
-    Other numbers without a label can belong to a table.
-
-    numbers: the numbers without a label at this end of each page.
-    """
-    if _LABELED_PAGE_NUMBER.fullmatch(line):
-        return True
-    match = _BARE_PAGE_NUMBER.fullmatch(line)
+def _page_number(line: str) -> int | None:
+    """Returns the number of a line that can be a page number, such as 7, - vii -, p. 7 or 7/12."""
+    match = _PAGE_NUMBER.fullmatch(line)
     if match is None:
-        return False
-    near = [step for step in (-2, -1, 1, 2) if 0 <= page + step < len(numbers)]
-    return len(numbers) < 3 or any(int(match[1]) + step in numbers[page + step] for step in near)
+        return None
+    digits = match[1] or match[2]
+    return int(digits) if digits.isdigit() else _roman_number(digits.lower())
+
+
+def _roman_number(letters: str) -> int:
+    values = [{"i": 1, "v": 5, "x": 10}[letter] for letter in letters]
+    return sum(
+        -value if value < following else value for value, following in zip(values, [*values[1:], 0], strict=True)
+    )
