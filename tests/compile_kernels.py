@@ -81,7 +81,7 @@ def compile_for(capability: int) -> None:
             dequantize.convert_to_fp8(small_linear().weight, torch.ones(128), out, transposed=transposed)
         low_rank, norms = torch.zeros(TOKENS, 48, dtype=torch.bfloat16), torch.ones(48)
         fp8_lora.append(quantize(torch.zeros(TOKENS, FEATURES, dtype=torch.bfloat16), 256), low_rank, norms)
-        columns = fp8_lora.Beside(torch.zeros(128, 48, dtype=torch.bfloat16), norms)
+        columns = fp8_lora.LoraColumns(torch.zeros(128, 48, dtype=torch.bfloat16), norms)
         fp8_lora.append_to_weights(columns, torch.ones(128), torch.zeros(128, 128 + 256, dtype=FP8))
 
 

@@ -30,7 +30,7 @@ def test_packages_of_other_versions_are_listed(tmp_path):
     )
 
 
-def test_a_cpu_build_beside_a_gpu_is_a_problem(tmp_path, monkeypatch):
+def test_a_cpu_build_on_a_machine_with_a_gpu_is_a_problem(tmp_path, monkeypatch):
     package = tmp_path / "torch"
     package.mkdir()
     (package / "version.py").write_text("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n")

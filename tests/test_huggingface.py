@@ -174,12 +174,12 @@ def test_an_unknown_weight_is_refused(source: Path, target: Path) -> None:
         convert_default(source, target)
 
 
-@pytest.mark.parametrize("case", ["inverse frequencies", "F32 norms beside BF16", "stored copy of the tied head"])
+@pytest.mark.parametrize("case", ["inverse frequencies", "F32 norms and BF16", "stored copy of the tied head"])
 def test_common_peculiarities_are_accepted(source: Path, target: Path, case: str) -> None:
     def change(weights: Weights) -> None:
         if case == "inverse frequencies":
             weights |= {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(8) for n in (0, 1)}
-        elif case == "F32 norms beside BF16":
+        elif case == "F32 norms and BF16":
             weights |= {name: weight.bfloat16() for name, weight in weights.items() if weight.dim() == 2}
         else:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
@@ -190,7 +190,7 @@ def test_common_peculiarities_are_accepted(source: Path, target: Path, case: str
     summary = convert_default(source, target)
 
     assert summary["num_parameters"] == expected["num_parameters"]
-    assert summary["dtype"] == ("bfloat16" if case == "F32 norms beside BF16" else "float32")
+    assert summary["dtype"] == ("bfloat16" if case == "F32 norms and BF16" else "float32")
     assert torch.allclose(logits(target), logits(source), atol=1e-5)
 
 

@@ -13,7 +13,7 @@ from interpreted import (  # noqa: F401
 )
 
 from pdf2lora.model.kernels import frozen
-from pdf2lora.model.kernels.fp8_lora import Beside, append, append_to_weights, num_columns
+from pdf2lora.model.kernels.fp8_lora import LoraColumns, append, append_to_weights, num_columns
 from pdf2lora.model.kernels.rows import FP8, quantize
 
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
@@ -43,7 +43,7 @@ def test_columns_are_nearly_as_exact_as_bfloat16(num_features, rank, size):
     b = size * random(40, rank, seed=2)
     fp8, scale = torch.zeros(40, num_features + num_columns(rank), dtype=FP8), torch.full((40,), 3.0 / 448)
 
-    larger_scale = append_to_weights(Beside(b, norms(a)), scale, fp8)
+    larger_scale = append_to_weights(LoraColumns(b, norms(a)), scale, fp8)
     found = product_of_columns(with_columns(x, a), fp8, larger_scale, num_features)
 
     assert relative_error(found, x @ a.t() @ b.t()) < 0.004
@@ -56,7 +56,7 @@ def test_the_columns_keep_other_values():
     fp8 = random(9, 64 + 128, seed=2).to(FP8)
     before = fp8.clone()
 
-    append_to_weights(Beside(random(9, 16), norms(a)), torch.ones(9), fp8)
+    append_to_weights(LoraColumns(random(9, 16), norms(a)), torch.ones(9), fp8)
 
     assert torch.equal(fp8[:, :64].float(), before[:, :64].float())
     assert torch.equal(present(with_columns(x, a).fp8)[:, :64].float(), present(quantize(x).fp8).float())
@@ -92,7 +92,7 @@ def test_lora_without_any_effect_is_zero():
     fp8 = torch.ones(9, 64 + 128).to(FP8)
 
     append(rows, torch.zeros(2, 16), torch.zeros(16))
-    scale = append_to_weights(Beside(torch.zeros(9, 16), torch.ones(16)), torch.ones(9), fp8)
+    scale = append_to_weights(LoraColumns(torch.zeros(9, 16), torch.ones(16)), torch.ones(9), fp8)
 
     assert (present(rows.fp8).float()[:, 64:] == 0).all()
     assert (fp8.float()[:, 64:] == 0).all()
@@ -108,7 +108,7 @@ def test_products_in_both_directions_include_lora(monkeypatch):
     b[40:] = 0.01 * random(24, 16, seed=3)
     x, grad = random(30, 128, seed=4), random(30, 64, seed=5)
     b_norms = torch.linalg.vector_norm(b, dim=0)
-    weights = frozen.Weights(stack, beside_output=Beside(b, norms(a)), beside_input=Beside(a.t(), b_norms))
+    weights = frozen.Weights(stack, output_columns=LoraColumns(b, norms(a)), input_columns=LoraColumns(a.t(), b_norms))
     plain = frozen.Weights(stack)
     grad_rows = quantize(grad, 128)
     append(grad_rows, grad @ b, b_norms)

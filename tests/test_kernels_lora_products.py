@@ -33,7 +33,7 @@ def test_both_products_read_parts_of_larger_tensors():
     [(24_576, 8192, 16, True), (8192, 8192, 32, True), (8192, 3072, 16, False), (24_576, 8192, 64, False)],
 )
 def test_many_rows_are_read_once(tokens, features, rank, expected):
-    assert lora_products.is_read_once(torch.empty(tokens, features, device="meta"), rank) == expected
+    assert lora_products.one_kernel_is_faster(torch.empty(tokens, features, device="meta"), rank) == expected
 
 
 def test_product_float32_does_not_round():

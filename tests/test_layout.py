@@ -26,7 +26,7 @@ def test_an_adapter_is_not_a_base_model(tmp_path: Path) -> None:
         find_layout(tmp_path)
 
 
-def test_an_adapter_beside_a_model_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_in_the_folder_of_a_model_is_refused(tmp_path: Path) -> None:
     for name in ("config.json", "adapter_config.json"):
         (tmp_path / name).touch()
 

@@ -66,7 +66,7 @@ def test_an_explicit_head_dim_counts(tmp_path):
 
 
 def test_a_4bit_model_has_two_parameters_in_a_byte(tmp_path):
-    """bitsandbytes stores a weight as bytes of shape (n / 2, 1), with its scales beside it."""
+    """bitsandbytes stores a weight as bytes of shape (n / 2, 1), and its scales as other tensors."""
     base = write_tiny_llama(tmp_path / "base")
     expected = shape_of(base)
     weights = load_file(base / "model.safetensors")

@@ -45,7 +45,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run(base: Path, project: Path) -> Callable[..., Any]:
-    """A training of 4 steps that writes to a folder of this name, with its checkpoints beside it."""
+    """A training of 4 steps that writes to a folder of this name, and its checkpoints."""
 
     def run(name: str, trackers: Any = None, **changes: Any) -> Any:
         tracker = Tracker(project / name, Processes(), trackers, tokens_per_step=2 * 32)

@@ -76,8 +76,8 @@ def is_drop_cap(letter: Box, box: Box) -> bool:
     box: the first letter of the normal text.
     """
     height = letter.top - letter.bottom
-    is_beside = letter.bottom < box.bottom < letter.top and 0 <= box.left - letter.left < 2 * height
-    return is_beside and height > DROP_CAP * (box.top - box.bottom)
+    is_at_the_left = letter.bottom < box.bottom < letter.top and 0 <= box.left - letter.left < 2 * height
+    return is_at_the_left and height > DROP_CAP * (box.top - box.bottom)
 
 
 def _has_gap(above: Box, box: Box, step: float) -> bool:

@@ -28,7 +28,7 @@ NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 EXPERTS = re.compile(r"experts\.|moe\.")  # in the names of a mixture of experts
-# bitsandbytes stores these beside a 4-bit weight.
+# bitsandbytes stores these with a 4-bit weight.
 QUANT_STATE = re.compile(r"(?<=\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$")
 
 

@@ -28,8 +28,8 @@ ALIGNMENT = 128  # bytes, of rows
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 16
 
 
-class Beside(NamedTuple):
-    """The matrix whose columns stand beside frozen weights.
+class LoraColumns(NamedTuple):
+    """The matrix whose columns are appended to frozen weights.
 
     matrix: (rows of the weights, ranks), B or A^T; norms: (ranks,), float32, of the rows of the other matrix.
     """
@@ -122,7 +122,7 @@ def append(rows: Rows, low_rank: Tensor, norms: Tensor) -> None:
     )  # fmt: skip
 
 
-def append_to_weights(lora: Beside, scale: Tensor, fp8: Tensor) -> Tensor:
+def append_to_weights(lora: LoraColumns, scale: Tensor, fp8: Tensor) -> Tensor:
     """Writes LoRA's columns of `fp8`, (rows, features + columns). Returns the scale that its rows then have.
 
     scale: (rows,), float32, the smallest one that the weights allow.

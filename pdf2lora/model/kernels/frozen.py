@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pdf2lora.model.kernels.dequantize import Lora, convert_to_fp8, dequantize, dequantize_and_add
-from pdf2lora.model.kernels.fp8_lora import Beside, append_to_weights, num_columns
+from pdf2lora.model.kernels.fp8_lora import LoraColumns, append_to_weights, num_columns
 from pdf2lora.model.kernels.rows import FP8, Rows
 
 LARGEST_FP8 = 448.0  # of e4m3
@@ -90,16 +90,16 @@ class Weights:
         frozen: Frozen,
         loras: Sequence[Lora | None] = (),
         *,
-        beside_output: Beside | None = None,
-        beside_input: Beside | None = None,
+        output_columns: LoraColumns | None = None,
+        input_columns: LoraColumns | None = None,
     ):
         """loras: of each weight. Their products are added to `values`; fp8 would round them away.
 
-        beside_output, beside_input: LoRA's columns beside fp8_by_output and fp8_by_input.
+        output_columns, input_columns: LoRA's columns, appended to fp8_by_output and fp8_by_input.
         """
         self.frozen = frozen
         self.loras = loras
-        self.beside_output, self.beside_input = beside_output, beside_input
+        self.output_columns, self.input_columns = output_columns, input_columns
 
     @cached_property
     def values(self) -> Tensor:
@@ -118,14 +118,14 @@ class Weights:
     @cached_property
     def fp8_by_output(self) -> Rows:
         """(features out, features in + LoRA's columns), with a scale per row."""
-        return self._fp8(self.beside_output, transposed=False)
+        return self._fp8(self.output_columns, transposed=False)
 
     @cached_property
     def fp8_by_input(self) -> Rows:
         """Transposed: (features in, features out + LoRA's columns), with a scale per row."""
-        return self._fp8(self.beside_input, transposed=True)
+        return self._fp8(self.input_columns, transposed=True)
 
-    def _fp8(self, lora: Beside | None, *, transposed: bool) -> Rows:
+    def _fp8(self, lora: LoraColumns | None, *, transposed: bool) -> Rows:
         scales, rows = self.frozen.fp8_scales, self.frozen.rows
         assert scales is not None
         scale, shape = (

@@ -1,4 +1,4 @@
-"""LoRA with dropout beside a frozen product: y += scaling * (dropout(x) A^T) B^T.
+"""LoRA with dropout, in addition to a frozen product: y += scaling * (dropout(x) A^T) B^T.
 
 One to three projections read one x. Without dropout see lora_products.py.
 

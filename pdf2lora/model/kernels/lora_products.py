@@ -17,7 +17,7 @@ MIN_ELEMENTS = 2**26  # of rows: with fewer, the two products of cuBLAS are fast
 MAX_RANK = 32  # more partial sums do not fit into registers
 
 
-def is_read_once(rows: Tensor, rank: int) -> bool:
+def one_kernel_is_faster(rows: Tensor, rank: int) -> bool:
     """True if both_products() is faster than two products."""
     return rows.numel() >= MIN_ELEMENTS and rank <= MAX_RANK
 

@@ -10,11 +10,11 @@ from pdf2lora.model.dropout import DropoutRate
 from pdf2lora.model.kernels import fp8_lora, lora, rotary
 from pdf2lora.model.kernels.context import ForwardContext
 from pdf2lora.model.kernels.dequantize import Lora
-from pdf2lora.model.kernels.fp8_lora import Beside
+from pdf2lora.model.kernels.fp8_lora import LoraColumns
 from pdf2lora.model.kernels.frozen import Frozen, Weights
 from pdf2lora.model.kernels.lora import DropoutCounter, LowRank
 from pdf2lora.model.kernels.lora_copies import copy_lora
-from pdf2lora.model.kernels.lora_products import both_products, is_read_once, product_float32
+from pdf2lora.model.kernels.lora_products import both_products, one_kernel_is_faster, product_float32
 from pdf2lora.model.kernels.rmsnorm import add_rmsnorm
 from pdf2lora.model.kernels.rows import Format, Rows
 
@@ -125,9 +125,9 @@ class Projections:
     def weights(self, context: ForwardContext) -> Weights:
         """For forward() and backward(), which make their own if they get none."""
         loras = self.loras if self._is_merged(context) else ()
-        beside_output = Beside(self.b, self.a_norms) if self.format(context).lora_columns else None
-        beside_input = Beside(self.a.t(), self.b_norms) if self.grad_format(context).lora_columns else None
-        return Weights(self.frozen, loras, beside_output=beside_output, beside_input=beside_input)
+        output_columns = LoraColumns(self.b, self.a_norms) if self.format(context).lora_columns else None
+        input_columns = LoraColumns(self.a.t(), self.b_norms) if self.grad_format(context).lora_columns else None
+        return Weights(self.frozen, loras, output_columns=output_columns, input_columns=input_columns)
 
     def _is_merged(self, context: ForwardContext) -> bool:
         """True if weights() adds LoRA's product to the weights. forward() then computes no product for LoRA."""
@@ -203,7 +203,7 @@ class Projections:
 
     def _grad_low_rank(self, grad: Tensor, low_rank: Tensor) -> GradLowRank:
         parts = [grad[:, adapter.features] for adapter in self.adapters]
-        if not all(is_read_once(part, self.rank) for part in parts):
+        if not all(one_kernel_is_faster(part, self.rank) for part in parts):
             return GradLowRank(grad @ self.b)
         products = [
             both_products(part, self.b[adapter.features, adapter.ranks], low_rank[:, adapter.ranks])
@@ -220,7 +220,7 @@ class Projections:
         out: Tensor | None = None,
     ) -> Tensor:
         """The gradient of x: (tokens, features in). Does not read x."""
-        if weights.beside_input is not None:
+        if weights.input_columns is not None:
             assert grad_low_rank is not None
             fp8_lora.append(grad, grad_low_rank.values, self.b_norms)
         dx = self.frozen.backward(grad, weights, out)
@@ -244,7 +244,7 @@ class Projections:
         assert x is not None
         grad_a = None
         if low_rank is None:  # both are unknown, so one kernel can read x, or the gradient of y if that is wider
-            if len(self.adapters) == 1 and x.shape[1] >= grad_y.shape[1] and is_read_once(x, self.rank):
+            if len(self.adapters) == 1 and x.shape[1] >= grad_y.shape[1] and one_kernel_is_faster(x, self.rank):
                 grad_low_rank = grad_low_rank or GradLowRank(grad_y @ self.b)
                 values, grad_a = both_products(x, self.a.t(), grad_low_rank.values)
             else:
