@@ -18,7 +18,7 @@ from pdf2lora.runtime.launcher import PeerLost
 
 # Of a collective. The main process can hash a large base while the others wait in one. The launcher notices within a
 # minute if a process ends or hangs.
-TIMEOUT = timedelta(hours=2)
+TIMEOUT = timedelta(minutes=30)
 
 
 class Processes:
