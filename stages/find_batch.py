@@ -21,7 +21,16 @@ from pdf2lora.runtime.launcher import allot_devices
 from pdf2lora.runtime.monitor import machine_metrics
 from pdf2lora.runtime.processes import stage_main
 from pdf2lora.tokens import require_context
-from pdf2lora.training.batch_search import AS_FAST, Choice, Measurement, Mode, choose, memory_model, search_modes
+from pdf2lora.training.batch_search import (
+    AS_FAST,
+    Choice,
+    Measurement,
+    Mode,
+    choose,
+    memory_model,
+    search_modes,
+    share_of_process,
+)
 from pdf2lora.training.probe_processes import Capabilities, ProbeProcesses
 
 PROGRESS = "{desc}: probe {n}, {elapsed}{postfix}"  # the number of probes is not known in advance
@@ -88,8 +97,7 @@ def fastest_placement(
 ) -> Outcome:
     """Searches with layers in GPU memory. If they do not fit or need recomputation, also with layers in host memory.
 
-    Without recomputation, layers in host memory are not faster. On a CPU the first value of gradient_checkpointing that
-    fits is chosen: a comparison of times could choose differently on another CPU.
+    Without recomputation, layers in host memory are not faster.
 
     Raises InputError if no probe fits.
     """
@@ -106,15 +114,14 @@ def fastest_placement(
     if len(placements) > 1 and capabilities.resident_gib > budget_gib:
         placements.remove("gpu")
     best: Outcome | None = None
-    smallest, largest = params.find_batch.min, params.find_batch.max
     for placement in placements:
         searched = search_modes(
             partial(measure, placement),
             capabilities.gradient_checkpointing,
-            smallest=smallest,
-            largest=largest,
+            smallest=params.find_batch.min,
+            largest=params.find_batch.max,
             budget_gib=budget_gib,
-            enough=smallest if capabilities.device == "cpu" else largest,
+            enough=sufficient_batch(params, capabilities.device, num_processes),
         )
         is_last = placement == placements[-1]
         if not any(mode.largest for mode in searched) and (best or not is_last):
@@ -127,6 +134,20 @@ def fastest_placement(
             break
     assert best is not None
     return best
+
+
+def sufficient_batch(params: Params, device: str, num_processes: int) -> int:
+    """If so many sequences fit with a value of gradient_checkpointing, the values that recompute more are not measured.
+
+    On a GPU these are all sequences that a process computes of a step: a step with more recomputation is slower. On a
+    CPU, the first value that fits is chosen: a comparison of times could choose differently on another CPU.
+    """
+    settings, effective_batch = params.find_batch, params.train.effective_batch
+    if device == "cpu":
+        return settings.min
+    if effective_batch == "auto":
+        return settings.max
+    return min(settings.max, share_of_process(effective_batch, num_processes))
 
 
 def memory_budget_gib(settings: FindBatch, capabilities: Capabilities) -> float:

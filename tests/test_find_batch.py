@@ -195,6 +195,29 @@ def test_the_fastest_setting_is_chosen(
 
 @pytest.mark.usefixtures("fake_probes")
 @pytest.mark.parametrize(
+    ("effective_batch", "num_processes", "settings"),
+    [
+        (3, 1, ["none"]),
+        (6, 2, ["none"]),
+        (4, 1, ["none", "full"]),
+        (7, 2, ["none", "full"]),
+        ("auto", 1, ["none", "full"]),
+    ],
+)
+def test_a_step_that_fits_without_recomputation_needs_no_other_probes(
+    project: Any, monkeypatch: pytest.MonkeyPatch, effective_batch: Any, num_processes: int, settings: list[str]
+) -> None:
+    """3 sequences fit with none."""
+    monkeypatch.setattr(FakeProbes, "settings", ("none", "full"))
+    project.configure({"train.effective_batch": effective_batch, "compute.num_processes": num_processes})
+
+    find_batch.main()
+
+    assert list(read("metrics/batch.json")["modes"]) == settings
+
+
+@pytest.mark.usefixtures("fake_probes")
+@pytest.mark.parametrize(
     ("gib_of_none", "chosen", "measured"),
     [(0.004, ("none", 3, 4), ["none"] * 4), (0.013, ("full", 12, 1), ["none"] + ["full"] * 4)],
 )

@@ -146,7 +146,9 @@ def choose(
         fast = [candidate for candidate, speed in zip(candidates, speeds, strict=True) if speed >= AS_FAST * fastest]
         candidates = sorted(fast, key=lambda candidate: candidate[0].peak_gib(candidate[1]) or 0.0)
     mode, batch = candidates[0]
-    accumulation = 1 if effective_batch == "auto" else math.ceil(_share(effective_batch, num_processes) / batch)
+    accumulation = (
+        1 if effective_batch == "auto" else math.ceil(share_of_process(effective_batch, num_processes) / batch)
+    )
     return Choice(mode.gradient_checkpointing, batch, accumulation)
 
 
@@ -154,10 +156,10 @@ def per_device_batch(largest: int, effective_batch: int | Literal["auto"], num_p
     """Sequences of one micro-batch. A step has as few micro-batches as fit, of sizes as equal as possible."""
     if effective_batch == "auto":
         return largest
-    share = _share(effective_batch, num_processes)
+    share = share_of_process(effective_batch, num_processes)
     return math.ceil(share / math.ceil(share / largest))
 
 
-def _share(effective_batch: int, num_processes: int) -> int:
+def share_of_process(effective_batch: int, num_processes: int) -> int:
     """The largest number of sequences that one process computes of a step."""
     return math.ceil(effective_batch / num_processes)
