@@ -431,6 +431,7 @@ def test_measurements_that_fail_lose_neither_adapter_nor_checkpoints(
     project: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "measurements", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(job, "log_to_file", lambda folder: folder)  # which would change the logging of later tests
 
     with pytest.raises(ZeroDivisionError):
         job.run(read_params(), None)
