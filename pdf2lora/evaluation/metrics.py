@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pdf2lora.evaluation.changes import COSTLY_QUANTIZATION, unsigned
 from pdf2lora.evaluation.intervals import (
     METHOD,
     Counts,
@@ -22,7 +23,6 @@ from pdf2lora.evaluation.intervals import (
     interval_note,
     perplexity,
 )
-from pdf2lora.evaluation.limits import COSTLY_QUANTIZATION
 from pdf2lora.evaluation.rounding import rounded
 from pdf2lora.tokens import Tokens
 
@@ -142,12 +142,10 @@ def summary_lines(metrics: Metrics, bits: int) -> list[str]:
 
 def format_improvement(metrics: Metrics) -> str:
     """2.0% lower [1.0%, 3.0%] or 2.0% higher [1.0%, 3.0%]; without an interval only the share."""
-    share, low, high = metrics["share"], metrics["low_95"], metrics["high_95"]
-    word = "lower" if share >= 0 else "higher"
-    if low is None:
-        return f"{abs(share):.1%} {word}"
-    low, high = (low, high) if share >= 0 else (-high, -low)
-    return f"{abs(share):.1%} {word} [{low:.1%}, {high:.1%}]"
+    change = unsigned(metrics)
+    text = f"{change['share']:.1%} {'lower' if metrics['share'] >= 0 else 'higher'}"
+    low, high = change["low_95"], change["high_95"]
+    return text if low is None else f"{text} [{low:.1%}, {high:.1%}]"
 
 
 def share_metrics(estimate: Estimate) -> Metrics:

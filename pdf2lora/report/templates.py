@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from pdf2lora.evaluation.changes import unsigned
+
 
 @cache
 def get_template(name: str) -> Template:
@@ -30,15 +32,6 @@ def percent(share: float, digits: int = 1) -> str:
 
 def signed_percent(share: float, digits: int = 1) -> str:
     return f"{share:+.{digits}%}"
-
-
-def unsigned(improvement: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An improvement without its sign: a negative one becomes the increase of the perplexity."""
-    if improvement["share"] >= 0:
-        return improvement
-    low, high = improvement["low_95"], improvement["high_95"]
-    bounds = (None, None) if low is None else (-high, -low)
-    return {"share": -improvement["share"], "low_95": bounds[0], "high_95": bounds[1]}
 
 
 def interval(metrics: Mapping[str, Any], as_percent: bool = False) -> str:

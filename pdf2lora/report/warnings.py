@@ -1,6 +1,6 @@
 """Warnings of the report about runs whose numbers can mislead, for example small ones."""
 
-from pdf2lora.evaluation.limits import COSTLY_QUANTIZATION
+from pdf2lora.evaluation.changes import COSTLY_QUANTIZATION
 from pdf2lora.params import Params
 from pdf2lora.report.results import Results
 
