@@ -79,6 +79,8 @@ def _zip_members(stream: BinaryIO) -> Iterator[Member]:
     packed_bytes = 0
     with zipfile.ZipFile(stream) as archive:
         for info in archive.infolist():
+            if not info.filename:
+                raise ValueError("a file has no name")
             if info.is_dir():
                 continue
             stream.seek(info.header_offset)

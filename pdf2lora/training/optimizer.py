@@ -15,6 +15,7 @@ from torch import Tensor
 from pdf2lora.params import Train
 
 NUM_SUMS = 2  # numbers that are summed with the gradient: the loss, and the processes that received a stop signal
+MOMENTS = {"state1", "state2"}  # bitsandbytes' names of AdamW's moments
 
 
 class FlatParameters:
@@ -72,3 +73,14 @@ class AsynchronousAdamW(bnb.optim.AdamW):  # type: ignore[misc]  # bitsandbytes 
                     self.init_state(group, parameter, group_index, index)
                 self.prefetch_state(parameter)
                 self.update_step(group, parameter, group_index, index)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        """Loads a state. Paged moments stay paged: bitsandbytes alone would load them into GPU memory."""
+        super().load_state_dict(state_dict, move_to_device)
+        for parameter, state in self.state.items():
+            for name in MOMENTS & state.keys():
+                buffer = self.get_state_buffer(parameter, dtype=state[name].dtype)
+                if getattr(buffer, "is_paged", False):
+                    torch.cuda.synchronize()  # until the GPU has filled the buffer with zeros
+                    state[name] = buffer.copy_(state[name])
