@@ -20,8 +20,7 @@ PYTHON ?= python3
 VENV := .venv
 UV := uv==0.13.9
 BIN := $(VENV)/bin
-# with a GPU one: tests that measure its memory share it with no other test; else three: some tests only wait
-TEST_PROCESSES := $(if $(wildcard /proc/driver/nvidia/version),1,3)
+HAS_GPU := $(wildcard /proc/driver/nvidia/version)
 # torch, and the packages that only its CUDA build needs
 NOT_LOCKED := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
   nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
@@ -39,9 +38,12 @@ repro: setup
 	@python -m commands.mend_dvc
 	dvc repro
 
+# three processes, because some tests only wait; one on a GPU, because some tests measure its memory
 # the processes of the tests share compiled modules, also where PYTHONDONTWRITEBYTECODE is set
+test: export PYTHONDONTWRITEBYTECODE =
 test: setup-dev
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(if $(HAS_GPU),pytest -m gpu)
 
 lint: setup-dev
 	ruff check .

@@ -41,10 +41,16 @@ def pytest_collection_finish() -> None:
 
 # As runtime/startup.py does for the stages, before torch is imported: bitsandbytes would import torch's compiler.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-# Without a CUDA driver, Triton's interpreter runs the kernels. Triton reads this variable when it is imported, and
-# bitsandbytes imports Triton, so it must be set before all tests.
-if not has_cuda_driver():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides the GPUs without `-m gpu`: the other tests compare results of a CPU, and interpret the kernels.
+
+    CUDA and Triton read these variables when they are imported.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 # These files start first, so that the processes of `make test` end at the same time.
@@ -56,13 +62,13 @@ SLOW_FILES = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts the files. Skips the tests with the marker gpu on a machine without a GPU."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sorts the files. Skips the tests with the marker gpu without `-m gpu`, and on a machine without a GPU."""
     order = {name: number for number, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
-        if item.get_closest_marker("gpu") and not has_cuda_driver():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if item.get_closest_marker("gpu") and (config.option.markexpr != "gpu" or not has_cuda_driver()):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU and -m gpu"))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
-import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
@@ -26,8 +25,6 @@ def run_forked(count: int, function: Callable[[Processes], Result], *, timeout_s
     Raises:
         AssertionError: a process raised an error, ended or did not finish within timeout_s.
     """
-    if torch.cuda.is_available():
-        pytest.skip("a process that uses CUDA cannot be forked; tests with the marker gpu use the launcher")
     context = multiprocessing.get_context("fork")
     children, pipes = [], []
     for environment in job_environments(count):

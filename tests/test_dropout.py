@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from interpreted import cpu_kernels, needs_interpreter  # noqa: F401
+from interpreted import cpu_kernels  # noqa: F401
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, fill_b, quiet
 
 from pdf2lora.model import dropout
@@ -84,7 +84,6 @@ def test_size_of_the_blocks_does_not_change_the_mask(monkeypatch):
     assert torch.equal(mask(0.3, (70, 100)), expected)
 
 
-@needs_interpreter
 @pytest.mark.parametrize("shape", [(40, 104), (7, 300), (33, 63)])
 @pytest.mark.parametrize(("seed", "first_sequence"), [(0, 0), (3, 5), (2**40 + 1, 2**33)])
 def test_kernel_draws_the_same_mask(shape, seed, first_sequence):
@@ -144,7 +143,7 @@ def test_model_without_dropout_needs_no_seed(base):
     forward(torch.zeros(1, 8, dtype=torch.int64, device=model.device))
 
 
-@pytest.mark.parametrize("kernels", ["reference", pytest.param("fused", marks=needs_interpreter)])
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
 @pytest.mark.usefixtures("cpu_kernels")
 def test_rows_draw_the_same_masks_in_every_micro_batch(base, kernels):
     """The last four sequences of a batch of 8 are a batch of 4 with first_sequence 4."""

@@ -81,34 +81,60 @@ def test_flash_attention_must_be_installed_if_it_is_set(monkeypatch):
     assert environment.flash_attention("auto", [H100]).level == "note"
 
 
-def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'Tesla T4, 570.10, 15360, 7.5'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Replaces nvidia-smi by a program that prints these lines."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
+    def replace(*lines):
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\ncat <<END\n" + "\n".join(lines) + "\nEND\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+
+    return replace
+
+
+def test_gpus_are_read_from_nvidia_smi(nvidia_smi):
+    nvidia_smi("GPU-aaaa, Tesla T4, 570.10, 15360, 7.5")
 
     assert environment.find_gpus() == [T4]
     assert environment.gpu([T4], "auto").level == "note"
 
 
-def test_a_gpu_without_its_own_memory_uses_that_of_the_machine(tmp_path, monkeypatch):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA GB10, 580.10, [N/A], 12.1'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+def test_a_gpu_without_its_own_memory_uses_that_of_the_machine(nvidia_smi):
+    nvidia_smi("GPU-aaaa, NVIDIA GB10, 580.10, [N/A], 12.1")
 
     [gpu] = environment.find_gpus()
 
     assert gpu.memory_gib == pytest.approx(psutil.virtual_memory().total / 2**30)
 
 
-def test_a_driver_that_does_not_know_the_compute_capability(tmp_path, monkeypatch):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'Tesla T4, 440.33, 15360, [N/A]'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+def test_a_driver_that_does_not_know_the_compute_capability(nvidia_smi):
+    nvidia_smi("GPU-aaaa, Tesla T4, 440.33, 15360, [N/A]")
 
     gpus = environment.find_gpus()
 
     assert gpus == [Gpu("Tesla T4", "440.33", 15.0, None)]
     assert environment.gpu(gpus, "auto").level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("variable", "allowed", "found"),
+    [
+        (None, ["GPU-aaaa", "GPU-bbbb"], ["A", "B"]),
+        ("1,0", ["GPU-bbbb", "GPU-aaaa"], ["B", "A"]),
+        ("1", ["GPU-bbbb"], ["B"]),
+        ("", [], []),
+        ("MIG-cccc", ["MIG-cccc"], ["A", "B"]),  # a slice of one of them
+    ],
+)
+def test_only_gpus_that_a_run_may_use_count(nvidia_smi, monkeypatch, variable, allowed, found):
+    nvidia_smi("GPU-aaaa, A, 570.10, 15360, 7.5", "GPU-bbbb, B, 570.10, 15360, 7.5")
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: allowed)
+
+    assert [gpu.name for gpu in environment.find_gpus()] == found
 
 
 def test_a_missing_git_is_a_problem(tmp_path, monkeypatch):

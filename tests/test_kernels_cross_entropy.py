@@ -1,12 +1,12 @@
 import pytest
 import torch
-from interpreted import cpu_kernels, needs_interpreter, random  # noqa: F401
+from interpreted import cpu_kernels, random  # noqa: F401
 from torch.nn import functional
 
 from pdf2lora.model.kernels.cross_entropy import cross_entropy_
 from pdf2lora.tokens import IGNORED
 
-pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 @pytest.mark.parametrize("vocabulary", [50, 40_000])  # one block, and two

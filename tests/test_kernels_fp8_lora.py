@@ -5,7 +5,6 @@ import torch
 from interpreted import (  # noqa: F401
     cpu_kernels,
     linear4bit,
-    needs_interpreter,
     present,
     random,
     relative_error,
@@ -16,7 +15,7 @@ from pdf2lora.model.kernels import frozen
 from pdf2lora.model.kernels.fp8_lora import LoraColumns, append, append_to_weights, num_columns
 from pdf2lora.model.kernels.rows import FP8, quantize
 
-pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 def norms(matrix):

@@ -4,7 +4,6 @@ from interpreted import (  # noqa: F401
     cpu_kernels,
     dequantized,
     linear4bit,
-    needs_interpreter,
     present,
     random,
     relative_error,
@@ -15,7 +14,7 @@ from pdf2lora.model.kernels import frozen
 from pdf2lora.model.kernels.dequantize import Lora
 from pdf2lora.model.kernels.rows import Rows, quantize
 
-pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 def test_frozen_products_are_those_of_the_stacked_weights():

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from interpreted import cpu_kernels, needs_interpreter, present, random  # noqa: F401
+from interpreted import cpu_kernels, present, random  # noqa: F401
 
 from pdf2lora.model.dropout import DropoutRate, keep_mask
 from pdf2lora.model.kernels import lora
 
-pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 STATE = torch.tensor([7, 0])

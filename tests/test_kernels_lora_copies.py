@@ -1,10 +1,10 @@
 import pytest
 import torch
-from interpreted import cpu_kernels, needs_interpreter, random  # noqa: F401
+from interpreted import cpu_kernels, random  # noqa: F401
 
 from pdf2lora.model.kernels.lora_copies import copy_lora
 
-pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

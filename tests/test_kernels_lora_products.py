@@ -1,10 +1,10 @@
 import pytest
 import torch
-from interpreted import cpu_kernels, needs_interpreter, random  # noqa: F401
+from interpreted import cpu_kernels, random  # noqa: F401
 
 from pdf2lora.model.kernels import lora_products
 
-pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 @pytest.mark.parametrize(("tokens", "features", "rank"), [(150, 700, 16), (5, 48, 32), (64, 512, 16)])

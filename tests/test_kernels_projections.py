@@ -1,6 +1,6 @@
 import pytest
 import torch
-from interpreted import cpu_kernels, linear4bit, needs_interpreter, random  # noqa: F401
+from interpreted import cpu_kernels, linear4bit, random  # noqa: F401
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_llama import fill_b
 from torch import nn
@@ -13,7 +13,7 @@ from pdf2lora.model.kernels.projections import Projections
 from pdf2lora.model.kernels.rotary import Angles
 from pdf2lora.model.kernels.rows import Rows
 
-pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 HEADS = Heads(1, 1, 8, 1)

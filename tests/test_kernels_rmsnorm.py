@@ -1,10 +1,10 @@
 import pytest
 import torch
-from interpreted import cpu_kernels, needs_interpreter, random  # noqa: F401
+from interpreted import cpu_kernels, random  # noqa: F401
 
 from pdf2lora.model.kernels.rmsnorm import add_rmsnorm, rmsnorm_backward_
 
-pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 def rmsnorm(x, weight, eps=1e-5):

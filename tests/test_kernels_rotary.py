@@ -1,11 +1,11 @@
 import pytest
 import torch
-from interpreted import cpu_kernels, needs_interpreter, random  # noqa: F401
+from interpreted import cpu_kernels, random  # noqa: F401
 
 from pdf2lora.model.kernels import attention
 from pdf2lora.model.kernels.rotary import Angles, HeadNorm, Up, normalize_and_rotate, rotary_backward, rotate_
 
-pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 HEADS = attention.Heads(num_queries=3, num_keys=1, head_dim=24, seq_length=11)

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from interpreted import cpu_kernels, needs_interpreter, present, random, relative_error  # noqa: F401
+from interpreted import cpu_kernels, present, random, relative_error  # noqa: F401
 
 from pdf2lora.model.kernels.rmsnorm import add_rmsnorm, rmsnorm_backward_
 from pdf2lora.model.kernels.rows import FP8, Format, Rows, block_and_warps, quantize
 from pdf2lora.model.kernels.swiglu import swiglu, swiglu_backward_
 
-pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 ONLY_FP8 = Format(values=False, fp8=True)
 

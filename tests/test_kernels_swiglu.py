@@ -1,12 +1,12 @@
 import pytest
 import torch
-from interpreted import cpu_kernels, needs_interpreter, present, random  # noqa: F401
+from interpreted import cpu_kernels, present, random  # noqa: F401
 from torch.nn import functional
 
 from pdf2lora.model.kernels.rows import Format, quantize
 from pdf2lora.model.kernels.swiglu import swiglu, swiglu_backward_
 
-pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels")]
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 @pytest.mark.parametrize("width", [64, 88])

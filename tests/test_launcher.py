@@ -11,10 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import has_cuda_driver
 from helpers import REPOSITORY
-
-pytestmark = pytest.mark.skipif(has_cuda_driver(), reason="the launcher would wait for as many GPUs as processes")
 
 # A stage in several processes. Its argument is the number of processes. Each one writes its pid and its variables to a
 # file, then runs the function of the file work.py. MODULE_SILENCE_S shortens the time after which a process is silent.

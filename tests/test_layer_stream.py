@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import run_forked
-from interpreted import attention_forward, cpu_kernels, needs_interpreter, scaled_product  # noqa: F401
+from interpreted import attention_forward, cpu_kernels, scaled_product  # noqa: F401
 from test_kernels_fused import ALL_LINEAR, NO_DROPOUT, hidden_and_gradients, some_ids
 from tiny_families import write_tiny_family
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, changed, fill_b, quiet
@@ -24,14 +24,14 @@ from pdf2lora.runtime import pinned_memory
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.manifest import write_manifest
 
-pytestmark = [needs_interpreter, pytest.mark.usefixtures("cpu_kernels"), quiet]
+pytestmark = [pytest.mark.usefixtures("cpu_kernels"), quiet]
 
 
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     """Three layers, in two buffers. With biases, which are not packed."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    sizes = {"hidden_size": 40, "intermediate_size": 44, "num_hidden_layers": 3}
     folder = write_tiny_family(tmp_path / "base", "Qwen2ForCausalLM", "qwen2", **sizes)
     write_manifest(folder)
     return folder

@@ -8,6 +8,7 @@ import torch
 from tiny_llama import quiet, random_sequences, tensors_of
 from tiny_training import NO_DROPOUT, build_learner
 
+from pdf2lora.model.device import device
 from pdf2lora.tokens import IGNORED, Sequences
 from pdf2lora.training import micro_batch
 from pdf2lora.training.loop import Learner
@@ -55,7 +56,7 @@ def test_loss_and_gradient_equal_those_of_whole_logits(learner: Learner, sequenc
     """Each target has the same weight: the loss is not the mean of the sequences' means."""
     buffer = accumulate(learner, sequences, [[0, 1], [2, 3]], scale=1 / (3 * 32 + 7))
 
-    inputs, targets = tensors_of(sequences)
+    inputs, targets = (tensor.to(device()) for tensor in tensors_of(sequences))
     learner.parameters.buffer.zero_()
     logits = learner.model(input_ids=inputs).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
