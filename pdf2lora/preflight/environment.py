@@ -1,6 +1,7 @@
 """This machine and its Python packages. Only the check of 4-bit weights imports torch, which takes seconds."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -16,11 +17,12 @@ from pdf2lora.params import Params
 from pdf2lora.preflight.findings import Finding
 from pdf2lora.preflight.model_shape import ModelShape
 from pdf2lora.runtime.free_space import available_bytes
+from pdf2lora.runtime.gpus import visible_gpus
 
 GIB = 2**30
 BLOCK_SIZE = 64  # weights that share a scale in 4 bits; only other widths can be read back wrongly
 NVIDIA_SMI_TIMEOUT_S = 10
-NVIDIA_SMI_FIELDS = "name,driver_version,memory.total,compute_cap"
+NVIDIA_SMI_FIELDS = "uuid,name,driver_version,memory.total,compute_cap"
 
 
 @dataclass(frozen=True)
@@ -63,25 +65,30 @@ def installed(package: str) -> str | None:
 
 
 def find_gpus() -> list[Gpu]:
-    """The NVIDIA GPUs that nvidia-smi lists; none if it is missing or fails."""
+    """The NVIDIA GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES allows; none if nvidia-smi is missing or fails."""
     command = ["nvidia-smi", f"--query-gpu={NVIDIA_SMI_FIELDS}", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    gpus = []
+    gpus = {}
     for line in result.stdout.splitlines():
-        name, driver, mebibytes, capability = (field.strip() for field in line.split(","))
+        uuid, name, driver, mebibytes, capability = (field.strip() for field in line.split(","))
         # A field that the driver does not know is [N/A]. A GPU without its own memory uses the host's.
         memory_gib = float(mebibytes) / 1024 if mebibytes.isdigit() else psutil.virtual_memory().total / GIB
-        gpus.append(Gpu(name, driver, memory_gib, None if capability == "[N/A]" else float(capability)))
-    return gpus
+        gpus[uuid] = Gpu(name, driver, memory_gib, None if capability == "[N/A]" else float(capability))
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        return list(gpus.values())
+    allowed = visible_gpus()
+    if any(name.startswith("MIG-") for name in allowed):  # nvidia-smi lists the whole GPUs, not these slices
+        return list(gpus.values())
+    return [gpus[name] for name in allowed if name in gpus]
 
 
 def gpu(gpus: list[Gpu], num_processes: int | str) -> Finding:
     """num_processes: compute.num_processes; each process uses one GPU."""
     if not gpus:
-        return Finding("note", "GPU", "nvidia-smi lists no GPU. All stages run on the CPU.")
+        return Finding("note", "GPU", "nvidia-smi lists no GPU that a run may use. All stages run on the CPU.")
     first = gpus[0]
     text = f"{first.name}, {first.memory_gib:.0f} GiB, driver {first.driver}"
     if len(gpus) > 1:
