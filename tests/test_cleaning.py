@@ -72,6 +72,17 @@ def test_a_compound_that_occurs_elsewhere_keeps_its_hyphen() -> None:
     )
 
 
+def test_a_text_that_breaks_only_compounds_keeps_all_hyphens() -> None:
+    """As word processors break lines if automatic hyphenation is off."""
+    page = "the long-\nterm plan, long-term costs and co-\nbenefits of low-\ncarbon power"
+    assert clean([page]) == "the long-term plan, long-term costs and co-benefits of low-carbon power"
+
+
+def test_a_text_that_also_breaks_words_joins_unknown_ones() -> None:
+    page = "the long-\nterm plan, long-term costs, the cli-\nmate and other climate adap-\ntation"
+    assert clean([page]) == "the long-term plan, long-term costs, the climate and other climate adaptation"
+
+
 def test_a_hyphen_before_a_capital_stays() -> None:
     assert clean(["the Inter-\nAmerican bank"]) == "the Inter-American bank"
 

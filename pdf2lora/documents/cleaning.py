@@ -78,10 +78,14 @@ def _join_hyphenated(text: str, removed: Counter[str]) -> str:
     """Joins words and numbers that are broken at line ends.
 
     If the text has the word or the compound elsewhere, the joined word has the same form: with or without the hyphen.
+    If it has neither, the form is that of most of the other broken words: many programs break only at real hyphens.
     """
     folded = text.casefold()
     compounds = set(re.findall(r"\b(?=([^\W\d_]+-[^\W\d_]+))", folded))
     words = set(re.findall(r"[^\W\d_]+", folded))
+    broken = [(match[2].casefold(), match[3].casefold()) for match in _HYPHENATED_WORD.finditer(text)]
+    num_compounds = sum("-".join(parts) in compounds for parts in broken)
+    breaks_mostly_compounds = num_compounds > sum("".join(parts) in words for parts in broken)
 
     def join(match: re.Match[str]) -> str:
         hyphen_before, start, rest, hyphen_after, next_hyphen = match.groups()
@@ -97,7 +101,10 @@ def _join_hyphenated(text: str, removed: Counter[str]) -> str:
             return f"{match[0][:-1]} "
         is_compound = f"{start}-{rest}".casefold() in compounds or (
             not is_word
-            and (hyphen_before or is_part or is_link or has_conjunction or rest[0].isupper() or rest[0].isdigit())
+            and (
+                (hyphen_before or is_part or is_link or has_conjunction or breaks_mostly_compounds)
+                or (rest[0].isupper() or rest[0].isdigit())
+            )
         )
         removed["hyphens"] += not is_compound
         return f"{hyphen_before}{start}{'-' if is_compound else ''}"
