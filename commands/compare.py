@@ -15,12 +15,12 @@ from typing import Any
 import dvc.api
 import pandas as pd
 
-from commands.arguments import require_no_arguments
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.evaluation.comparison import Comparison, compare, parse_table
 from pdf2lora.evaluation.revisions import is_evaluated, read_at
 from pdf2lora.params import read_params
 from pdf2lora.paths import EVAL_DOCUMENTS
+from pdf2lora.runtime.arguments import require_no_arguments
 
 NO_TERMINAL = (10_000, 24)  # columns and lines: a table that goes to a file is not cut
 FINISHED = (None, "Success")  # State in exp_show; None is a commit, or an experiment that ran in the workspace

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from commands.arguments import require_no_arguments
 from pdf2lora.documents.sources import Listing, list_corpus
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.params import Params, read_params
@@ -25,6 +24,7 @@ from pdf2lora.preflight.placement import placement
 from pdf2lora.preflight.previous_run import PreviousRun
 from pdf2lora.preflight.source_model import source_model
 from pdf2lora.preflight.token_count import count_training_tokens
+from pdf2lora.runtime.arguments import require_no_arguments
 
 REQUIREMENTS = Path("requirements.txt")
 

@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from commands.arguments import require_no_arguments
 from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.evaluation.metrics import Metrics, model_metrics, text_size
@@ -29,6 +28,7 @@ from pdf2lora.params import Params, read_params
 from pdf2lora.paths import ADAPTER, BASE, CORPORA, SOURCE_MODELS, SPLIT_DOCUMENTS, TOKENS
 from pdf2lora.report.card import render_card
 from pdf2lora.report.results import read_results
+from pdf2lora.runtime.arguments import require_no_arguments
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.manifest import write_manifest

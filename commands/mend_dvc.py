@@ -23,7 +23,7 @@ import psutil
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from commands.arguments import require_no_arguments
+from pdf2lora.runtime.arguments import require_no_arguments
 from pdf2lora.runtime.files import write_json
 from pdf2lora.runtime.processes import is_alive
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import vl_convert
 
-from commands.arguments import require_no_arguments
+from pdf2lora.runtime.arguments import require_no_arguments
 from pdf2lora.runtime.files import atomic_write
 
 TEMPLATE = Path(".dvc/tmp/plots.html")

@@ -266,8 +266,8 @@ class Train(Section):
     """Optimizer. 8bit and paged variants are from bitsandbytes; paged state can move to host memory."""
     gradient_checkpointing: Literal["auto", "none", "mlp", "full", "offload"]
     """Activations that the backward pass recomputes to save memory. none: nothing; mlp: gate and up projections; full:
-    all but the layer inputs; offload: like full, with layer inputs in host memory. auto: find_batch selects the
-    fastest that fits; on a CPU the first of none and full that fits."""
+    all but the layer inputs and, from 8,192 tokens in a sequence on, attention; offload: like full, with layer inputs
+    in host memory. auto: find_batch selects the fastest that fits; on a CPU the first of none and full that fits."""
     logging_steps: Positive
     """Optimizer steps between two points of the training curves."""
     eval_steps: Positive

@@ -8,6 +8,7 @@ ends by SIGTERM when one of them ends. train saves a checkpoint first. The next 
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from pdf2lora.errors import report_input_errors
+from pdf2lora.runtime.arguments import require_no_arguments
 from pdf2lora.runtime.launcher import PIPE, is_main_process
 from pdf2lora.runtime.locks import exclusive_lock
 
@@ -73,8 +75,19 @@ def single_instance(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def stage_main(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorates a stage's `main`: runs it as a single instance, and reports user errors in one line."""
-    return report_input_errors(single_instance(main))
+    """Decorates a stage's `main`: runs it as a single instance, and reports user errors in one line.
+
+    `python -m stages.train --help` only prints the stage's docstring.
+    """
+    run = report_input_errors(single_instance(main))
+
+    @functools.wraps(main)
+    def wrapper() -> None:
+        if main.__module__ == "__main__":
+            require_no_arguments(sys.modules["__main__"].__doc__)
+        run()
+
+    return wrapper
 
 
 def _watch_ancestors(ancestors: list[psutil.Process]) -> None:
