@@ -16,12 +16,15 @@ shared file system a process of another machine may use it.
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+from dvc.schema import COMPILED_LOCK_FILE_STAGE_SCHEMA, COMPILED_LOCKFILE_SCHEMA
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from voluptuous import Invalid
 
 from pdf2lora.runtime.arguments import require_no_arguments
 from pdf2lora.runtime.files import write_json
@@ -51,10 +54,10 @@ def damaged_paths(root: Path) -> list[Path]:
     """Files and folders of DVC that are half-written."""
     rwlock, lock = root / ".dvc/tmp/rwlock", root / "dvc.lock"
     damaged = [rwlock] if rwlock.exists() and not _is_json(rwlock) else []
-    damaged += [lock] if lock.exists() and not _has_keys(lock, "schema") else []
+    damaged += [lock] if lock.exists() and not _is_valid(lock, COMPILED_LOCKFILE_SCHEMA) else []
     for entry in (root / ".dvc/cache/runs").glob("*/*"):
         runs = list(entry.iterdir())
-        if not runs or not all(_has_keys(run, "cmd", "outs") for run in runs):
+        if not runs or not all(_is_valid(run, _require_outs) for run in runs):
             damaged.append(entry)
     return damaged + [file.parent for file in (root / EXPERIMENTS).glob("*/*.run") if not _is_json(file)]
 
@@ -98,13 +101,18 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def _has_keys(path: Path, *keys: str) -> bool:
-    """Whether the file is YAML with these keys."""
+def _require_outs(run: Any) -> None:
+    if "outs" not in COMPILED_LOCK_FILE_STAGE_SCHEMA(run):
+        raise Invalid("no outs")
+
+
+def _is_valid(path: Path, schema: Callable[[Any], object]) -> bool:
+    """Whether the file is YAML that DVC accepts."""
     try:
-        value = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError):
+        schema(YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")))
+    except (YAMLError, UnicodeDecodeError, Invalid):
         return False
-    return isinstance(value, dict) and value.keys() >= set(keys)
+    return True
 
 
 if __name__ == "__main__":

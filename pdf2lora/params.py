@@ -28,7 +28,7 @@ def _unquoted(value: object) -> object:
 
 NAME = r"^[A-Za-z0-9_-]+$"
 MODULE_NAME = r"^[A-Za-z0-9_.]+$"
-SCHEDULER = r"^(local|[a-z]+://\S+|\S+\.json)$"
+SCHEDULER = r"^(local|(tcp|tls|ws|wss|ucx)://\S+:\d+|\S+\.json)$"
 PATTERN_RULES = {
     NAME: "have only letters, digits, '_' and '-'",
     MODULE_NAME: "have only letters, digits, '_' and '.'",

@@ -13,6 +13,8 @@ from PyPDF2.generic import (
     NumberObject,
     TextStringObject,
 )
+from pypdfium2 import PdfDocument
+from pypdfium2.raw import FORMTYPE_XFA_FOREGROUND
 from reportlab.pdfbase import pdfmetrics
 from reportlab.pdfbase.ttfonts import TTFont
 from reportlab.pdfgen.canvas import Canvas
@@ -58,6 +60,25 @@ def test_pdfium_reads_the_values_of_form_fields(tmp_path: Path) -> None:
     canvas.acroForm.checkbox(name="seen", checked=True, x=72, y=600)
     canvas.save()
     page = ENGINES["pdfium"](tmp_path / "form.pdf").read_page(0)
+    assert page.text.split("\n") == ["Name of the station:", "Upper valley"]
+
+
+def test_pdfium_reads_the_fields_of_a_static_xfa_form_and_no_hidden_ones(tmp_path: Path) -> None:
+    canvas = Canvas(str(tmp_path / "form.pdf"))
+    canvas.drawString(72, 720, "Name of the station:")
+    canvas.acroForm.textfield(name="station", value="Upper valley", x=72, y=680, width=200, height=20)
+    canvas.acroForm.textfield(name="id", value="8812", x=72, y=640, width=200, height=20, annotationFlags="hidden")
+    canvas.save()
+    writer = copy_of(tmp_path / "form.pdf")
+    form = PdfReader(tmp_path / "form.pdf").trailer["/Root"]["/AcroForm"].clone(writer)
+    form[NameObject("/Fields")] = ArrayObject(writer.pages[0].raw_get("/Annots"))
+    xfa = DecodedStreamObject()
+    xfa.set_data(b'<xdp:xdp xmlns:xdp="http://ns.adobe.com/xdp/"><template><subform/></template></xdp:xdp>')
+    form[NameObject("/XFA")] = ArrayObject([TextStringObject("template"), writer._add_object(xfa)])
+    writer._root_object[NameObject("/AcroForm")] = writer._add_object(form)
+    writer.write(tmp_path / "xfa.pdf")
+    assert PdfDocument(tmp_path / "xfa.pdf").get_formtype() == FORMTYPE_XFA_FOREGROUND
+    page = ENGINES["pdfium"](tmp_path / "xfa.pdf").read_page(0)
     assert page.text.split("\n") == ["Name of the station:", "Upper valley"]
 
 

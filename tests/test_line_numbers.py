@@ -50,3 +50,9 @@ def test_rows_of_tables_and_lists_stay(page: list[str]) -> None:
 def test_numbered_lines_on_few_pages_stay() -> None:
     page = numbered(step=1, page=0, restart=True)
     assert remove_line_numbers([page, *[LINES] * 2]) == ([page, *[LINES] * 2], 0)
+
+
+def test_years_in_a_table_stay() -> None:
+    table = [f"{year} {number} 6 to 11" for number, year in enumerate((2020, 2030, 2040, 2050, 2100), start=8)]
+    page = [*LINES[:8], "year rise in cm range", *table, *LINES[:8]]
+    assert remove_line_numbers([page] * 2) == ([page] * 2, 0)

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+from helpers import REPOSITORY
+from ruamel.yaml import YAML
 
 from commands import mend_dvc
 
@@ -122,6 +125,23 @@ def test_valid_files_do_not_change(
 
     assert capsys.readouterr().out == ""
     assert {path: path.read_bytes() for path in pipeline.rglob("*") if path.is_file()} == files
+
+
+def test_each_cut_of_a_lock_that_dvc_refuses_is_found(tmp_path: Path) -> None:
+    """Also a cut after whole lines, which is YAML."""
+    complete = (REPOSITORY / "dvc.lock").read_text(encoding="utf-8")
+    (tmp_path / ".dvc").mkdir()
+    lines = complete.splitlines(keepends=True)
+    num_found = 0
+    for count in range(0, len(lines), 7):
+        (tmp_path / "dvc.lock").write_text("".join(lines[:count]), encoding="utf-8")
+        is_damaged = mend_dvc.damaged_paths(tmp_path) == [tmp_path / "dvc.lock"]
+        num_found += is_damaged
+        if not is_damaged:
+            COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe", pure=True).load("".join(lines[:count])))
+    assert num_found > 5
+    (tmp_path / "dvc.lock").write_text(complete, encoding="utf-8")
+    assert mend_dvc.damaged_paths(tmp_path) == []
 
 
 def test_nothing_is_removed_while_dvc_runs(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,14 @@ def test_params_cannot_be_changed() -> None:
             "foo",
             "must be local, an address such as tcp://host:8786, or a file that ends in .json",
         ),
+        *(
+            (
+                "cluster.scheduler",
+                address,
+                "must be local, an address such as tcp://host:8786, or a file that ends in .json",
+            )
+            for address in ("tcp://localhost", "http://localhost:8787", "tcp://localhost:abc")
+        ),
         ("train.early_stopping_patience", 0, "must be greater than or equal to 1 or 'none'"),
         ("train.report_to", "w&b", f"must be 'none' or {TRACKERS} or a list"),
     ],

@@ -103,3 +103,22 @@ def test_labels_of_a_table_are_not_page_numbers() -> None:
 
 def test_a_single_page_keeps_its_lines() -> None:
     assert remove_running_lines([["Page 7", BODY, "12"]]) == ([["Page 7", BODY, "12"]], {})
+
+
+def test_a_line_that_looks_like_the_key_of_a_number_stays() -> None:
+    lines, _ = bodies(["#", "2", "3"], ["a", "b", "c"])
+    assert lines[0] == ["#", "a"]
+
+
+@pytest.mark.parametrize("numbers", [["\u0131", "\u0131\u0131", "\u0131v"], ["\u0130", "\u0130\u0130", "\u0130V"]])
+def test_turkish_letters_are_not_roman_numbers(numbers: list[str]) -> None:
+    lines, removed = bodies([""] * 3, numbers)
+    assert [page[-1] for page in lines] == numbers
+    assert removed == {}
+
+
+def test_a_line_of_a_list_at_the_end_of_many_pages_stays() -> None:
+    """Countries of authors: the same line is also in the middle of the pages."""
+    pages = [[f"Author {name}", f"Institute {name}", "USA"] for name in "abcdefghijklmnop"]
+    lists = [[line for author in pages[start : start + 4] for line in author] for start in range(0, 16, 4)]
+    assert remove_running_lines(lists) == (lists, {})

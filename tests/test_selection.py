@@ -204,6 +204,13 @@ def test_pages_without_readable_text_need_ocr() -> None:
     assert pages_for_ocr(attempts, best_attempt(attempts), 2) == [1]
 
 
+def test_a_stamp_on_each_page_of_a_scan_is_no_text() -> None:
+    stamp = "This content downloaded from 192.0.2.7 on Mon, 1 Jan 2024"
+    attempts = [complete(engine, *[stamp] * 3) for engine in ("pdfium", "pypdf2")]
+    assert pages_for_ocr(attempts, best_attempt(attempts), 30) == [0, 1, 2]
+    assert select_from(*attempts).reason == "no_text_layer"
+
+
 def test_pages_of_codes_are_left_out_and_counted() -> None:
     extraction = select_from(
         complete("pdfium", prose(1), CODES, prose(2)), complete("pypdf2", prose(1), CODES, prose(2))

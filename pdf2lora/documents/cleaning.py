@@ -54,6 +54,14 @@ def clean(pages: list[str]) -> CleanText:
 
     Idempotent: `clean([text])` returns a cleaned text unchanged.
     """
+    bodies, removed = page_bodies(pages)
+    body = _join_hyphenated("\n".join(line for page in bodies for line in page), removed)
+    text = unicodedata.normalize("NFC", "\n\n".join(_paragraphs(body.split("\n"), removed)))
+    return CleanText(text, {kind: count for kind, count in sorted(removed.items()) if count})
+
+
+def page_bodies(pages: list[str]) -> tuple[list[list[str]], Counter[str]]:
+    """Returns the lines of each page without headers, footers, page numbers and line numbers, and what was removed."""
     removed: Counter[str] = Counter()
     lines = []
     for page in pages:
@@ -62,10 +70,7 @@ def clean(pages: list[str]) -> CleanText:
         removed["characters"] += removed_characters
     lines, removed["line_numbers"] = remove_line_numbers(lines)
     bodies, removed_lines = remove_running_lines(lines)
-    removed += removed_lines
-    body = _join_hyphenated("\n".join(line for page in bodies for line in page), removed)
-    text = unicodedata.normalize("NFC", "\n\n".join(_paragraphs(body.split("\n"), removed)))
-    return CleanText(text, {kind: count for kind, count in sorted(removed.items()) if count})
+    return bodies, removed + removed_lines
 
 
 def _collapse(line: str, removed: Counter[str]) -> str:

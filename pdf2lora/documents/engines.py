@@ -52,7 +52,7 @@ def _open_pdfium(file: Path) -> OpenFile:
         raise
     num_pages = len(document)
     form_type = document.get_formtype()
-    if form_type == pypdfium2.raw.FORMTYPE_ACRO_FORM:
+    if form_type in (pypdfium2.raw.FORMTYPE_ACRO_FORM, pypdfium2.raw.FORMTYPE_XFA_FOREGROUND):
         document.init_forms()
 
     def read_page(number: int) -> Page:
@@ -73,13 +73,14 @@ def _open_pdfium(file: Path) -> OpenFile:
 
 
 def _form_values(document: Any, page: Any) -> list[str]:
-    """Returns the values of the text and choice fields of a page. They are not in the text of the page."""
+    """Returns the values of the visible text and choice fields of a page. They are not in the text of the page."""
     from pypdfium2 import raw
 
     values = []
     for annotation in _annotations(page) if document.formenv else ():
         field_type = raw.FPDFAnnot_GetFormFieldType(document.formenv, annotation)
-        if field_type in (raw.FPDF_FORMFIELD_TEXTFIELD, raw.FPDF_FORMFIELD_COMBOBOX, raw.FPDF_FORMFIELD_LISTBOX):
+        is_text = field_type in (raw.FPDF_FORMFIELD_TEXTFIELD, raw.FPDF_FORMFIELD_COMBOBOX, raw.FPDF_FORMFIELD_LISTBOX)
+        if is_text and not _is_hidden(annotation):
             values.append(_read_string(raw.FPDFAnnot_GetFormFieldValue, document.formenv, annotation))
     return [value for value in values if value]
 
@@ -91,8 +92,7 @@ def _typed_texts(page: Any) -> list[str]:
     texts = [
         _read_string(raw.FPDFAnnot_GetStringValue, annotation, b"Contents")
         for annotation in _annotations(page)
-        if raw.FPDFAnnot_GetSubtype(annotation) == raw.FPDF_ANNOT_FREETEXT
-        and not raw.FPDFAnnot_GetFlags(annotation) & raw.FPDF_ANNOT_FLAG_HIDDEN
+        if raw.FPDFAnnot_GetSubtype(annotation) == raw.FPDF_ANNOT_FREETEXT and not _is_hidden(annotation)
     ]
     return [text for text in texts if text]
 
@@ -104,6 +104,12 @@ def _annotations(page: Any) -> Iterator[Any]:
         annotation = raw.FPDFPage_GetAnnot(page, number)
         yield annotation
         raw.FPDFPage_CloseAnnot(annotation)
+
+
+def _is_hidden(annotation: Any) -> bool:
+    from pypdfium2 import raw
+
+    return bool(raw.FPDFAnnot_GetFlags(annotation) & raw.FPDF_ANNOT_FLAG_HIDDEN)
 
 
 def _read_string(function: Callable[..., int], *arguments: Any) -> str:

@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
 
 STEPS = (1, 5)
 MIN_NUMBERS = 4  # on a page
@@ -16,7 +18,8 @@ _NUMBERED = re.compile(r"(\d{1,5})(?: +(.*))?")
 def remove_line_numbers(pages: Sequence[Sequence[str]]) -> tuple[list[list[str]], int]:
     """Returns the lines of the pages without line numbers, and how many were removed.
 
-    The numbers count by 1 or by 5, in at least half of the pages. Rows of a table and of a list that count stay.
+    The numbers count by 1 or by 5, in at least half of the pages. Rows of a table and of a list that count stay, also
+    those that count by years (2020, 2030).
     """
     for step in STEPS:
         numbered = [_numbered_lines(page, step) for page in pages]
@@ -27,9 +30,13 @@ def remove_line_numbers(pages: Sequence[Sequence[str]]) -> tuple[list[list[str]]
 
 def _numbered_lines(page: Sequence[str], step: int) -> set[int]:
     """The places of the lines with a line number; empty if the page has none."""
-    texts, numbers = [], {}
+    texts: list[str] = []
+    numbers: dict[int, int] = {}
+    rows: dict[int, int] = {}  # place of a line that starts with a number -> number of lines with text before it
     for place, line in enumerate(page):
         match = _NUMBERED.fullmatch(line)
+        if match and match[2]:
+            rows[place] = len(texts)
         if match:
             numbers[place] = int(match[1])
         if text := (match[2] if match else line):
@@ -42,8 +49,14 @@ def _numbered_lines(page: Sequence[str], step: int) -> set[int]:
         len(chain) * step >= MIN_SHARE * len(texts)
         and num_prose >= max(1, MIN_PROSE * len(texts))
         and all(numbers[place] % step == 0 for place in chain)
+        and not _are_rows([rows[place] for place in chain if place in rows], step)
     )
     return set(chain) if is_numbered else set()
+
+
+def _are_rows(lines: list[int], step: int) -> bool:
+    """True if counted lines follow each other, as in a table. Line numbers by `step` are `step` lines apart."""
+    return len(lines) > 1 and median(after - before for before, after in pairwise(lines)) < step / 2
 
 
 def _longest_chain(numbers: dict[int, int], step: int) -> list[int]:

@@ -13,7 +13,8 @@ SAME_NUMBERS_SHARE = 0.6  # and at least 60% of them have the same numbers or co
 
 _PAGE_WORDS = "page|pages|pg|pag|pagina|página|[ps](?=[.\\s])|seite|sida|side|strana|strona|str|стр|страница|صفحة|עמוד"
 _PAGE_NUMBER = re.compile(
-    rf"\W*(?:(?:{_PAGE_WORDS})\W*)?(\d{{1,4}}|[ivx]{{1,6}})(?:\s*(?:of|/|von|de|из)\s*\d{{1,4}})?\W*"  # Page 7 of 12
+    rf"\W*(?:(?:{_PAGE_WORDS})\W*)?(\d{{1,4}}|(?-i:[ivx]{{1,6}}|[IVX]{{1,6}}))"
+    rf"(?:\s*(?:of|/|von|de|из)\s*\d{{1,4}})?\W*"  # Page 7 of 12
     rf"|\W*第?\s*(\d{{1,4}})\s*[页頁ページ]+\W*",
     re.IGNORECASE,
 )
@@ -30,7 +31,8 @@ def remove_running_lines(pages: list[list[str]]) -> tuple[list[list[str]], Count
     if len(pages) < 2:
         return pages, removed
     tops, bottoms = zip(*map(_edges, pages), strict=True)
-    running = _chapter_lines(tops, bottoms) | dict.fromkeys(_running_keys(pages), -1)
+    inner_lines = Counter(key for page in pages for key in {_key(line) for line in _inner_lines(page)})
+    running = _chapter_lines(tops, bottoms, inner_lines) | dict.fromkeys(_running_keys(pages, inner_lines), -1)
     top = _PageEnd("headers", running, list(map(_page_numbers, tops)))
     bottom = _PageEnd("footers", running, list(map(_page_numbers, bottoms)))
     bodies = []
@@ -86,11 +88,18 @@ def _edges(page: list[str]) -> tuple[list[str], list[str]]:
     return lines[:EDGE_LINES], lines[-EDGE_LINES:]
 
 
-def _running_keys(pages: list[list[str]]) -> set[str]:
+def _inner_lines(page: list[str]) -> list[str]:
+    return [line for line in page if line][EDGE_LINES:-EDGE_LINES]
+
+
+def _running_keys(pages: list[list[str]], inner_lines: Counter[str]) -> set[str]:
     """Returns the keys of the lines that are running headers or footers.
 
+    inner_lines: key -> number of pages that have such a line between their first and last lines.
+
     A table row, or a heading with a number (Article 1, Article 2), can be at the same place on many pages. Its numbers
-    differ from page to page. A running line has the same numbers on each page, or counts the pages.
+    differ from page to page. A running line has the same numbers on each page, or counts the pages. A line of a list
+    (countries of authors) can be at the end of many pages by chance. Then it is also in the middle of as many pages.
     """
     pages_of_key: defaultdict[str, dict[int, str]] = defaultdict(dict)
     for number, page in enumerate(pages):
@@ -99,11 +108,13 @@ def _running_keys(pages: list[list[str]]) -> set[str]:
     return {
         key
         for key, lines in pages_of_key.items()
-        if len(lines) >= max(2, RUNNING_SHARE * len(pages)) and _number_kind(lines) != "other"
+        if len(lines) >= max(2, RUNNING_SHARE * len(pages), inner_lines[key] + 1) and _number_kind(lines) != "other"
     }
 
 
-def _chapter_lines(tops: Sequence[list[str]], bottoms: Sequence[list[str]]) -> dict[str, int]:
+def _chapter_lines(
+    tops: Sequence[list[str]], bottoms: Sequence[list[str]], inner_lines: Counter[str]
+) -> dict[str, int]:
     """Returns the keys of the running lines of single chapters, each with its first page, which keeps the line.
 
     A line at the bottom must also count the pages: other lines there can be the end of similar texts.
@@ -116,15 +127,16 @@ def _chapter_lines(tops: Sequence[list[str]], bottoms: Sequence[list[str]]) -> d
                 for key in {_key(line), line.casefold()}:  # the number of a chapter stays, that of a page counts
                     pages_of_key[key].setdefault(number, line)
         for key, pages in pages_of_key.items():
-            is_frequent = len(pages) >= max(MIN_CHAPTER_PAGES, RUNNING_SHARE * (max(pages) - min(pages) + 1))
+            num_expected = RUNNING_SHARE * (max(pages) - min(pages) + 1)
+            is_frequent = len(pages) >= max(MIN_CHAPTER_PAGES, num_expected, inner_lines[key] + 1)
             if is_frequent and _number_kind(pages) in (("counting",) if must_count else ("constant", "counting")):
                 first_pages[key] = min(pages)
     return first_pages
 
 
 def _key(line: str) -> str:
-    """Two lines that differ only in their numbers have the same key."""
-    return re.sub(r"\d+", "#", line).casefold()
+    """Two lines that differ only in their numbers have the same key. A cleaned line has no character \0."""
+    return re.sub(r"\d+", "\0", line).casefold()
 
 
 def _number_kind(lines: dict[int, str]) -> Literal["constant", "counting", "other"]:

@@ -91,14 +91,18 @@ def _fill_empty_pages(best: Attempt, attempts: Sequence[Attempt]) -> Attempt:
 
 
 def pages_for_ocr(attempts: Sequence[Attempt], best: Attempt | None, max_pages: int) -> list[int]:
-    """Returns the numbers of the pages that have no readable text. OCR can read them if an engine opens the file."""
+    """Returns the numbers of the pages that have no readable text. OCR can read them if an engine opens the file.
+
+    The header of a page does not count: a library stamps the same line on each page of a scan.
+    """
     num_pages = next((a.num_pages for a in attempts if a.outcome == COMPLETE and a.num_pages is not None), None)
     if num_pages is None or any(attempt.is_placeholder for attempt in attempts):
         return []
     numbers = range(min(num_pages, max_pages))
     if best is None:
         return list(numbers)
-    return [number for number in numbers if not best.pages[number:] or not any(map(str.isalnum, best.pages[number]))]
+    bodies, _ = cleaning.page_bodies(best.pages)
+    return [number for number in numbers if not bodies[number:] or not any(map(str.isalnum, "".join(bodies[number])))]
 
 
 def add_ocr(best: Attempt | None, ocr: Attempt, numbers: Sequence[int]) -> Attempt:
@@ -118,7 +122,8 @@ def judge(
     """Returns the cleaned text of the best attempt, or the reason why the document is left out."""
     raw = _text(best) if best else ""
     cleaned = cleaning.clean(best.pages) if best and clean else cleaning.CleanText(raw, {})
-    reason = _reason(attempts, best, is_long_enough=len(cleaned.text) >= min_characters)
+    has_text = any(map(str.isalnum, cleaned.text))
+    reason = _reason(attempts, best, has_text=has_text, is_long_enough=len(cleaned.text) >= min_characters)
     return Extraction(
         num_pages=next((a.num_pages for a in attempts if a.num_pages is not None), None),
         pages_read=len(best.pages) if best else 0,
@@ -135,8 +140,10 @@ def judge(
     )
 
 
-def _reason(attempts: Sequence[Attempt], best: Attempt | None, *, is_long_enough: bool) -> Reason | None:
-    """Returns why a document is left out, or None.
+def _reason(
+    attempts: Sequence[Attempt], best: Attempt | None, *, has_text: bool, is_long_enough: bool
+) -> Reason | None:
+    """Returns why a document is left out, or None. has_text: the best attempt has more than headers.
 
     If no engine was complete: ENCRYPTED if one engine says so, else the reason of the first one that did not crash.
     """
@@ -148,10 +155,10 @@ def _reason(attempts: Sequence[Attempt], best: Attempt | None, *, is_long_enough
     if any(attempt.num_attachments for attempt in attempts):
         return Reason.ONLY_ATTACHMENTS
     if best and best.outcome == COMPLETE:
-        return Reason.TOO_SHORT
+        return Reason.TOO_SHORT if has_text else Reason.NO_TEXT_LAYER
     if complete:
-        has_text = any(page.strip() for attempt in complete for page in attempt.pages)
-        return Reason.UNREADABLE_FONT if has_text else Reason.NO_TEXT_LAYER
+        has_unreadable_text = any(page.strip() for attempt in complete for page in attempt.pages)
+        return Reason.UNREADABLE_FONT if has_unreadable_text else Reason.NO_TEXT_LAYER
     reasons = [Reason(attempt.outcome) for attempt in attempts]
     return min(reasons, key=lambda reason: (reason != Reason.ENCRYPTED, reason == Reason.CRASHED))
 

@@ -56,7 +56,9 @@ def setting(value: Any) -> str:
     """Formats a value as in params.yaml: true for True, 30 for 30.0, a list without brackets."""
     if isinstance(value, list):
         return ", ".join(map(setting, value))
-    return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def size(num_bytes: int) -> str:
