@@ -369,6 +369,13 @@ class Params(Section):
                 f"evaluate.stride is {self.evaluate.stride}; it must not be greater than compute.seq_length "
                 f"({self.compute.seq_length}), because windows would skip tokens. Reduce it."
             )
+        if not self.split.validation_fraction:
+            for key, off in (("keep", "last"), ("early_stopping_patience", "none")):
+                if getattr(self.train, key) != off:
+                    errors.append(
+                        f"train.{key} is {getattr(self.train, key)} and split.validation_fraction is 0; it needs "
+                        f"validation documents. Use {off}, or a validation_fraction above 0."
+                    )
         start = self.lora.init_lora_weights
         if self.lora.use_dora and start not in (True, "gaussian"):
             errors.append(

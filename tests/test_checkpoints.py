@@ -10,8 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from pdf2lora.errors import InputError
+from pdf2lora.runtime.locks import exclusive_lock
 from pdf2lora.runtime.manifest import MANIFEST
-from pdf2lora.training.checkpoints import STATE, latest_valid, load_checkpoint, save_checkpoint, step_of
+from pdf2lora.training.checkpoints import (
+    STATE,
+    latest_valid,
+    load_checkpoint,
+    remove_contents,
+    save_checkpoint,
+    step_of,
+)
 
 Damage = Callable[[Path], Any]
 
@@ -145,3 +154,16 @@ def test_code_in_a_checkpoint_is_not_run(folder: Path, tmp_path: Path) -> None:
         load_checkpoint(folder / "checkpoint-10")
 
     assert not (tmp_path / "was-run").exists()
+
+
+def test_the_lock_stays_when_the_checkpoints_are_removed(tmp_path: Path) -> None:
+    """Another process can wait for it. With a new file, two processes could own the lock."""
+    with exclusive_lock(tmp_path):
+        save_checkpoint(tmp_path, 2, {})
+        (tmp_path / "file").touch()
+
+        remove_contents(tmp_path)
+
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+        with pytest.raises(InputError, match="is locked by process"), exclusive_lock(tmp_path):
+            pass

@@ -64,6 +64,14 @@ def test_gradients_that_always_overflow_are_an_error(base: Path, float16: None):
         learner.step(random_sequences(2), ROWS, 0)
 
 
+def test_a_training_in_bfloat16_continues_in_float16(base: Path, float16: None):
+    """On another GPU, which has no bfloat16."""
+    learner = build_learner(base)
+    learner.load_state(learner.state() | {"scaler": {}})
+
+    assert learner.scaler.is_enabled()
+
+
 def test_resume_continues_with_the_scale(base: Path, tmp_path: Path, float16: None, monkeypatch: pytest.MonkeyPatch):
     """Of the eight steps some are skipped; the scale grows and shrinks."""
     monkeypatch.setattr(

@@ -32,9 +32,9 @@ def refusal(source: Path) -> str:
 def test_sizes_are_read_from_the_headers(source: Path) -> None:
     files = read_huggingface(source)
 
-    assert files.num_layers == 2
-    assert files.linear_layers["mlp.down_proj"] == (128, 64)
-    assert files.linear_layers.keys() == LLAMA_LAYERS
+    assert len(files.blocks) == 2
+    assert files.blocks[0]["mlp.down_proj"] == (128, 64)
+    assert files.blocks[0].keys() == LLAMA_LAYERS
     assert files.num_parameters == sum(weight.numel() for weight in load_file(source / "model.safetensors").values())
 
 
@@ -82,7 +82,7 @@ def test_quantization_config_null_is_an_unquantized_model(source: Path) -> None:
 def test_a_byte_order_mark_is_accepted(source: Path, name: str) -> None:
     (source / name).write_text((source / name).read_text(encoding="utf-8"), encoding="utf-8-sig")
 
-    assert read_huggingface(source).num_layers == 2
+    assert len(read_huggingface(source).blocks) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float16])

@@ -234,6 +234,16 @@ def test_model_name_that_looks_like_a_type_is_complete_in_the_message(write_para
             "evaluate.stride is 65; it must not be greater than compute.seq_length (64), because windows would skip "
             "tokens. Reduce it.",
         ),
+        (
+            {"train.keep": "best", "split.validation_fraction": 0},
+            "train.keep is best and split.validation_fraction is 0; it needs validation documents. Use last, or a "
+            "validation_fraction above 0.",
+        ),
+        (
+            {"train.early_stopping_patience": 2, "split.validation_fraction": 0},
+            "train.early_stopping_patience is 2 and split.validation_fraction is 0; it needs validation documents. Use "
+            "none, or a validation_fraction above 0.",
+        ),
     ],
 )
 def test_inconsistent_keys_are_an_error(write_params: WriteParams, changes: dict[str, Any], line: str) -> None:

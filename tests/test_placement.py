@@ -13,7 +13,7 @@ from pdf2lora.preflight.placement import placement, streams_layers
 
 LAYERS = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096), "gate": (4096, 14336)}
 LAYERS |= {"up": (4096, 14336), "down": (14336, 4096)}
-SHAPE = ModelShape(32, LAYERS, 8_030_000_000, 16_060_000_000)
+SHAPE = ModelShape(32 * [LAYERS], 8_030_000_000, 16_060_000_000)
 OTHER_FAMILY = replace(SHAPE, can_be_packed=False)
 
 

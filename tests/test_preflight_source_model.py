@@ -36,7 +36,7 @@ def test_a_hugging_face_folder_needs_no_entry_in_models(source, params_with):
 
     assert levels(findings) == [("ok", "source model"), ("note", "licence")]
     assert findings[0].text == "models/source/tiny: LlamaForCausalLM, 0.00 GiB of weights"
-    assert shape.num_layers == 2
+    assert len(shape.blocks) == 2
 
 
 def test_meta_s_layout_needs_the_version(source, params_with):

@@ -268,6 +268,31 @@ def test_two_trackers_at_once(run: Any, project: Path, monkeypatch: pytest.Monke
     assert [value for _, value in curve] == pytest.approx([value for _, value in expected], rel=1e-5)
 
 
+@pytest.mark.usefixtures("new_accelerator")
+@pytest.mark.parametrize("method", ["log", "finish"])
+def test_a_tracker_that_fails_does_not_end_the_training(
+    run: Any,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write_params: Any,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+) -> None:
+    pytest.importorskip("tensorboard")
+
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise ConnectionError("connection\nrefused")
+
+    monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{method}", fail)
+    write_params()
+
+    run("train", Trackers(read_params(), ["tensorboard"]))
+
+    warning = "train: warning: tensorboard failed (connection refused) and gets no more entries"
+    assert capsys.readouterr().out.splitlines().count(warning) == 1
+    assert curves_in(project / "train")["train/loss"]
+
+
 def test_the_end_of_the_trackers_leaves_the_process_group(project: Path, write_params: Any) -> None:
     """The processes still gather numbers after that."""
     write_params()

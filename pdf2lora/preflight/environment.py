@@ -182,7 +182,7 @@ def disk(folder: Path, needed_gib: float) -> Finding:
 
 def four_bit_weights(params: Params, shape: ModelShape, *, has_gpu: bool) -> list[Finding]:
     """Checks the model's widths as the stages do. Returns no finding if the check cannot fail."""
-    widths = {num_inputs for num_inputs, _ in shape.layers.values()}
+    widths = {num_inputs for block in shape.blocks for num_inputs, _ in block.values()}
     if has_gpu or params.quantization.bits != 4 or all(width % BLOCK_SIZE == 0 for width in widths):
         return []
     from pdf2lora.model.device import compute_dtype

@@ -1,5 +1,6 @@
 """The sizes of a source model, on which memory, time and disk space depend. No weight is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class ModelShape:
-    num_layers: int
-    layers: LinearLayers
-    """Of a block."""
+    blocks: Sequence[LinearLayers]
     num_parameters: int
     num_bytes: int
     """of the files of weights"""
@@ -26,14 +25,11 @@ class ModelShape:
     def lora_parameters(self, lora: Lora) -> int:
         """Number of LoRA parameters. A and B of each layer have r x (in + out); DoRA adds `out` magnitudes."""
         names = lora.target_modules
-        targets = [
-            shape
-            for layer, shape in self.layers.items()
-            if names == ALL_LINEAR or any(is_target(layer, name) for name in names)
-        ]
-        return self.num_layers * sum(
+        return sum(
             lora.r * (num_inputs + num_outputs) + (num_outputs if lora.use_dora else 0)
-            for num_inputs, num_outputs in targets
+            for block in self.blocks
+            for layer, (num_inputs, num_outputs) in block.items()
+            if names == ALL_LINEAR or any(is_target(layer, name) for name in names)
         )
 
     def base_gib(self, quantization: Quantization) -> float:
@@ -47,7 +43,7 @@ class ModelShape:
     @property
     def num_linear(self) -> int:
         """Weights of the linear layers of all blocks."""
-        return self.num_layers * sum(num_inputs * num_outputs for num_inputs, num_outputs in self.layers.values())
+        return sum(num_inputs * num_outputs for block in self.blocks for num_inputs, num_outputs in block.values())
 
 
 def model_shape(files: HuggingFaceFiles | ModelArgs, source: Path) -> ModelShape:
@@ -56,10 +52,9 @@ def model_shape(files: HuggingFaceFiles | ModelArgs, source: Path) -> ModelShape
         num_bytes = sum(file.stat().st_size for file in source.glob("*.pth"))
         query, key = files.n_heads * files.head_dim, files.n_kv_heads * files.head_dim
         layers = llama_layers(hidden=files.dim, query=query, key=key, intermediate=files.hidden_dim)
-        return ModelShape(files.n_layers, layers, num_bytes // 2, num_bytes)
+        return ModelShape([layers] * files.n_layers, num_bytes // 2, num_bytes)
     return ModelShape(
-        num_layers=files.num_layers,
-        layers=files.linear_layers,
+        files.blocks,
         num_parameters=files.num_parameters,
         num_bytes=sum(file.stat().st_size for file in files.weight_files),
         can_be_packed=files.config["model_type"] in FUSED_MODEL_TYPES and not files.is_4bit,

@@ -35,7 +35,7 @@ def placement(params: Params, shape: ModelShape, gpus: Sequence[Gpu]) -> Finding
 def _streamed_layers(quantization: Quantization, shape: ModelShape, budget_gib: float) -> Finding:
     """Two buffers, each with one layer, are on the GPU. A micro-batch copies each layer twice."""
     layers_gib = shape.layers_gib(quantization)
-    fixed_gib = shape.base_gib(quantization) - layers_gib + 2 * layers_gib / shape.num_layers
+    fixed_gib = shape.base_gib(quantization) - layers_gib + 2 * layers_gib / len(shape.blocks)
     copies_s = 2 * layers_gib / LINK_GIB_PER_S
     text = (
         f"layers in host memory: {layers_gib:.1f} GiB there (pinned), {fixed_gib:.1f} GiB and the activations on the "

@@ -36,7 +36,8 @@ def source_model(params: Params) -> tuple[list[Finding], ModelShape | None]:
 def inspect_for(params: Params) -> HuggingFaceFiles | ModelArgs:
     """The files of the source model. Raises InputError if the files cannot be used, or a setting does not fit them."""
     files = inspect_source_model(SOURCE_MODELS / params.model, params.llama_version)
-    layers = model_shape(files, SOURCE_MODELS / params.model).layers
+    blocks = model_shape(files, SOURCE_MODELS / params.model).blocks
+    layers = dict.fromkeys(layer for block in blocks for layer in block)
     targets = [] if params.lora.target_modules == ALL_LINEAR else params.lora.target_modules
     unknown = [target for target in targets if not any(is_target(layer, target) for layer in layers)]
     if unknown:

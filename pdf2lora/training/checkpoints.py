@@ -53,6 +53,15 @@ def latest_valid(folder: Path, *, remove_corrupt: bool) -> Path | None:
     return None
 
 
+def remove_contents(folder: Path) -> None:
+    """Removes everything but the file `lock`, because another process may wait for it."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 

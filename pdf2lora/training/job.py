@@ -34,11 +34,10 @@ from pdf2lora.runtime.launcher import Stopped
 from pdf2lora.runtime.locks import exclusive_lock
 from pdf2lora.runtime.manifest import MANIFEST
 from pdf2lora.runtime.monitor import device_name, machine_metrics
-from pdf2lora.runtime.processes import LOCK_TIMEOUT_S
 from pdf2lora.runtime.scratch import fingerprint, project_root, scratch_folder, stage_code
 from pdf2lora.token_files import TokenFile
 from pdf2lora.tokens import MixedSequences, Sequences, Window, require_context
-from pdf2lora.training.checkpoints import latest_valid, step_of
+from pdf2lora.training.checkpoints import latest_valid, remove_contents, step_of
 from pdf2lora.training.data_order import DataOrder
 from pdf2lora.training.interrupt import Interrupt
 from pdf2lora.training.loop import BatchPlan, Learner, TrainingResult, train
@@ -47,6 +46,7 @@ from pdf2lora.training.throughput import model_flops_utilization
 from pdf2lora.training.tracking import Tracker, Trackers, log_to_file, require_trackers
 
 METRICS = Path("metrics/train")
+SAME_TRAINING_TIMEOUT_S = 7 * 24 * 3600.0  # another experiment that trains the same adapter ends first
 
 log = logging.getLogger("train")
 
@@ -71,18 +71,11 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
         log_file = log_to_file(project_root() / "logs")
     corpus, replay, validation_windows = read_data(params)
     sequences = MixedSequences(corpus, replay) if len(replay) else corpus
-    if not validation_windows and (params.train.keep == "best" or params.train.early_stopping_patience != "none"):
-        raise InputError(
-            f"train.keep is {params.train.keep!r} and train.early_stopping_patience is "
-            f"{params.train.early_stopping_patience}, but the split has no validation documents. Set "
-            "split.validation_fraction above 0, or keep the last adapter without early stopping."
-        )
-
     plan = batch_plan(params, batch, processes)
     checkpoints = scratch_folder("train", run_fingerprint(params, plan))
     with ExitStack() as lock:
         if processes.is_main:
-            lock.enter_context(exclusive_lock(checkpoints, timeout_s=LOCK_TIMEOUT_S))
+            lock.enter_context(exclusive_lock(checkpoints, timeout_s=SAME_TRAINING_TIMEOUT_S))
         with ExitStack() as stack:
             machine: dict[str, Any] = stack.enter_context(machine_metrics("train")) if processes.is_main else {}
             learner, order = build_learner(params, plan, corpus, replay, batch, checkpoints, processes)
@@ -115,7 +108,7 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
                 save_adapter(learner.model, params, checkpoints)
             machine |= measurements(learner, params, tracker, result)
         if processes.is_main:
-            shutil.rmtree(checkpoints)  # so that a forced run trains again
+            remove_contents(checkpoints)  # so that a forced run trains again
     if processes.is_main:
         kept = f", kept step {result.kept_step}" if result.kept_step != result.steps else ""
         print(
@@ -261,9 +254,11 @@ def out_of_memory(checkpoints: Path, error: torch.OutOfMemoryError, processes: P
 def run_fingerprint(params: Params, plan: BatchPlan) -> str:
     """A fingerprint of everything that the adapter depends on.
 
-    It does not depend on the number of processes and on the division of a step, which change only rounding.
+    It does not depend on the number of processes and on the division of a step, which change only rounding, and not on
+    trackers and the distance of checkpoints.
     """
     libraries = [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")]
     compute = params.compute.model_dump(exclude={"num_processes"})
-    settings = (params.quantization, params.lora, compute, params.train, plan.kernels, plan.effective_batch)
+    train_settings = params.train.model_dump(exclude={"report_to", "save_steps"})
+    settings = (params.quantization, params.lora, compute, train_settings, plan.kernels, plan.effective_batch)
     return fingerprint(*settings, BASE / MANIFEST, TOKENS, *stage_code("train"), *libraries)

@@ -178,7 +178,8 @@ class Learner:
         self.parameters.parameter.copy_(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if the training began in another dtype, on another GPU
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def train(

@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,22 @@ class Trackers:
 
     def log(self, entry: Entry) -> None:
         values = {name: value for name, value in entry.items() if name != "step"}
-        self.accelerator.log(values, step=int(entry["step"]))
+        for tracker in list(self.accelerator.trackers):
+            self._call(tracker, lambda tracker: tracker.log(values, step=int(entry["step"])))
 
     def end(self) -> None:
         """Not by Accelerator.end_training, which also destroys the process group."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        for tracker in list(self.accelerator.trackers):
+            self._call(tracker, lambda tracker: tracker.finish())
+
+    def _call(self, tracker: Any, function: Callable[[Any], None]) -> None:
+        """Gives up a tracker that fails, because its server must not end a training."""
+        try:
+            function(tracker)
+        except Exception as error:  # each tracker raises different exceptions
+            self.accelerator.trackers.remove(tracker)
+            text = " ".join(str(error).split())[:300]
+            print(f"train: warning: {tracker.name} failed ({text}) and gets no more entries", flush=True)
 
 
 class Tracker:

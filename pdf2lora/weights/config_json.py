@@ -1,10 +1,6 @@
 """The sizes in Hugging Face's config.json."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from pdf2lora.weights.json_files import whole_number
 
 LinearLayers = dict[str, tuple[int, int]]
 """{path of a linear layer in a block (self_attn.q_proj): (input features, output features)}"""
@@ -21,23 +17,6 @@ def llama_layers(*, hidden: int, query: int, key: int, intermediate: int) -> Lin
         "mlp.up_proj": (hidden, intermediate),
         "mlp.down_proj": (intermediate, hidden),
     }
-
-
-def read_llama_layers(config: Mapping[str, Any], path: Path) -> LinearLayers:
-    """The layers of a config.json, with transformers' defaults for num_key_value_heads and head_dim.
-
-    path: of the file, for error messages.
-
-    Raises InputError if a size is missing or absurd.
-    """
-    hidden = whole_number(config, "hidden_size", path)
-    num_heads = whole_number(config, "num_attention_heads", path)
-    num_kv_heads = whole_number(config, "num_key_value_heads", path, default=num_heads)
-    head_dim = whole_number(config, "head_dim", path, default=hidden // num_heads)
-    intermediate = whole_number(config, "intermediate_size", path)
-    return llama_layers(
-        hidden=hidden, query=num_heads * head_dim, key=num_kv_heads * head_dim, intermediate=intermediate
-    )
 
 
 def summarize(config: Any, dtype: str) -> dict[str, object]:

@@ -6,7 +6,8 @@ check and doctor run these checks before any work. convert also runs those of tr
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pdf2lora.errors import InputError
-from pdf2lora.weights.config_json import LinearLayers, read_llama_layers
+from pdf2lora.weights.config_json import LinearLayers
 from pdf2lora.weights.json_files import read_json, whole_number
 from pdf2lora.weights.lfs_pointer import require_no_pointer
 from pdf2lora.weights.safetensors_header import StoredWeight
@@ -26,7 +27,10 @@ ARCHITECTURE_ENDINGS = ("ForCausalLM", "LMHeadModel")
 SIZE_KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+EMBEDDINGS = (
+    *("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", ".embeddings.weight"),
+    "tokens_embed.weight",
+)
 EXPERTS = re.compile(r"experts\.|moe\.")  # in the names of a mixture of experts
 # bitsandbytes stores these with a 4-bit weight.
 QUANT_STATE = re.compile(r"(?<=\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$")
@@ -56,10 +60,6 @@ class HuggingFaceFiles:
         return DTYPES[max(num_bytes, key=num_bytes.__getitem__)]
 
     @property
-    def num_layers(self) -> int:
-        return len({match[1] for name in self.weights if (match := LAYER.search(name))})
-
-    @property
     def num_parameters(self) -> int:
         """Number of parameters. A byte of a 4-bit weight has two."""
         return sum(
@@ -69,17 +69,31 @@ class HuggingFaceFiles:
         )
 
     @property
-    def linear_layers(self) -> LinearLayers:
-        """Of the first block."""
-        names = {
-            name: name[match.end() :].removesuffix(".weight")
-            for name, weight in self.weights.items()
-            if (match := LAYER.search(name)) and match[1] == "0" and name.endswith(".weight") and len(weight.shape) == 2
-        }
-        if not self.is_4bit:
-            return {layer: (self.weights[name].shape[1], self.weights[name].shape[0]) for name, layer in names.items()}
-        layers = read_llama_layers(self.config, self.weight_files[0].with_name("config.json"))
-        return {layer: shape for layer, shape in layers.items() if layer in names.values()}
+    def blocks(self) -> list[LinearLayers]:
+        """The linear layers of each block. The blocks of a hybrid model differ: only some have attention."""
+        blocks: defaultdict[int, LinearLayers] = defaultdict(dict)
+        for name, weight in self.weights.items():
+            if match := LAYER.search(name):
+                block = blocks[int(match[1])]
+                if name.endswith(".weight") and len(weight.shape) == 2:
+                    num_outputs, num_inputs = self._shape(name)
+                    block[name[match.end() :].removesuffix(".weight")] = (num_inputs, num_outputs)
+        return [blocks[number] for number in sorted(blocks)]
+
+    def _shape(self, name: str) -> Sequence[int]:
+        """A 4-bit weight is stored as bytes of shape (n / 2, 1); its quantization state has the shape.
+
+        Raises InputError if the state is missing.
+        """
+        weight = self.weights[name]
+        if weight.dtype != "U8":
+            return weight.shape
+        states = [self.weights.get(f"{name}.quant_state.bitsandbytes__{kind}") for kind in ("nf4", "fp4")]
+        try:
+            shape: Sequence[int] = next(json.loads(state.read())["shape"] for state in states if state)
+        except (StopIteration, ValueError, LookupError, TypeError):
+            raise InputError(f"{weight.file}: {name} has no quantization state. Download all files again.") from None
+        return shape
 
 
 def read_huggingface(source: Path) -> HuggingFaceFiles:

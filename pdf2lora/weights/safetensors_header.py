@@ -26,6 +26,12 @@ class StoredWeight:
     offset: int
     """In bytes, from the start of the file."""
     num_bytes: int
+    file: Path
+
+    def read(self) -> bytes:
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            return stream.read(self.num_bytes)
 
 
 def read_header(file: Path) -> dict[str, StoredWeight]:
@@ -48,5 +54,6 @@ def read_header(file: Path) -> dict[str, StoredWeight]:
     for name, entry in header.items():
         if name != "__metadata__":
             start, end = entry["data_offsets"]
-            weights[name] = StoredWeight(entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+            shape, offset = tuple(entry["shape"]), 8 + length + start
+            weights[name] = StoredWeight(entry["dtype"], shape, offset, end - start, file)
     return weights
