@@ -194,6 +194,31 @@ def test_common_peculiarities_are_accepted(source: Path, target: Path, case: str
     assert torch.allclose(logits(target), logits(source), atol=1e-5)
 
 
+def test_a_head_that_differs_from_the_embedding_is_not_tied(source: Path, target: Path) -> None:
+    """transformers uses the stored head, also if config.json ties it. The packed layers must do the same."""
+    rewrite_weights(
+        source, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] * 2})
+    )
+
+    summary = convert_default(source, target)
+
+    assert not summary["tied"]
+    assert not json.loads((target / "config.json").read_text())["tie_word_embeddings"]
+    assert torch.allclose(logits(target), logits(source), atol=1e-5)
+
+
+def test_a_tied_model_may_store_only_its_head(source: Path, target: Path) -> None:
+    expected = logits(source)
+    rewrite_weights(
+        source, lambda weights: weights.update({"lm_head.weight": weights.pop("model.embed_tokens.weight")})
+    )
+
+    assert convert_default(source, target)["tied"]
+
+    assert "model.embed_tokens.weight" in read_weights(target)
+    assert torch.allclose(logits(target), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "rope",
     [

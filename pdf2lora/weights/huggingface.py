@@ -5,7 +5,10 @@ The files do not change, with these exceptions:
 - A missing tokenizer.json is made from tokenizer.model.
 - Keys of config.json that the pipeline reads are added or corrected: bos_token_id, eos_token_id,
   max_position_embeddings.
-- Names of weights get a missing prefix: h.0 of GPT-2 becomes transformer.h.0.
+- Names of weights get a missing prefix: h.0 of GPT-2 becomes transformer.h.0. A tied model that stores only its head
+  gets the embedding's name for it.
+- tie_word_embeddings becomes false if the files have a head that differs from the embedding. transformers uses this
+  head then, and so must the packed layers.
 - JSON files lose a byte order mark.
 """
 
@@ -22,6 +25,7 @@ from pdf2lora.weights.huggingface_files import read_huggingface
 from pdf2lora.weights.huggingface_tokenizer import read_huggingface_tokenizer
 from pdf2lora.weights.json_files import copy_json, read_json
 from pdf2lora.weights.safetensors_files import Progress, copy_with_names
+from pdf2lora.weights.safetensors_header import StoredWeight
 from pdf2lora.weights.special_tokens import find_bos, find_eos
 from pdf2lora.weights.transformers_check import load_without_weights
 
@@ -39,6 +43,9 @@ def copy_huggingface(source: Path, target: Path, llama_version: str | None, prog
         "eos_token_id": find_eos(source, files.config, tokenizer.tokenizer, tokenizer.config),
         "max_position_embeddings": _context_length(source, files.config, model.config),
     }
+    rename = _renaming(model, files.weights)
+    if model.config.tie_word_embeddings and _has_own_head(model, files.weights, rename):
+        model.config.tie_word_embeddings = config["tie_word_embeddings"] = False
 
     copied = [source / name for name in COPIED_FILES if (source / name).is_file()]
     copied += [path for path in sorted(source.glob("tokenizer*")) if path.is_file()]
@@ -49,7 +56,6 @@ def copy_huggingface(source: Path, target: Path, llama_version: str | None, prog
         copy_json(source / "config.json", target / "config.json")
     else:
         write_json(target / "config.json", config)
-    rename = _renaming(model, files.weights)
     if (source / INDEX).is_file():
         _copy_index(source / INDEX, target / INDEX, rename)
     done = 0
@@ -78,10 +84,33 @@ def _renaming(model: Any, names: Iterable[str]) -> Callable[[str], str] | None:
     A model that was saved without its head lacks the prefix, as in gpt2. transformers then adds it, but export and the
     packed layers need the names as they are in the model.
     """
+    names = list(names)
     prefix, expected = f"{model.base_model_prefix}.", model.state_dict().keys()
+    embedding, head = _embedding_and_head(model)
+    lacks_embedding = embedding not in names and embedding.removeprefix(prefix) not in names
+    if model.config.tie_word_embeddings and lacks_embedding and head in names:
+        return lambda name: embedding if name == head else name
     if not any(name not in expected and prefix + name in expected for name in names):
         return None
     return lambda name: name if name in expected or name.startswith(prefix) else prefix + name
+
+
+def _embedding_and_head(model: Any) -> tuple[str, str]:
+    """The names of the two weights. A model without a head has an empty name."""
+    modules = {module: name for name, module in model.named_modules()}
+    names = [modules.get(module, "") for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+    return f"{names[0]}.weight", f"{names[1]}.weight"
+
+
+def _has_own_head(model: Any, weights: Mapping[str, StoredWeight], rename: Callable[[str], str] | None) -> bool:
+    """Whether the files have an embedding and a head that differ."""
+    stored = {rename(name) if rename else name: weight for name, weight in weights.items()}
+    embedding, head = map(stored.get, _embedding_and_head(model))
+    if embedding is None or head is None:
+        return False
+    if (embedding.dtype, embedding.shape) != (head.dtype, head.shape):
+        return True
+    return any(one != other for one, other in zip(embedding.chunks(), head.chunks(), strict=True))
 
 
 def _copy_index(file: Path, target: Path, rename: Callable[[str], str] | None) -> None:

@@ -31,6 +31,7 @@ EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", ".embeddings.weight"),
     "tokens_embed.weight",
 )
+HEAD = "lm_head.weight"
 EXPERTS = re.compile(r"experts\.|moe\.")  # in the names of a mixture of experts
 # bitsandbytes stores these with a 4-bit weight.
 QUANT_STATE = re.compile(r"(?<=\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$")
@@ -90,7 +91,7 @@ class HuggingFaceFiles:
             return weight.shape
         states = [self.weights.get(f"{name}.quant_state.bitsandbytes__{kind}") for kind in ("nf4", "fp4")]
         try:
-            shape: Sequence[int] = next(json.loads(state.read())["shape"] for state in states if state)
+            shape: Sequence[int] = next(json.loads(b"".join(state.chunks()))["shape"] for state in states if state)
         except (StopIteration, ValueError, LookupError, TypeError):
             raise InputError(f"{weight.file}: {name} has no quantization state. Download all files again.") from None
         return shape
@@ -205,7 +206,8 @@ def _require_all_layers(source: Path, config: Mapping[str, Any], weights: Iterab
 
 def _require_rows_for_all_tokens(source: Path, config: Mapping[str, Any], weights: Mapping[str, StoredWeight]) -> None:
     vocab_size = whole_number(config, "vocab_size", source / "config.json")
-    embedding = next((name for name in weights if name.endswith(EMBEDDINGS)), None)
+    # A model that ties its head to the embedding may store only the head.
+    embedding = next((name for end in (EMBEDDINGS, HEAD) for name in weights if name.endswith(end)), None)
     if embedding is None:
         raise InputError(f"{source}: *.safetensors lack the embedding. Download all files of the source model.")
     if weights[embedding].shape[0] != vocab_size:

@@ -7,6 +7,7 @@ counted from the end of the header (huggingface/safetensors, README.md).
 
 import json
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from pdf2lora.errors import InputError
 from pdf2lora.weights.lfs_pointer import require_no_pointer
+
+CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,12 @@ class StoredWeight:
     num_bytes: int
     file: Path
 
-    def read(self) -> bytes:
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes of the weight, at most CHUNK_BYTES at a time."""
         with self.file.open("rb") as stream:
             stream.seek(self.offset)
-            return stream.read(self.num_bytes)
+            for start in range(0, self.num_bytes, CHUNK_BYTES):
+                yield stream.read(min(CHUNK_BYTES, self.num_bytes - start))
 
 
 def read_header(file: Path) -> dict[str, StoredWeight]:
