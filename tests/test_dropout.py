@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from interpreted import cpu_kernels  # noqa: F401
+from tiny_families import write_tiny_family
 from tiny_llama import COMPUTE, LORA, QUANTIZATION, VOCABULARY_SIZE, changed, fill_b, quiet
 
 from pdf2lora.model import dropout
 from pdf2lora.model.dropout import CounterDropout, DropoutRate, DropoutState, dropout_state, keep_mask
 from pdf2lora.model.forward import build_forward
 from pdf2lora.model.loading import add_lora, load_base
+from pdf2lora.runtime.manifest import write_manifest
 
 pytestmark = quiet
 CPU = torch.device("cpu")
@@ -111,6 +113,34 @@ def test_module_scales_the_features_that_it_keeps_and_their_gradient():
     torch.testing.assert_close(y, x * expected)
     torch.testing.assert_close(x.grad, expected)
     assert module.eval()(x) is x
+
+
+def test_inputs_without_a_dimension_of_sequences_have_the_same_masks():
+    """OPT's MLP gets (batch * seq_length, features)."""
+    state = DropoutState(CPU)
+    state.set(7, 3)
+    state.seq_length = 5
+    module, x = CounterDropout(0.3, 2, state), torch.randn(2, 5, 24)
+
+    assert torch.equal(module(x.flatten(0, 1)), module(x).flatten(0, 1))
+
+
+def test_opt_draws_the_same_masks_in_every_micro_batch(tmp_path):
+    sizes = {"ffn_dim": 128, "word_embed_proj_dim": 64}
+    base = write_tiny_family(tmp_path / "base", "OPTForCausalLM", "opt", **sizes)
+    write_manifest(base)
+    torch.manual_seed(0)
+    lora = changed(LORA, lora_dropout=0.3, target_modules="all-linear")
+    model = fill_b(add_lora(load_base(base, changed(QUANTIZATION, bits=16), COMPUTE), lora)).train()
+    forward = build_forward(model, "reference")
+    ids = torch.randint(VOCABULARY_SIZE, (4, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        forward.set_dropout(3, 0)
+        every = forward(ids)
+        forward.set_dropout(3, 2)
+        second_half = forward(ids[2:])
+
+    torch.testing.assert_close(second_half, every[2:], rtol=1e-4, atol=1e-4)
 
 
 def test_training_without_a_seed_is_an_error():

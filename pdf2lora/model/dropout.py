@@ -48,11 +48,13 @@ class DropoutState:
     """Seed and first sequence of the next micro-batch, in device memory. All LoRA layers of a model share them.
 
     tensor: (2,), int64, [seed, first_sequence].
+    seq_length: of the micro-batch, for layers whose input has no dimension of sequences.
     """
 
     def __init__(self, device: torch.device):
         self.tensor = torch.zeros(2, dtype=torch.int64, device=device)
         self.is_set = False
+        self.seq_length = 1
 
     def set(self, seed: int, first_sequence: int) -> None:
         """Call it before each micro-batch, never between its forward and backward pass. Does not wait for the GPU.
@@ -80,12 +82,12 @@ class CounterDropout(nn.Module):
         self.state = state
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (batch, seq_length, features), or (tokens, features) with one row per token; same shape and dtype."""
+        """x: (batch, seq_length, features), or (batch * seq_length, features) as in OPT; same shape and dtype."""
         rate = DropoutRate(self.p)
         if not self.training or rate.threshold == 0:
             return x
         self.state.require_set()
-        seq_length = x.shape[1] if x.dim() == 3 else 1
+        seq_length = x.shape[1] if x.dim() == 3 else self.state.seq_length
         mask = keep_mask(self.state.tensor, self.layer_index, x.numel() // x.shape[-1], seq_length, x.shape[-1], rate)
         return x * mask.view(x.shape) * rate.scale
 

@@ -55,6 +55,8 @@ class ReferenceForward:
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         weight = self.embeddings.weight
+        if self.dropout_state is not None:
+            self.dropout_state.seq_length = input_ids.shape[1]
         with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
             hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
