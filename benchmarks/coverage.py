@@ -51,8 +51,7 @@ def print_row(population: Callable[..., tuple[Array, ...]], num_documents: int, 
                 hits[row, column] += low <= truth <= high
     for name, shares in zip(("perplexity", "improvement"), hits / num_samples, strict=True):
         cells = [
-            f"{share:.0%}" if num_documents >= intervals.MIN_DOCUMENTS or i else "none"
-            for i, share in enumerate(shares)
+            f"{share:.0%}" if num_documents >= intervals.MIN_GROUPS or i else "none" for i, share in enumerate(shares)
         ]
         print(f"| {num_documents} | {name} | " + " | ".join(cells) + " |", flush=True)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
-from pdf2lora.evaluation.metrics import Metrics, model_metrics, text_size
+from pdf2lora.evaluation.metrics import Metrics, model_metrics, scored_text
 from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.evaluation.unquantized import build_unquantized
 from pdf2lora.model.device import device
@@ -25,7 +25,7 @@ from pdf2lora.model.initialization import INITIAL
 from pdf2lora.model.kernel_choice import choose_exact_kernels
 from pdf2lora.model.loading import read_config
 from pdf2lora.params import Params, read_params
-from pdf2lora.paths import ADAPTER, BASE, CORPORA, SOURCE_MODELS, SPLIT_DOCUMENTS, TOKENS
+from pdf2lora.paths import ADAPTER, BASE, CORPORA, SOURCE_MODELS, SPLIT_DOCUMENTS, TEST_GROUPS, TOKENS
 from pdf2lora.report.card import render_card
 from pdf2lora.report.results import read_results
 from pdf2lora.runtime.arguments import require_no_arguments
@@ -120,20 +120,21 @@ def copy_files(files: list[Path], folder: Path) -> None:
 def measure(model: Path, params: Params) -> Metrics:
     """The test metrics of an unquantized model, computed as in evaluate."""
     tokens = TokenFile.open(TOKENS, "test")
-    documents = zip(read_documents(SPLIT_DOCUMENTS / "test.jsonl"), tokens.documents(), strict=True)
-    sizes = [text_size(document.text, encoded) for document, encoded in documents]
+    groups = json.loads(TEST_GROUPS.read_bytes())
+    documents = zip(read_documents(SPLIT_DOCUMENTS / "test.jsonl"), tokens.documents(), groups, strict=True)
+    texts = [scored_text(document.text, encoded, group) for document, encoded, group in documents]
     windows = tokens.windows(seq_length=params.compute.seq_length, stride=params.evaluate.stride)
     kernels = choose_exact_kernels(params.compute, params.quantization, params.lora, read_config(model))
     with tqdm(total=len(windows), desc="perplexity", unit="window", disable=None) as progress:
         nats = nats_per_document(
             build_unquantized(model, params.quantization, params.compute, kernels),
             windows,
-            num_documents=len(sizes),
+            num_documents=len(texts),
             per_device_batch=params.evaluate.per_device_batch,
             processes=Processes.alone(device()),
             progress=progress.update,
         )
-    return model_metrics(nats, sizes)
+    return model_metrics(nats, texts)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
 BATCH = Path("metrics/batch.json")
 EVAL_DOCUMENTS = Path("metrics/eval_documents.csv")
+TEST_GROUPS = SPLIT_DOCUMENTS / "test_groups.json"
 
 MACHINE = Path("metrics/machine.json")
 MACHINE_CURVES = Path("metrics/machine")  # <stage>.tsv

@@ -1,4 +1,8 @@
-"""split: data/documents.jsonl -> data/split/{train,validation,test}.jsonl, metrics/split.json"""
+"""split: data/documents.jsonl -> data/split/{train,validation,test}.jsonl, metrics/split.json
+
+data/split/test_groups.json has the number of the group of near-duplicates of each test document. evaluate needs it for
+its intervals.
+"""
 
 import time
 from collections.abc import Iterator
@@ -10,7 +14,7 @@ from tqdm import tqdm
 from pdf2lora.cluster.tasks import map_on_cluster
 from pdf2lora.documents.records import copy_documents, read_documents, read_with_offsets
 from pdf2lora.params import read_params
-from pdf2lora.paths import DOCUMENTS, SPLIT_DOCUMENTS
+from pdf2lora.paths import DOCUMENTS, SPLIT_DOCUMENTS, TEST_GROUPS
 from pdf2lora.runtime.files import atomic_directory, write_json
 from pdf2lora.runtime.inputs import require_inputs_of
 from pdf2lora.runtime.parallel import Workers
@@ -19,7 +23,7 @@ from pdf2lora.runtime.scratch import fingerprint, scratch_folder, stage_code
 from pdf2lora.split.leakage import leakage
 from pdf2lora.split.near_duplicates import near_duplicate_groups
 from pdf2lora.split.sketches import SketchBatches, sketch_texts
-from pdf2lora.split.splitting import split
+from pdf2lora.split.splitting import group_numbers, split
 
 METRICS = Path("metrics/split.json")
 MIN_TRAIN_SHARE = 0.5  # of the characters that train should have; below, a warning is printed
@@ -47,9 +51,10 @@ def main() -> None:
         if params.cluster.scheduler != "local":
             run = partial(map_on_cluster, params.cluster.scheduler, "split", ("numpy",))
         sketches, num_new = sketch_texts(usable_texts(), scratch / "sketches.npy", run)
+        groups = near_duplicate_groups(sketches["sketch"], params.split.near_duplicate_similarity)
         splits = split(
             [sha256.decode() for sha256 in sketches["text_sha256"].tolist()],
-            near_duplicate_groups(sketches["sketch"], params.split.near_duplicate_similarity),
+            groups,
             test_fraction=params.split.test_fraction,
             validation_fraction=params.split.validation_fraction,
             seed=params.split.seed,
@@ -65,6 +70,7 @@ def main() -> None:
         with atomic_directory(SPLIT_DOCUMENTS) as folder:
             for name, numbers in splits.items():
                 copy_documents(DOCUMENTS, [offsets[number] for number in numbers], folder / f"{name}.jsonl")
+            write_json(folder / TEST_GROUPS.name, group_numbers(splits["test"], groups))
             train, test = (
                 (document.text for document in read_documents(folder / f"{name}.jsonl")) for name in ("train", "test")
             )

@@ -51,6 +51,21 @@ def test_pairing_finds_a_small_difference_between_adapters() -> None:
     assert low < 0 < high
 
 
+@pytest.mark.parametrize("baseline_has_groups", [True, False])
+def test_near_duplicates_count_once(baseline_has_groups: bool) -> None:
+    """The table of an older run has no groups."""
+    baseline, current = table([20.0] * 6), table([19.0, 19.0, 19.0, 19.0, 21.0, 18.0])
+    ungrouped = paired(current, baseline)
+    current["group"] = [0, 0, 0, 0, 1, 2]
+    if baseline_has_groups:
+        baseline["group"] = [5, 5, 5, 5, 6, 7]
+
+    compared = paired(current, baseline)
+
+    assert compared.improvement.value == pytest.approx(ungrouped.improvement.value)
+    assert bounds(compared).low < bounds(ungrouped).low
+
+
 def test_noise_is_not_significant() -> None:
     rng = np.random.default_rng(1)
     baseline = rng.uniform(20, 30, size=30)
@@ -106,7 +121,7 @@ def test_a_document_with_another_number_of_tokens_is_another_document() -> None:
     ],
 )
 def test_the_line_for_the_terminal(improvement: float, low: float, high: float, words: str) -> None:
-    comparison = Comparison(4, 0, 3, 50.0, 49.0, Estimate(improvement, Interval(low, high)))
+    comparison = Comparison([0, 1, 2, 3], 0, 3, 50.0, 49.0, Estimate(improvement, Interval(low, high)))
 
     line = comparison_line("main", "0123456789", comparison)
 

@@ -46,6 +46,17 @@ def fail_in(block: AbstractContextManager[Path], write: Callable[[Path], object]
         write_and_fail()
 
 
+def test_atomic_directory_replaces_the_folder_behind_a_link(tmp_path: Path) -> None:
+    """As a user does who has models/merged on a larger disk."""
+    (tmp_path / "disk/merged").mkdir(parents=True)
+    (tmp_path / "merged").symlink_to(tmp_path / "disk/merged")
+    with atomic_directory(tmp_path / "merged") as folder:
+        assert folder.parent == tmp_path / "disk"
+        (folder / "new").touch()
+    assert (tmp_path / "merged").is_symlink()
+    assert [path.name for path in (tmp_path / "disk/merged").iterdir()] == ["new"]
+
+
 def test_atomic_write_keeps_the_old_file_after_an_exception(tmp_path: Path) -> None:
     file = tmp_path / "out.jsonl"
     file.write_text("old")

@@ -92,8 +92,40 @@ def test_few_documents_have_no_interval(num_documents):
     ("num_documents", "note"), [(1, "no interval: 1 document,"), (2, "no interval"), (3, "wide"), (7, "wide"), (8, "")]
 )
 def test_few_documents_have_a_note(num_documents, note):
-    assert (interval_note(num_documents) or "").startswith(note)
-    assert bool(interval_note(num_documents)) == bool(note)
+    assert (interval_note(range(num_documents)) or "").startswith(note)
+    assert bool(interval_note(range(num_documents))) == bool(note)
+
+
+@pytest.mark.parametrize(
+    ("groups", "note"),
+    [
+        ([0] * 8, "no interval: 8 documents in 1 group of near-duplicates, at least 3 groups are needed"),
+        ([0, 0, 1, 2], "wide interval: only 4 documents in 3 groups of near-duplicates"),
+        ([*range(8), 7], None),
+    ],
+)
+def test_groups_of_near_duplicates_count_once(groups, note):
+    assert interval_note(groups) == note
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 4, 8])
+def test_the_interval_contains_the_true_value_also_with_near_duplicates(group_size):
+    """Versions of a report gain alike. Without their groups, 8 versions would count as 8 reports."""
+    rng = np.random.default_rng(0)
+    num_groups = 24 // group_size
+    groups = np.repeat(np.arange(num_groups), group_size)
+    tokens = np.full(len(groups), 5000)
+    hits = ungrouped_hits = 0
+    for _ in range(1000):
+        gain = np.repeat(rng.normal(0.3, 0.1, num_groups), group_size) + rng.normal(0, 0.01, len(groups))
+        before, after = 3.0 * tokens, (3.0 - gain) * tokens
+        low, high = improvement(before, after, tokens, groups).interval
+        hits += low <= 1 - math.exp(-0.3) <= high
+        low, high = improvement(before, after, tokens).interval
+        ungrouped_hits += low <= 1 - math.exp(-0.3) <= high
+
+    assert 930 <= hits <= 970
+    assert ungrouped_hits < 850 or group_size == 1
 
 
 @pytest.mark.parametrize("num_documents", [3, 8, 30])

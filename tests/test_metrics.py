@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pdf2lora.evaluation.metrics import (
+    ScoredText,
     Scores,
-    TextSize,
     document_table,
     evaluation_metrics,
     format_improvement,
@@ -16,18 +16,18 @@ from pdf2lora.evaluation.metrics import (
 )
 from pdf2lora.evaluation.rounding import rounded
 
-SIZES = [TextSize(tokens=2, bytes=10, words=1), TextSize(tokens=7, bytes=26, words=2)]
+TEXTS = [ScoredText(tokens=2, bytes=10, words=1, group=0), ScoredText(tokens=7, bytes=26, words=2, group=1)]
 BITS = np.array([6, 12])
 BASE = math.log(2) * BITS  # 2 bits per token
 SCORES = Scores(BASE, BASE / 2, BASE * 0.95)
 
 
 def metrics_of(scores: Scores) -> dict:
-    return evaluation_metrics(scores, SIZES, scores, SIZES)
+    return evaluation_metrics(scores, TEXTS, scores, TEXTS)
 
 
 def test_model_metrics():
-    metrics = model_metrics(BASE, SIZES)
+    metrics = model_metrics(BASE, TEXTS)
 
     assert metrics["perplexity"] == 4
     assert metrics["bits_per_byte"] == 18 / 36
@@ -37,10 +37,10 @@ def test_model_metrics():
 
 def test_text_with_few_blanks_has_no_word_perplexity():
     """A page of Chinese can be one word."""
-    metrics = model_metrics(np.array([400.0, 400.0]), [TextSize(tokens=200, bytes=900, words=1)] * 2)
+    metrics = model_metrics(np.array([400.0, 400.0]), [ScoredText(tokens=200, bytes=900, words=1, group=0)] * 2)
     assert metrics["word_perplexity"] == pytest.approx(math.exp(400), rel=1e-5)
 
-    metrics = model_metrics(np.array([800.0, 800.0]), [TextSize(tokens=200, bytes=900, words=1)] * 2)
+    metrics = model_metrics(np.array([800.0, 800.0]), [ScoredText(tokens=200, bytes=900, words=1, group=0)] * 2)
     assert metrics["word_perplexity"] is None
     assert metrics["perplexity"] == pytest.approx(math.exp(4), rel=1e-5)
 
@@ -94,7 +94,7 @@ def test_numbers_have_six_significant_digits():
 
 
 def test_document_table_is_sorted_by_id():
-    table = document_table(["b.pdf", "a.pdf"], SIZES, SCORES)
+    table = document_table(["b.pdf", "a.pdf"], TEXTS, SCORES)
 
     assert table["id"].tolist() == ["a.pdf", "b.pdf"]
     assert table["tokens"].tolist() == [7, 2]

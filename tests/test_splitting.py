@@ -183,3 +183,7 @@ def test_a_split_is_complete_disjoint_and_independent_of_order_and_names(
     assert {name: [d.text for d in documents] for name, documents in again.items()} == {
         name: [d.text for d in documents] for name, documents in splits.items()
     }
+
+
+def test_groups_are_numbered_in_the_order_of_the_documents() -> None:
+    assert splitting.group_numbers([5, 2, 7, 3], [[2, 5], [3], [7], [9]]) == [0, 0, 1, 2]

@@ -338,6 +338,17 @@ def test_split_writes_three_files_and_their_counts(capsys: pytest.CaptureFixture
     )
 
 
+def test_split_writes_the_groups_of_the_test_documents(project: WriteParams) -> None:
+    project({"split.test_fraction": 0.5})
+    versions = [make_document(f"{n}-{version}.pdf", f"{prose(n)} {version}") for n in range(8) for version in "ab"]
+    write_documents(DOCUMENTS, versions)
+    split.main()
+    ids = [document.id for document in read_documents(Path("data/split/test.jsonl"))]
+    groups = json.loads(Path("data/split/test_groups.json").read_text())
+    assert groups == [place for place in range(4) for _ in "ab"]
+    assert [name[0] for name in ids[::2]] == [name[0] for name in ids[1::2]]
+
+
 @pytest.mark.usefixtures("project")
 def test_a_warning_if_a_very_long_document_is_not_in_train(capsys: pytest.CaptureFixture[str]) -> None:
     write_corpus(5)

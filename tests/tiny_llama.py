@@ -3,6 +3,7 @@
 Also settings and documents to train it, and helpers that compare trained models.
 """
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,8 +130,10 @@ def write_texts(file: Path, texts: list[str]) -> Path:
 
 
 def write_split(project: Path, split: str, texts: list[str], base: Path) -> None:
-    """Writes the texts as one split of a project, and their tokens."""
+    """Writes the texts as one split of a project, and their tokens. No texts are near-duplicates."""
     write_texts(project / f"data/split/{split}.jsonl", texts)
+    if split == "test":
+        (project / "data/split/test_groups.json").write_text(json.dumps(list(range(len(texts)))))
     (project / "data/tokens").mkdir(exist_ok=True)
     encoder = Encoder.load(base)
     write_tokens(project / "data/tokens", split, encode_texts(encoder, texts), encoder)

@@ -20,12 +20,16 @@ from pdf2lora.evaluation.rounding import rounded
 class Comparison:
     """Perplexities on the test documents that both runs scored."""
 
-    num_documents: int
+    groups: list[int]  # the group of near-duplicates of each document
     num_unpaired: int  # test documents of the current run that the baseline did not score
     num_improved: int  # documents with a lower perplexity than in the baseline
     baseline: float  # perplexity
     current: float
     improvement: Estimate  # 1 - current / baseline
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.groups)
 
     @property
     def significant(self) -> bool | None:
@@ -52,14 +56,16 @@ def compare(current: pd.DataFrame, baseline: pd.DataFrame) -> Comparison | None:
     if pairs.empty:
         return None
     tokens = pairs["tokens"].to_numpy(dtype=np.int64)
+    column = pairs.get("group_current", pairs.get("group"))  # an older table has no groups
+    groups = list(range(len(pairs))) if column is None else column.tolist()
     before, after = (tokens * np.log(pairs[f"adapted_perplexity_{run}"].to_numpy()) for run in ("baseline", "current"))
     return Comparison(
-        num_documents=len(pairs),
+        groups=groups,
         num_unpaired=len(current) - len(pairs),
         num_improved=int((after < before).sum()),
-        baseline=perplexity(before, tokens).value,
-        current=perplexity(after, tokens).value,
-        improvement=improvement(before, after, tokens),
+        baseline=perplexity(before, tokens, groups).value,
+        current=perplexity(after, tokens, groups).value,
+        improvement=improvement(before, after, tokens, groups),
     )
 
 
@@ -90,7 +96,7 @@ def comparison_metrics(name: str, commit: str, comparison: Comparison) -> dict[s
 
 def comparison_line(name: str, commit: str, comparison: Comparison) -> str:
     if comparison.significant is None:
-        verdict = interval_note(comparison.num_documents)
+        verdict = interval_note(comparison.groups)
     else:
         verdict = "significant at 95%" if comparison.significant else "not significant at 95%"
     return (

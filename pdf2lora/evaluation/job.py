@@ -1,8 +1,9 @@
 """The stage evaluate in one of its processes: scores test documents and general text, writes metrics and samples."""
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -11,7 +12,14 @@ from pdf2lora.documents.records import read_documents
 from pdf2lora.evaluation.base_scores import BaseScores, base_scores_file
 from pdf2lora.evaluation.comparison import compare, comparison_line, comparison_metrics, parse_table, require_pairs
 from pdf2lora.evaluation.general import GENERAL, read_general
-from pdf2lora.evaluation.metrics import Scores, document_table, evaluation_metrics, summary_lines, text_size
+from pdf2lora.evaluation.metrics import (
+    ScoredText,
+    Scores,
+    document_table,
+    evaluation_metrics,
+    scored_text,
+    summary_lines,
+)
 from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
 from pdf2lora.evaluation.samples import continue_openings, read_openings, sample_entries
 from pdf2lora.evaluation.scoring import Nats, nats_per_document
@@ -21,7 +29,7 @@ from pdf2lora.model.initialization import restore_trained_base
 from pdf2lora.model.kernel_choice import choose_exact_kernels
 from pdf2lora.model.loading import load_adapter, load_base, read_config
 from pdf2lora.params import Params
-from pdf2lora.paths import ADAPTER, BASE, EVAL_DOCUMENTS, SPLIT_DOCUMENTS, TOKENS
+from pdf2lora.paths import ADAPTER, BASE, EVAL_DOCUMENTS, SPLIT_DOCUMENTS, TEST_GROUPS, TOKENS
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_write, write_json
 from pdf2lora.runtime.manifest import MANIFEST
@@ -55,13 +63,15 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
     require_context(BASE, seq_length)
     require_context(BASE, samples.prompt_tokens + samples.max_new_tokens, key="sample.max_new_tokens")
     encoder, general_texts = Encoder.load(BASE), read_general()
-    ids, sizes, encoded = [], [], []
-    for document, tokens in zip(read_documents(TEST), TokenFile.open(TOKENS, "test").documents(), strict=True):
+    ids, encoded = [], []
+    test: list[ScoredText] = []
+    test_tokens, groups = TokenFile.open(TOKENS, "test").documents(), json.loads(TEST_GROUPS.read_bytes())
+    for document, tokens, group in zip(read_documents(TEST), test_tokens, groups, strict=True):
         ids.append(document.id)
-        sizes.append(text_size(document.text, tokens))
+        test.append(scored_text(document.text, tokens, group))
         encoded.append(tokens)
     general_tokens = encoder.encode(general_texts)
-    sizes += map(text_size, general_texts, general_tokens)
+    general = list(map(scored_text, general_texts, general_tokens, count()))
     encoded += general_tokens
     all_windows = windows(encoded, bos=encoder.start, seq_length=seq_length, stride=settings.stride)
     first_documents = list(islice(read_documents(TEST), samples.num_documents))
@@ -112,9 +122,9 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
 
     base = BaseScores.read(base_file)
     scores = Scores(base.nats, adapted_nats, base.unquantized_nats)
-    test, general = slice(len(ids)), slice(len(ids), None)
-    table = document_table(ids, sizes[test], scores.part(test))
-    metrics = evaluation_metrics(scores.part(test), sizes[test], scores.part(general), sizes[general])
+    test_scores, general_scores = scores.part(slice(len(test))), scores.part(slice(len(test), None))
+    table = document_table(ids, test, test_scores)
+    metrics = evaluation_metrics(test_scores, test, general_scores, general)
     lines = summary_lines(metrics, params.quantization.bits)
     if baseline is not None:
         comparison = require_pairs(compare(table, baseline))

@@ -31,17 +31,18 @@ Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class TextSize:
-    """The size of one text in three units. The metrics divide nats by them."""
+class ScoredText:
+    """The size of one text in three units, by which the metrics divide nats, and its group of near-duplicates."""
 
     tokens: int
     bytes: int  # UTF-8
     words: int  # separated by white space
+    group: int
 
 
-def text_size(text: str, tokens: Tokens) -> TextSize:
-    """tokens: those of the text."""
-    return TextSize(tokens=len(tokens), bytes=len(text.encode()), words=len(text.split()))
+def scored_text(text: str, tokens: Tokens, group: int) -> ScoredText:
+    """tokens: those of the text. group: texts with the same number are near-duplicates."""
+    return ScoredText(tokens=len(tokens), bytes=len(text.encode()), words=len(text.split()), group=group)
 
 
 @dataclass(frozen=True)
@@ -57,55 +58,56 @@ class Scores:
         return Scores(self.base[documents], self.adapted[documents], unquantized)
 
 
-def model_metrics(nats: Nats, sizes: Sequence[TextSize]) -> Metrics:
+def model_metrics(nats: Nats, texts: Sequence[ScoredText]) -> Metrics:
     """Perplexity with its 95% interval, bits per byte and word perplexity of one model over all documents.
 
     word_perplexity is None if it is too large for a float64, as in Chinese text, which has few spaces.
     """
     total = float(nats.sum())
-    nats_per_word = total / sum(size.words for size in sizes)
-    estimate = perplexity(nats, token_counts(sizes))
+    nats_per_word = total / sum(text.words for text in texts)
+    estimate = perplexity(nats, token_counts(texts), groups_of(texts))
     numbers = {
         "perplexity": estimate.value,
-        "bits_per_byte": total / math.log(2) / sum(size.bytes for size in sizes),
+        "bits_per_byte": total / math.log(2) / sum(text.bytes for text in texts),
         "word_perplexity": math.exp(nats_per_word) if nats_per_word < LARGEST_EXPONENT else None,
     }
     metrics = {name: None if value is None else rounded(value) for name, value in numbers.items()}
     return metrics | _bounds(estimate)
 
 
-def score_metrics(scores: Scores, sizes: Sequence[TextSize]) -> Metrics:
+def score_metrics(scores: Scores, texts: Sequence[ScoredText]) -> Metrics:
     """The metrics of each model, the improvement over each base and the cost of quantization.
 
     quantization_cost: perplexity of the quantized base / perplexity of the unquantized base - 1.
     """
-    tokens = token_counts(sizes)
+    tokens, groups = token_counts(texts), groups_of(texts)
     metrics: Metrics = {}
     if scores.base_unquantized is not None:
-        metrics["base_unquantized"] = model_metrics(scores.base_unquantized, sizes)
-    metrics["base"] = model_metrics(scores.base, sizes)
-    metrics["adapted"] = model_metrics(scores.adapted, sizes)
-    metrics["improvement"] = share_metrics(improvement(scores.base, scores.adapted, tokens))
+        metrics["base_unquantized"] = model_metrics(scores.base_unquantized, texts)
+    metrics["base"] = model_metrics(scores.base, texts)
+    metrics["adapted"] = model_metrics(scores.adapted, texts)
+    metrics["improvement"] = share_metrics(improvement(scores.base, scores.adapted, tokens, groups))
     if scores.base_unquantized is not None:
-        over_unquantized = improvement(scores.base_unquantized, scores.adapted, tokens)
+        over_unquantized = improvement(scores.base_unquantized, scores.adapted, tokens, groups)
         metrics["improvement_over_unquantized"] = share_metrics(over_unquantized)
-        metrics["quantization_cost"] = share_metrics(negated(improvement(scores.base_unquantized, scores.base, tokens)))
-    return metrics | {"documents": len(sizes), "tokens": int(tokens.sum())}
+        cost = negated(improvement(scores.base_unquantized, scores.base, tokens, groups))
+        metrics["quantization_cost"] = share_metrics(cost)
+    return metrics | {"documents": len(texts), "tokens": int(tokens.sum())}
 
 
 def evaluation_metrics(
-    test: Scores, test_sizes: Sequence[TextSize], general: Scores, general_sizes: Sequence[TextSize]
+    test: Scores, test_texts: Sequence[ScoredText], general: Scores, general_texts: Sequence[ScoredText]
 ) -> Metrics:
     """The content of metrics/eval.json. Its section `general` has the same numbers for the general text."""
-    metrics = score_metrics(test, test_sizes) | {"interval": METHOD}
-    if note := interval_note(len(test_sizes)):
+    metrics = score_metrics(test, test_texts) | {"interval": METHOD}
+    if note := interval_note(groups_of(test_texts)):
         metrics["interval_note"] = note
-    return metrics | {"general": score_metrics(general, general_sizes)}
+    return metrics | {"general": score_metrics(general, general_texts)}
 
 
-def document_table(ids: Sequence[str], sizes: Sequence[TextSize], scores: Scores) -> pd.DataFrame:
+def document_table(ids: Sequence[str], texts: Sequence[ScoredText], scores: Scores) -> pd.DataFrame:
     """A row for each test document: its size and its perplexity under each model."""
-    table = pd.DataFrame([{"id": id_, **vars(size)} for id_, size in zip(ids, sizes, strict=True)])
+    table = pd.DataFrame([{"id": id_, **vars(text)} for id_, text in zip(ids, texts, strict=True)])
     for name in ("base_unquantized", "base", "adapted"):
         if (nats := getattr(scores, name)) is not None:
             table[f"{name}_perplexity"] = np.exp(nats / table["tokens"]).map(rounded)
@@ -157,8 +159,12 @@ def negated(estimate: Estimate) -> Estimate:
     return Estimate(-estimate.value, None if interval is None else Interval(-interval.high, -interval.low))
 
 
-def token_counts(sizes: Sequence[TextSize]) -> Counts:
-    return np.array([size.tokens for size in sizes], dtype=np.int64)
+def token_counts(texts: Sequence[ScoredText]) -> Counts:
+    return np.array([text.tokens for text in texts], dtype=np.int64)
+
+
+def groups_of(texts: Sequence[ScoredText]) -> list[int]:
+    return [text.group for text in texts]
 
 
 def _bounds(estimate: Estimate) -> Metrics:

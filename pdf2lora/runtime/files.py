@@ -45,7 +45,11 @@ def atomic_write(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """Like atomic_write, for a folder: yields an empty temporary folder, which replaces `folder`."""
+    """Like atomic_write, for a folder: yields an empty temporary folder, which replaces `folder`.
+
+    If `folder` is a link to a folder (on a larger disk), that folder is replaced.
+    """
+    folder = folder.resolve() if folder.is_symlink() else folder
     partial = _partial_path(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -7,6 +7,13 @@ from pdf2lora.documents.records import SPLITS
 from pdf2lora.errors import InputError
 
 
+def group_numbers(documents: Sequence[int], groups: Sequence[Sequence[int]]) -> list[int]:
+    """Returns the number of the group of each document. Groups are numbered in the order of their first documents."""
+    group_of = {document: number for number, group in enumerate(groups) for document in group}
+    order = {number: place for place, number in enumerate(dict.fromkeys(group_of[document] for document in documents))}
+    return [order[group_of[document]] for document in documents]
+
+
 def split(
     hashes: Sequence[str],
     groups: Sequence[Sequence[int]],
