@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from pdf2lora.params import require_in_context
 
+UNLIKELY = -1e4  # score of a piece that a Unigram model never selects
 IGNORED = -100  # label of a position without loss (the default ignore_index of torch's cross_entropy)
 
 Tokens = NDArray[np.signedinteger[Any]]  # int32 in files, int64 in batches
@@ -42,7 +43,7 @@ class Encoder:
 
     @classmethod
     def from_json(cls, tokenizer_json: str, bos: int | None, eos: int) -> "Encoder":
-        tokenizer = Tokenizer.from_str(tokenizer_json)
+        tokenizer = Tokenizer.from_str(_with_unlikely_special_pieces(tokenizer_json))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # "<|end_of_text|>" in a document is plain text
@@ -61,6 +62,23 @@ class Encoder:
         """The tokens of each text, encoded on all cores."""
         encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encoded]
+
+
+def _with_unlikely_special_pieces(tokenizer_json: str) -> str:
+    """Lowers the scores of the special tokens in the vocabulary of a Unigram model, so that <s> in a text stays text.
+
+    encode_special_tokens only turns off the search for added tokens.
+    """
+    if '"Unigram"' not in tokenizer_json:
+        return tokenizer_json
+    content = json.loads(tokenizer_json)
+    model = content["model"]
+    if model.get("type") == "Unigram":
+        special = {token["content"] for token in content["added_tokens"] if token["special"]}
+        for number, entry in enumerate(model["vocab"]):
+            if entry[0] in special and number != model.get("unk_id"):
+                entry[1] = UNLIKELY
+    return json.dumps(content, ensure_ascii=False)
 
 
 def require_context(base: Path, num_tokens: int, key: str = "compute.seq_length") -> None:

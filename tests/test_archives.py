@@ -4,6 +4,7 @@ import io
 import os
 import random
 import struct
+import subprocess
 import tarfile
 import zipfile
 import zlib
@@ -242,6 +243,24 @@ def test_a_damaged_header_in_the_middle_of_a_tar_archive_is_refused(tmp_path: Pa
     archive.write_bytes(content)
     with pytest.raises(InputError, match="its end is missing"):
         list_members(archive)
+
+
+def test_a_tar_archive_after_the_end_of_another_is_refused(tmp_path: Path) -> None:
+    """cat a.tar b.tar: a reader ends at the end of the first one."""
+    first, second = (write_tar(tmp_path / f"{name}.tar", {f"{name}.pdf": b"sea"}) for name in "ab")
+    (tmp_path / "all.tar").write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(InputError, match="data follows its end"):
+        list_members(tmp_path / "all.tar")
+
+
+def test_a_sparse_member_of_a_tar_archive_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(b"sea")
+    with (tmp_path / "sparse.pdf").open("wb") as file:
+        file.truncate(2**24)
+    names = ["-C", str(tmp_path), "a.pdf", "sparse.pdf"]
+    subprocess.run(["tar", "-c", "-S", "-f", str(tmp_path / "all.tar"), *names], check=True)
+    members, _ = list_members(tmp_path / "all.tar")
+    assert [(member.name, member.reason) for member in members] == [("a.pdf", None), ("sparse.pdf", "unsafe_member")]
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.GNUTYPE_SPARSE])

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -82,8 +83,30 @@ def test_a_gap_in_the_ids_is_refused(source: Path) -> None:
 
 
 def test_more_tokens_than_rows_are_refused(source: Path) -> None:
-    with pytest.raises(InputError, match=r"the tokenizer has 430 tokens, but the embedding has 400 rows"):
+    with pytest.raises(InputError, match=r"a token with the id 429, but the embedding has 400 rows"):
         read_huggingface_tokenizer(source, None, 400)
+
+
+def test_a_special_token_needs_no_row(source: Path) -> None:
+    """Old models with 32,000 rows have [PAD] as token 32,000. The pipeline never writes it."""
+    (source / "added_tokens.json").write_text(json.dumps({"[PAD]": 430}))
+
+    assert read_huggingface_tokenizer(source, None, 430).tokenizer.token_to_id("[PAD]") == 430
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("added_tokens.json", {"<|user|>": "430"}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"430": "<|user|>"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"430": {"special": True}}}),
+    ],
+)
+def test_added_tokens_of_another_form_are_refused(source: Path, file: str, content: dict[str, Any]) -> None:
+    (source / file).write_text(json.dumps(content))
+
+    with pytest.raises(InputError, match=file):
+        read_huggingface_tokenizer(source, None, 440)
 
 
 def test_llama_3_s_file_needs_the_version(source: Path) -> None:

@@ -41,7 +41,8 @@ def test_the_line_names_the_file_and_the_command_that_makes_it(monkeypatch):
     assert message("split") == "data/documents.jsonl does not exist. Make it with: dvc repro extract"
     assert message("evaluate").endswith("Make it with: dvc repro split")
     Path("data/split").mkdir()
-    Path("data/split/test.jsonl").touch()
+    for name in ("test.jsonl", "test_groups.json"):
+        Path("data/split", name).touch()
     assert message("evaluate") == "data/tokens/test.npy does not exist. Make it with: dvc repro tokenize"
     monkeypatch.setenv("PROMPT", "The sea")
     monkeypatch.setattr("sys.argv", ["generate"])

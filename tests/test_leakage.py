@@ -1,4 +1,4 @@
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -83,3 +83,17 @@ def test_texts_are_compared_in_several_processes(monkeypatch: pytest.MonkeyPatch
     expected = leakage(texts[:10], texts[5:])
     monkeypatch.setattr(module, "batches", lambda texts: parallel.batches(texts, 1))
     assert leakage(texts[:10], texts[5:]) == expected == 40 / 120
+
+
+def test_two_runs_with_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """As two experiments do, which share .scratch of the main checkout."""
+
+    def other_run(texts: list[str]) -> Iterator[str]:
+        with Workers() as workers:
+            assert module.leakage([numbered(range(13))], [numbered(range(13))], tmp_path, workers) == 1.0
+        yield from texts
+
+    with Workers() as workers:
+        share = module.leakage(other_run([numbered(range(26))]), [numbered(range(20, 40))], tmp_path, workers)
+
+    assert share == 0.0

@@ -1,7 +1,10 @@
 """Replay text: its files, and text that evaluate scores."""
 
+import json
+from dataclasses import asdict
+
 import pytest
-from helpers import prose
+from helpers import make_document, prose
 from tiny_llama import write_texts
 
 from pdf2lora.errors import InputError
@@ -9,6 +12,10 @@ from pdf2lora.runtime.parallel import Workers
 from pdf2lora.split.replay import read_replay, require_unseen
 
 TEXTS = [prose(1, 60), prose(2, 60), prose(3, 60)]
+
+
+def record(**changes):
+    return (json.dumps(asdict(make_document("a.pdf", "The sea")) | changes) + "\n").encode()
 
 
 def check(tmp_path, replay, scored):
@@ -21,6 +28,7 @@ def test_reads_text_files_and_documents_of_pdfs(tmp_path):
     (tmp_path / "books/a.txt").write_text(TEXTS[0], encoding="utf-8")
     write_texts(tmp_path / "books/b.jsonl", TEXTS[1:])
     (tmp_path / "books/README.md").write_text("no text")
+    (tmp_path / "books/folder.txt").mkdir()
 
     assert list(read_replay(tmp_path / "books")) == TEXTS
 
@@ -45,8 +53,11 @@ def test_a_folder_without_text_is_refused(tmp_path):
         ("a.jsonl", b'{"text": "The sea"}\n', r"a line of .*a\.jsonl has not the format of data/documents\.jsonl"),
         ("a.jsonl", b"The sea\n", r"a line of .*a\.jsonl has not the format"),
         ("a.jsonl", b'"The sea"\n', r"a line of .*a\.jsonl has not the format"),
+        ("a.jsonl", record(text=None), r"a line of .*a\.jsonl has not the format"),
+        ("a.jsonl", record(text="\ud83d"), r"a line of .*a\.jsonl has not the format"),
+        ("a.txt", b"sea " * 2_500_001, r"a\.txt has a document of 10,000,004 characters.*split -C 10M"),
     ],
-    ids=["latin_1", "other_records", "no_json", "string"],
+    ids=["latin_1", "other_records", "no_json", "string", "null", "surrogate", "too_long"],
 )
 def test_a_file_in_another_format_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)

@@ -26,6 +26,17 @@ def test_padding_of_tokenizer_json_is_not_bos(tmp_path: Path) -> None:
     assert find_bos(load_tokenizer(tmp_path / "tokenizer.json"), {}) == BOS
 
 
+def test_two_tokens_before_a_text_are_refused() -> None:
+    """As in GLM-4: [gMASK] <sop>."""
+    tokenizer = byte_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS_TOKEN} {EOS_TOKEN} $A", special_tokens=[(BOS_TOKEN, BOS), (EOS_TOKEN, EOS)]
+    )
+
+    with pytest.raises(InputError, match=r"puts 2 tokens before a text \(<\|begin_of_text\|> <\|end_of_text\|>\)"):
+        find_bos(tokenizer, {})
+
+
 @pytest.mark.parametrize(
     ("template", "config", "bos"),
     [

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llama import BOS, CONTEXT_LENGTH, END_OF_TURN, EOS, PAD, byte_tokenizer, write_tiny_llama
 from tiny_meta import rewrite_json
+from tokenizers import Tokenizer, models
 
 from pdf2lora.errors import InputError
 from pdf2lora.token_files import TokenFile, encode_texts, write_tokens
@@ -278,3 +279,14 @@ def test_mixed_sequences_are_those_of_both_texts() -> None:
 
 def test_an_empty_stream_has_no_sequence() -> None:
     assert len(Sequences(np.empty(0, dtype=np.int32), 8)) == 0
+
+
+def test_a_unigram_model_reads_special_tokens_as_text() -> None:
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in "<s>/at")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    encoder = Encoder.from_json(tokenizer.to_str(), 1, 2)
+
+    [tokens] = pickle.loads(pickle.dumps(encoder)).encode(["<s>at</s>"])
+
+    assert [pieces[token][0] for token in tokens] == list("<s>at</s>")

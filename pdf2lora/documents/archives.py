@@ -111,13 +111,16 @@ def _tar_members(stream: BinaryIO) -> Iterator[Member]:
         for info in archive:
             if info.isdir():
                 continue
-            if info.isreg() and info.offset_data + info.size > num_bytes:
+            if info.isreg() and not info.issparse() and info.offset_data + info.size > num_bytes:
                 raise ValueError(f"it ends in {info.name!r}")
             reason = _fault(info.name, info.size, info.size, is_file=info.isreg() and not info.issparse())
             yield Member(str(PurePosixPath(info.name)), info.offset_data, info.size, info.size, reason=reason)
         stream.seek(archive.offset)  # tarfile ends at an invalid header without an error
         if len(end := stream.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE or any(end):
             raise ValueError("its end is missing")
+        while padding := stream.read(CHUNK_BYTES):
+            if padding.strip(b"\0"):
+                raise ValueError("data follows its end")
 
 
 def _fault(name: str, num_bytes: int, packed_bytes: int, *, is_file: bool) -> Reason | None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,18 +21,18 @@ def leakage(train: Iterable[str], test: Iterable[str], folder: Path, workers: Wo
     The share is exact up to MAX_TEST_NGRAMS (about 2,000 test documents of 48,000 characters). If there are more, only
     the 13-grams with a small hash are compared, which is a random part.
 
-    folder: for a temporary file that the workers read.
+    folder: for a temporary file that the workers read. Several runs can use it at the same time.
     """
     ngrams, max_hash = _collect(test, workers)
     if not len(ngrams):
         return None
     ngrams.sort()
-    file = folder / "test_ngrams.npy"
-    np.save(file, ngrams)
     is_in_train = np.zeros(len(ngrams), dtype=bool)
-    for places in workers.map(partial(_places_in, file, max_hash), batches(train)):
-        is_in_train[places] = True
-    file.unlink()
+    with TemporaryDirectory(dir=folder) as own_folder:
+        file = Path(own_folder) / "test_ngrams.npy"
+        np.save(file, ngrams)
+        for places in workers.map(partial(_places_in, file, max_hash), batches(train)):
+            is_in_train[places] = True
     firsts = np.flatnonzero(is_in_train)
     num_common = (np.searchsorted(ngrams, ngrams[firsts], side="right") - firsts).sum()
     return float(num_common / len(ngrams))

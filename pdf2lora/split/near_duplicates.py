@@ -37,8 +37,9 @@ def near_duplicate_groups(sketches: NDArray[np.uint32], similarity: float) -> li
     sketches: (num_texts, NUM_PERMUTATIONS).
     similarity: the smallest Jaccard similarity of near-duplicates.
 
-    Only texts with an equal band of entries are compared, so the time is nearly linear in the number of texts. The
-    groups do not depend on the order of the texts. If a is similar to b and b to c, then all three are one group.
+    Only texts with an equal band of entries are compared. So the time is nearly linear in the number of texts. But if
+    most of them are just below the limit (forms with one template), it is quadratic. The groups do not depend on the
+    order of the texts. If a is similar to b and b to c, then all three are one group.
     """
     group_of = np.arange(len(sketches))
     width = band_width(similarity)

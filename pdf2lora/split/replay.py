@@ -9,6 +9,7 @@ from pdf2lora.errors import InputError
 from pdf2lora.runtime.parallel import Workers
 from pdf2lora.split.leakage import NGRAM_WORDS, leakage
 
+MAX_CHARACTERS = 10_000_000  # of a document: it is tokenized as a whole, in about 120 bytes per character
 MAX_LEAKAGE = 0.01  # share of 13-word sequences; common phrases give less
 
 
@@ -18,24 +19,37 @@ def read_replay(folder: Path) -> Iterator[str]:
     A .txt file is one document in UTF-8; a byte order mark is not part of its text. A .jsonl file has the format of
     data/documents.jsonl and data/split.
 
-    Raises InputError if the folder has no text, or a file is in another encoding or format.
+    Raises InputError if the folder has no text, a file is in another encoding or format, or a document is too long.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (".txt", ".jsonl"))
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (".txt", ".jsonl") and file.is_file())
     if not files:
         raise InputError(f"train.replay: {folder} has no text. Put .txt files there, or data/documents.jsonl of PDFs.")
     for file in files:
         try:
-            if file.suffix.lower() == ".txt":
-                yield file.read_text(encoding="utf-8-sig")
-            else:
-                yield from (document.text for document in read_documents(file) if document.reason is None)
+            for text in _texts_of(file):
+                if len(text) > MAX_CHARACTERS:
+                    raise InputError(
+                        f"train.replay: {file} has a document of {len(text):,} characters; at most {MAX_CHARACTERS:,} "
+                        "are allowed. Divide it into several files, for example with split -C 10M."
+                    )
+                text.encode()
+                yield text
         except UnicodeDecodeError as error:
             raise InputError(f"train.replay: {file} is not UTF-8 ({error}). Convert it with iconv -t UTF-8.") from None
-        except (json.JSONDecodeError, TypeError) as error:
+        except (json.JSONDecodeError, TypeError, AttributeError, UnicodeEncodeError) as error:
             raise InputError(
                 f"train.replay: a line of {file} has not the format of data/documents.jsonl ({error}). Put its texts "
                 "into .txt files."
             ) from None
+
+
+def _texts_of(file: Path) -> Iterator[str]:
+    if file.suffix.lower() == ".txt":
+        yield file.read_text(encoding="utf-8-sig")
+    else:
+        for document in read_documents(file):
+            if document.reason is None:
+                yield document.text
 
 
 def require_unseen(replay: Iterable[str], scored: Iterable[str], name: str, folder: Path, workers: Workers) -> None:

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 from pdf2lora.errors import InputError
 from pdf2lora.runtime.files import write_json
 from pdf2lora.weights.converted_tokenizer import TOKENIZER_CLASS
-from pdf2lora.weights.huggingface_files import load_tokenizer
+from pdf2lora.weights.huggingface_files import largest_token_id, load_tokenizer
 from pdf2lora.weights.json_files import read_json
 from pdf2lora.weights.params_json import require_version, version_key
 from pdf2lora.weights.sentencepiece_files import convert_sentencepiece
@@ -55,10 +55,10 @@ def read_huggingface_tokenizer(source: Path, llama_version: str | None, vocab_si
         if config.get("add_bos_token") is False:
             converted.tokenizer.post_processor = None
     _add_tokens(converted.tokenizer, config, source)
-    size = converted.tokenizer.get_vocab_size()
-    if size > vocab_size:
+    last_id = largest_token_id(converted.tokenizer)
+    if last_id >= vocab_size:
         raise InputError(
-            f"{file}: the tokenizer has {size} tokens, but the embedding has {vocab_size} rows. "
+            f"{file}: the tokenizer has a token with the id {last_id}, but the embedding has {vocab_size} rows. "
             "Use the files of one model."
         )
     return HuggingFaceTokenizer(converted.tokenizer, converted.config() | config | TOKENIZER_CLASS, is_converted=True)
@@ -84,10 +84,21 @@ def _add_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], source: Path) -
     added: dict[int, AddedToken] = {}
     if (source / "added_tokens.json").is_file():
         for content, number in read_json(source / "added_tokens.json").items():
+            if type(number) is not int:
+                raise InputError(
+                    f"{source / 'added_tokens.json'}: the id of {content!r} is {number!r}; it must be a number. "
+                    "Correct it."
+                )
             added[number] = AddedToken(content, special=True, normalized=False)
-    for number, entry in config.get("added_tokens_decoder", {}).items():
-        fields = {key: value for key, value in entry.items() if key != "content" and not key.startswith("_")}
-        added[int(number)] = AddedToken(entry["content"], **fields)
+    try:
+        for number, entry in config.get("added_tokens_decoder", {}).items():
+            fields = {key: value for key, value in entry.items() if key != "content" and not key.startswith("_")}
+            added[int(number)] = AddedToken(entry["content"], **fields)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{source / 'tokenizer_config.json'}: added_tokens_decoder must map an id to an object with `content` "
+            f"({error}). Download the file again."
+        ) from None
     for number in sorted(added):
         token = added[number]
         if tokenizer.id_to_token(number) == token.content:

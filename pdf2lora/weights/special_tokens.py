@@ -16,11 +16,21 @@ def find_bos(tokenizer: Tokenizer, tokenizer_config: Mapping[str, Any]) -> int |
 
     Many models have a bos_token_id in config.json that their tokenizer never writes (Qwen, SmolLM2, Granite). Their
     authors trained them without it.
+
+    Raises InputError if the tokenizer puts several tokens there: config.json has room for one.
     """
     if tokenizer_config.get("add_bos_token") is False:
         return None
     with_special, without = (tokenizer.encode("a", add_special_tokens=add).ids for add in (True, False))
     if with_special[: len(without)] != without:
+        starts = range(len(with_special) - len(without) + 1)
+        num_before = next((start for start in starts if with_special[start : start + len(without)] == without), 1)
+        if num_before > 1:
+            tokens = " ".join(str(tokenizer.id_to_token(number)) for number in with_special[:num_before])
+            raise InputError(
+                f"tokenizer.json: the tokenizer puts {num_before} tokens before a text ({tokens}); only one is "
+                "supported. Use another base model."
+            )
         return int(with_special[0])
     if tokenizer_config.get("add_bos_token") is True:
         return _token_id(tokenizer, tokenizer_config.get("bos_token"))
