@@ -37,7 +37,8 @@ def main() -> None:
 
     encoder = Encoder.load(BASE)
     tokens = encoder.encode(prompts)
-    require_context(BASE, max(map(len, tokens)) + params.sample.max_new_tokens, key="sample.max_new_tokens")
+    longest = max(map(len, tokens))
+    require_context(BASE, {"tokens of the prompt": longest, "sample.max_new_tokens": params.sample.max_new_tokens})
     kernels = choose_exact_kernels(params.compute, params.quantization, params.lora, read_config(BASE))
     model = load_adapter(load_base(BASE, params.quantization, params.compute), ADAPTER)
 

@@ -6,7 +6,7 @@ lists all invalid settings.
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -137,7 +137,7 @@ class Convert(Section):
     """Source model -> models/base in Hugging Face's layout."""
 
     max_shard_gib: Gib
-    """Largest weight file, in GiB. Does not change the weights."""
+    """Largest weight file that convert writes from Meta's layout, in GiB. Files in Hugging Face's layout are copied."""
 
 
 class Quantization(Section):
@@ -414,13 +414,18 @@ def read_params(file: Path = PARAMS_FILE) -> Params:
         raise InputError(f"\n{' ' * 7}".join(_merge_union_errors(lines))) from None
 
 
-def require_in_context(context_length: int, num_tokens: int, key: str) -> None:
-    """Raises InputError if there are more tokens than the base model's context has; `key` sets their number."""
-    if num_tokens > context_length:
-        raise InputError(
-            f"{key} is {num_tokens}; the base model's context is {context_length} tokens. "
-            f"Use a smaller value in params.yaml or with -S {key}=..."
-        )
+def require_in_context(context_length: int, num_tokens: Mapping[str, int]) -> None:
+    """Raises InputError if the sum of the numbers is larger than the base model's context.
+
+    num_tokens: settings, or other parts of a text, with their values.
+    """
+    total = sum(num_tokens.values())
+    if total <= context_length:
+        return
+    key, *others = num_tokens
+    name = " + ".join(f"{part} ({number})" for part, number in num_tokens.items()) if others else key
+    remedy = "Reduce one of them." if others else f"Use a smaller value in params.yaml or with -S {key}=..."
+    raise InputError(f"{name} is {total}; the base model's context is {context_length} tokens. {remedy}")
 
 
 def _describe(detail: ErrorDetails) -> Iterator[str]:

@@ -4,7 +4,7 @@ Uses numpy and tokenizers only, so that callers need not import torch.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,10 @@ def _with_unlikely_special_pieces(tokenizer_json: str) -> str:
     return json.dumps(content, ensure_ascii=False)
 
 
-def require_context(base: Path, num_tokens: int, key: str = "compute.seq_length") -> None:
-    """Raises InputError if the base model cannot read so many tokens."""
+def require_context(base: Path, num_tokens: Mapping[str, int]) -> None:
+    """Raises InputError if the base model cannot read so many tokens: see require_in_context."""
     context_length = json.loads((base / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
-    require_in_context(context_length, num_tokens, key)
+    require_in_context(context_length, num_tokens)
 
 
 @dataclass(frozen=True)

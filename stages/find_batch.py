@@ -40,7 +40,7 @@ PROGRESS = "{desc}: probe {n}, {elapsed}{postfix}"  # the number of probes is no
 def main() -> None:
     params = read_params()
     require_inputs_of("find_batch")
-    require_context(BASE, params.compute.seq_length)
+    require_context(BASE, {"compute.seq_length": params.compute.seq_length})
     with (
         allot_devices(params.compute.num_processes) as (num_processes, _),
         ProbeProcesses(params, num_processes) as probes,
@@ -70,11 +70,12 @@ def main() -> None:
     write_json(BATCH, result)
     num_probes = sum(len(mode.probes) for mode in searched)
     reason = capabilities.reference_reason
+    in_processes = f" in {num_processes} processes, {result['effective_batch']} sequences in all" * (num_processes > 1)
     print(
         f"find_batch: {result['largest_batch']} sequences fit in {budget_gib:.2f} GiB "
         f"({num_probes} probe{'s' if num_probes > 1 else ''}); train uses {choice.per_device_batch} x "
-        f"{choice.gradient_accumulation_steps} accumulation steps in {num_processes} "
-        f"process{'es' if num_processes > 1 else ''}, gradient checkpointing {choice.gradient_checkpointing}, "
+        f"{choice.gradient_accumulation_steps} accumulation steps{in_processes}, "
+        f"gradient checkpointing {choice.gradient_checkpointing}, "
         f"{capabilities.kernels} kernels{reason and f' ({reason})'}"
         f"{', layers in host memory' if outcome.placement == 'host' else ''}"
     )

@@ -307,7 +307,9 @@ def test_the_micro_batch_of_an_effective_batch(largest, effective_batch, num_pro
     assert choose([mode_with_largest(largest)], effective_batch, never_timed, num_processes) == ("full", *chosen)
 
 
-@pytest.mark.parametrize(("peak", "what_happens"), [(8.125, "needs 8.12 GiB"), (None, "runs out of memory")])
+@pytest.mark.parametrize(
+    ("peak", "what_happens"), [(8.125, "needs 8.12 GiB"), (0.0042, "needs 0.0042 GiB"), (None, "runs out of memory")]
+)
 @pytest.mark.parametrize("effective_batch", [4, "auto"])
 def test_an_error_if_nothing_fits(peak, what_happens, effective_batch):
     modes = [Mode("none", [Probe(2, False, None)]), Mode("full", [Probe(2, False, peak)])]
@@ -316,7 +318,7 @@ def test_an_error_if_nothing_fits(peak, what_happens, effective_batch):
         choose(modes, effective_batch, never_timed, 1)
 
     assert str(caught.value) == (
-        f"find_batch.min: 2 sequences do not fit: a training step {what_happens}. Lower find_batch.min or "
-        "compute.seq_length, set train.gradient_checkpointing to auto, or raise find_batch.cpu_memory_gib "
-        "(on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)."
+        f"find_batch.min: 2 sequences do not fit: a training step {what_happens}. Lower find_batch.min, "
+        "compute.seq_length or a high lora.r, set train.gradient_checkpointing to auto, or raise "
+        "find_batch.cpu_memory_gib (on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)."
     )

@@ -275,7 +275,7 @@ def test_a_smallest_batch_that_does_not_fit_is_reported_in_one_line(project: Any
 
     message = error_of_stage()
 
-    for words in ("error: find_batch.min", "15 sequences do not fit", "0.01 GiB", "compute.seq_length"):
+    for words in ("error: find_batch.min", "15 sequences do not fit", "needs 0.01", "compute.seq_length"):
         assert words in message
     assert not Path("metrics/batch.json").exists()
 

@@ -116,7 +116,11 @@ def test_a_4bit_model_must_have_its_own_quantization(source, params_with, key, v
     ("changes", "line"),
     [
         ({"compute.seq_length": 129}, "compute.seq_length is 129; the base model's context is 128 tokens"),
-        ({"sample.max_new_tokens": 97}, "sample.max_new_tokens is 129; the base model's context is 128 tokens"),
+        (
+            {"sample.max_new_tokens": 97},
+            "sample.prompt_tokens (32) + sample.max_new_tokens (97) is 129; the base model's context is 128 tokens. "
+            "Reduce one of them.",
+        ),
         ({"compute.seq_length": 128, "sample.max_new_tokens": 96}, None),
     ],
 )

@@ -84,12 +84,12 @@ def test_texts_are_encoded_independently_and_without_loss(encoder, texts):
 
 
 def test_seq_length_may_equal_the_context(base):
-    require_context(base, CONTEXT_LENGTH)
+    require_context(base, {"compute.seq_length": CONTEXT_LENGTH})
 
 
 def test_seq_length_longer_than_the_context_is_an_error(base):
     with pytest.raises(InputError) as caught:
-        require_context(base, CONTEXT_LENGTH + 1)
+        require_context(base, {"compute.seq_length": CONTEXT_LENGTH + 1})
 
     assert str(caught.value) == (
         "compute.seq_length is 129; the base model's context is 128 tokens. "

@@ -156,14 +156,19 @@ def test_other_processes_write_nothing(project: Path) -> None:
     assert not (project / "1").exists()
 
 
+@pytest.mark.parametrize("planned_steps", [9, None])
 @pytest.mark.parametrize("kept_step", [2, None])
-def test_the_kept_step_is_in_the_metrics(project: Path, kept_step: int | None) -> None:
+def test_the_kept_step_and_the_planned_steps_are_in_the_metrics(
+    project: Path, kept_step: int | None, planned_steps: int | None
+) -> None:
     tracker = Tracker(project / "train", Processes.alone(torch.device("cpu")), None, tokens_per_step=1)
     tracker.start([], 0, 4)
     tracker.log([], {"step": 4, "validation/loss": 1.0})
-    tracker.end(kept_step)
+    tracker.end(kept_step, planned_steps=planned_steps)
 
-    assert json.loads((project / "train/metrics.json").read_text()).get("kept_step") == kept_step
+    metrics = json.loads((project / "train/metrics.json").read_text())
+    assert metrics.get("kept_step") == kept_step
+    assert metrics.get("planned_steps") == planned_steps
 
 
 def test_the_perplexity_of_a_very_large_loss_is_infinite(project: Path) -> None:

@@ -21,13 +21,14 @@ def warn(tmp_path, monkeypatch):
     results = read_results(write_run(tmp_path) / "models/source/demo", [])
     params = read_params(REPOSITORY / "params.yaml")
 
-    def make(evaluation=None, rates=COSINE, split=None):
+    def make(evaluation=None, rates=COSINE, split=None, **changes):
         return run_warnings(
             dataclasses.replace(
                 results,
                 evaluation=results.evaluation | (evaluation or {}),
                 split=results.split | (split or {}),
                 curves={"learning_rate": (STEPS[: len(rates)], rates)},
+                **changes,
             ),
             params,
         )
@@ -41,6 +42,18 @@ def share(value, half_width=0.01):
 
 def test_an_ordinary_run_has_none(warn):
     assert warn() == []
+
+
+def test_a_constant_rate_after_the_warm_up_is_no_problem(warn):
+    assert warn(rates=[0.5, *[1.0] * 11]) == []
+
+
+@pytest.mark.parametrize(("kept_step", "is_untrained"), [(2, False), (0, True)])
+def test_early_stopping_is_named(warn, kept_step, is_untrained):
+    [warning] = warn(rates=COSINE[:4], planned_steps=20, kept_step=kept_step)
+
+    assert warning.startswith("Early stopping ended the training after step 4 of 20.")
+    assert ("No validation was better" in warning) == is_untrained
 
 
 @pytest.mark.parametrize(

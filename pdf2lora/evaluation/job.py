@@ -60,8 +60,9 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
         commit = resolve_commit(settings.compare_to, project_root())
         baseline = parse_table(read_documents_at(commit, project_root()))
     seq_length = params.compute.seq_length
-    require_context(BASE, seq_length)
-    require_context(BASE, samples.prompt_tokens + samples.max_new_tokens, key="sample.max_new_tokens")
+    require_context(BASE, {"compute.seq_length": seq_length})
+    parts = {"sample.prompt_tokens": samples.prompt_tokens, "sample.max_new_tokens": samples.max_new_tokens}
+    require_context(BASE, parts)
     encoder, general_texts = Encoder.load(BASE), read_general()
     ids, encoded = [], []
     test: list[ScoredText] = []

@@ -1,5 +1,6 @@
 """Loads the quantized base model and adds LoRA matrices to it (QLoRA, Dettmers et al. 2023)."""
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ transformers.utils.logging.disable_progress_bar()
 
 # transformers 5.23 renamed gradient_checkpointing_enable. 5.17 does not know the new name.
 warnings.filterwarnings("ignore", "`(gradient|is_gradient)_checkpointing", FutureWarning)
+# With 8 bits, bitsandbytes writes a line about its input's dtype in each forward pass of each layer.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def read_config(base: Path) -> PreTrainedConfig:

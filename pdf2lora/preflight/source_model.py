@@ -50,9 +50,10 @@ def inspect_for(params: Params) -> HuggingFaceFiles | ModelArgs:
         _require_same_quantization(params, files)
     context_length = _context_length(params, files)
     if context_length is not None:
-        require_in_context(context_length, params.compute.seq_length, "compute.seq_length")
-        num_tokens = params.sample.prompt_tokens + params.sample.max_new_tokens
-        require_in_context(context_length, num_tokens, "sample.max_new_tokens")
+        require_in_context(context_length, {"compute.seq_length": params.compute.seq_length})
+        sample = params.sample
+        parts = {"sample.prompt_tokens": sample.prompt_tokens, "sample.max_new_tokens": sample.max_new_tokens}
+        require_in_context(context_length, parts)
     return files
 
 

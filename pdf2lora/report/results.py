@@ -43,6 +43,7 @@ class Results:
     evaluation: dict[str, Any]
     curves: dict[str, Curve]  # train/loss, validation/loss, learning_rate, ... -> steps, values
     kept_step: int | None  # train kept the adapter of this step; None if it kept the last one
+    planned_steps: int | None  # of the training, if early stopping ended it; else None
     replay_share: float | None  # of the training tokens; None without replay text
     test_documents: list[dict[str, Any]]  # rows of eval_documents.csv
     documents: list[Document]  # the first MAX_LISTED of the corpus, without their text
@@ -70,6 +71,7 @@ def read_results(source: Path, paths: Iterable[Path]) -> Results:
             str(file.relative_to(PLOTS).with_suffix("")): read_curve(file) for file in sorted(PLOTS.rglob("*.tsv"))
         },
         kept_step=_json("metrics/train/metrics.json").get("kept_step"),
+        planned_steps=_json("metrics/train/metrics.json").get("planned_steps"),
         replay_share=_json("metrics/train/metrics.json").get("replay_share"),
         test_documents=_rows(EVAL_DOCUMENTS),
         documents=documents,

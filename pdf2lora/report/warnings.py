@@ -48,7 +48,10 @@ def _training_warnings(results: Results) -> list[str]:
     num_steps = int(max(steps))
     if max(rates) == 0:
         return [f"The learning rate was 0 in all {num_steps} steps: the adapter is untrained. Use more steps."]
-    if num_steps > 1 and rates[-1] == max(rates) and rates[0] < rates[-1]:
+    if results.planned_steps is not None:
+        untrained = " No validation was better than the one before the training." if results.kept_step == 0 else ""
+        return [f"Early stopping ended the training after step {num_steps} of {results.planned_steps}.{untrained}"]
+    if len(rates) > 1 and rates[-2] < rates[-1] == max(rates):
         return [f"The warm-up takes all {num_steps} steps: the full learning rate is not reached before the end."]
     if num_steps < FEW_STEPS:
         return [f"The run has {num_steps} optimizer steps. A smaller train.effective_batch or more epochs give more."]

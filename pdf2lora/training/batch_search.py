@@ -134,11 +134,11 @@ def choose(
     ]
     if not candidates:
         first = modes[-1].probes[0]
-        peak = f"needs {first.peak_gib:.2f} GiB" if first.peak_gib else "runs out of memory"
+        peak = f"needs {first.peak_gib:.3g} GiB" if first.peak_gib else "runs out of memory"
         raise InputError(
-            f"find_batch.min: {first.batch} sequences do not fit: a training step {peak}. Lower find_batch.min or "
-            "compute.seq_length, set train.gradient_checkpointing to auto, or raise find_batch.cpu_memory_gib "
-            "(on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)."
+            f"find_batch.min: {first.batch} sequences do not fit: a training step {peak}. Lower find_batch.min, "
+            "compute.seq_length or a high lora.r, set train.gradient_checkpointing to auto, or raise "
+            "find_batch.cpu_memory_gib (on a GPU: raise find_batch.memory_gib or lower find_batch.gpu_headroom_gib)."
         )
     if len(candidates) > 1:
         speeds = [tokens_per_s(mode.gradient_checkpointing, batch) for mode, batch in candidates]

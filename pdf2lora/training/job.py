@@ -111,8 +111,9 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
             remove_contents(checkpoints)  # so that a forced run trains again
     if processes.is_main:
         kept = f", kept step {result.kept_step}" if result.kept_step != result.steps else ""
+        early = f" of {order.num_steps} (early stopping)" if result.steps < order.num_steps else ""
         print(
-            f"train: {result.steps} steps{kept}, {machine['tokens_per_s']:,} tokens/s; "
+            f"train: {result.steps} steps{early}{kept}, {machine['tokens_per_s']:,} tokens/s; "
             f"log in {log_file.relative_to(project_root())}"
         )
     processes.end()
@@ -201,7 +202,7 @@ def build_model(
 def read_data(params: Params) -> tuple[Sequences, Sequences, list[Window]]:
     """The training sequences of the corpus, those of the replay text, and the windows of the validation documents."""
     seq_length = params.compute.seq_length
-    require_context(BASE, seq_length)
+    require_context(BASE, {"compute.seq_length": seq_length})
     windows = TokenFile.open(TOKENS, "validation").windows(seq_length=seq_length, stride=seq_length)
     corpus, replay = (TokenFile.open(TOKENS, name).sequences(seq_length) for name in ("train", "replay"))
     return corpus, replay, windows

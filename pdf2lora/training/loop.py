@@ -262,6 +262,7 @@ def train(
     tracker.end(
         kept_step if kept_step != progress.step else None,
         replay_share(sequences, order, progress.step) if isinstance(sequences, MixedSequences) else None,
+        order.num_steps if progress.step < order.num_steps and not stopped_by else None,
     )
     return TrainingResult(progress.step, first_step, kept_step, num_targets, stopped_by)
 

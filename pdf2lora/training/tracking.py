@@ -153,11 +153,14 @@ class Tracker:
     def end_step(self) -> None:
         self.progress.update()
 
-    def end(self, kept_step: int | None = None, replay_share: float | None = None) -> None:
+    def end(
+        self, kept_step: int | None = None, replay_share: float | None = None, planned_steps: int | None = None
+    ) -> None:
         """Writes the last entries of metrics/train/metrics.json.
 
         kept_step: the step whose adapter train kept, if it is not the last one.
         replay_share: the share of the training tokens that were replay text, if there was any.
+        planned_steps: of the training, if early stopping ended it.
         """
         self.progress.close()
         if self.live:
@@ -165,6 +168,8 @@ class Tracker:
                 self.live.summary["kept_step"] = kept_step
             if replay_share is not None:
                 self.live.summary["replay_share"] = rounded(replay_share)
+            if planned_steps is not None:
+                self.live.summary["planned_steps"] = planned_steps
             self.live.make_summary()
             self.live.end()
         if self.trackers:
