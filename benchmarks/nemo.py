@@ -4,8 +4,8 @@
 
 The settings are those of NeMo's own benchmark (llama3_1_8b_peft_benchmark.yaml): transformers' Llama with Liger's
 kernels, NeMo's Triton kernels for LoRA, rank 16 on all linear layers, 4,096 tokens, frozen weights in bfloat16. The
-weights are random. NeMo needs other versions than requirements.txt, so it needs an environment of its own:
-pip install nemo-automodel==0.7.0 liger-kernel==0.8.5. Prints one line of JSON for each batch.
+weights are random. NeMo does not work with the versions in requirements.txt. So install it in another environment:
+pip install nemo-automodel==0.7.0 liger-kernel==0.8.5. The program prints one line of JSON for each batch.
 """
 
 import json

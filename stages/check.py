@@ -2,7 +2,7 @@
 
 Runs before the other stages after each change of params.yaml. It reports invalid settings, missing folders, a corpus
 without PDFs, damaged archives and an unusable source model within two seconds, before a later stage imports torch, and
-before DVC deletes old outputs. Its output never changes, so it does not make other stages run again.
+before DVC deletes old outputs. Its output never changes. So no other stage runs again because of it.
 """
 
 from pathlib import Path

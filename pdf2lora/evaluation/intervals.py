@@ -3,7 +3,7 @@
 Method: the jackknife over groups of near-duplicates (Efron and Tibshirani 1993, chapter 11) with the quantile of
 Student's t. The tokens of one document depend on each other, and so do versions of one report, which split keeps
 together. Groups hardly do. So the jackknife leaves out whole groups; most groups are one document. Large groups count
-more than small ones, so the degrees of freedom are the effective number of groups (Kish 1965) - 1.
+more than small ones. So the degrees of freedom are the effective number of groups (Kish 1965) - 1.
 
 benchmarks/coverage.py measures how often the intervals of this method and of others contain the true value
 (docs/reading-the-numbers.md has the results).
