@@ -15,9 +15,9 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from pdf2lora.documents.records import read_documents
 from pdf2lora.errors import InputError, report_input_errors
 from pdf2lora.evaluation.metrics import Metrics, model_metrics, scored_text
+from pdf2lora.evaluation.scored_documents import read_test
 from pdf2lora.evaluation.scoring import nats_per_document
 from pdf2lora.evaluation.unquantized import build_unquantized
 from pdf2lora.model.device import device
@@ -25,7 +25,7 @@ from pdf2lora.model.initialization import INITIAL
 from pdf2lora.model.kernel_choice import choose_exact_kernels
 from pdf2lora.model.loading import read_config
 from pdf2lora.params import Params, read_params
-from pdf2lora.paths import ADAPTER, BASE, CORPORA, SOURCE_MODELS, SPLIT_DOCUMENTS, TEST_GROUPS, TOKENS
+from pdf2lora.paths import ADAPTER, BASE, CORPORA, SOURCE_MODELS, SPLIT_DOCUMENTS, TOKENS
 from pdf2lora.report.card import render_card
 from pdf2lora.report.results import read_results
 from pdf2lora.runtime.arguments import require_no_arguments
@@ -119,11 +119,10 @@ def copy_files(files: list[Path], folder: Path) -> None:
 
 def measure(model: Path, params: Params) -> Metrics:
     """The test metrics of an unquantized model, computed as in evaluate."""
-    tokens = TokenFile.open(TOKENS, "test")
-    groups = json.loads(TEST_GROUPS.read_bytes())
-    documents = zip(read_documents(SPLIT_DOCUMENTS / "test.jsonl"), tokens.documents(), groups, strict=True)
-    texts = [scored_text(document.text, encoded, group) for document, encoded, group in documents]
-    windows = tokens.windows(seq_length=params.compute.seq_length, stride=params.evaluate.stride)
+    texts = [scored_text(document.text, tokens, group) for document, tokens, group in read_test()]
+    windows = TokenFile.open(TOKENS, "test").windows(
+        seq_length=params.compute.seq_length, stride=params.evaluate.stride
+    )
     kernels = choose_exact_kernels(params.compute, params.quantization, params.lora, read_config(model))
     with tqdm(total=len(windows), desc="perplexity", unit="window", disable=None) as progress:
         nats = nats_per_document(

@@ -318,6 +318,11 @@ class Sample(Section):
     seed: Seed
     """Seed of the draws."""
 
+    @property
+    def num_tokens(self) -> dict[str, int]:
+        """The settings whose sum is the longest text of a sample."""
+        return {"sample.prompt_tokens": self.prompt_tokens, "sample.max_new_tokens": self.max_new_tokens}
+
 
 class Params(Section):
     """The whole of params.yaml."""

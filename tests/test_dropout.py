@@ -129,10 +129,7 @@ def test_opt_draws_the_same_masks_in_every_micro_batch(tmp_path):
     sizes = {"ffn_dim": 128, "word_embed_proj_dim": 64}
     base = write_tiny_family(tmp_path / "base", "OPTForCausalLM", "opt", **sizes)
     write_manifest(base)
-    torch.manual_seed(0)
-    lora = changed(LORA, lora_dropout=0.3, target_modules="all-linear")
-    model = fill_b(add_lora(load_base(base, changed(QUANTIZATION, bits=16), COMPUTE), lora)).train()
-    forward = build_forward(model, "reference")
+    forward = build_forward(adapted(base, 0.3, bits=16, target_modules="all-linear"), "reference")
     ids = torch.randint(VOCABULARY_SIZE, (4, 6), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         forward.set_dropout(3, 0)
@@ -148,10 +145,10 @@ def test_training_without_a_seed_is_an_error():
         CounterDropout(0.3, 0, DropoutState(CPU))(torch.ones(1, 2, 8))
 
 
-def adapted(base, p):
+def adapted(base, p, *, bits=4, **changes):
     torch.manual_seed(0)
-    model = add_lora(load_base(base, QUANTIZATION, COMPUTE), changed(LORA, lora_dropout=p))
-    return fill_b(model).train()
+    causal_lm = load_base(base, changed(QUANTIZATION, bits=bits), COMPUTE)
+    return fill_b(add_lora(causal_lm, changed(LORA, lora_dropout=p, **changes))).train()
 
 
 def test_lora_layers_share_a_state_and_have_their_own_masks(base):

@@ -104,12 +104,10 @@ def _join_hyphenated(text: str, removed: Counter[str]) -> str:
         has_conjunction = rest.casefold() in conjunctions and not is_word
         if has_conjunction and not hyphen_after:
             return f"{match[0][:-1]} "
+        is_name = rest[0].isupper() or rest[0].isdigit()
         is_compound = f"{start}-{rest}".casefold() in compounds or (
             not is_word
-            and (
-                (hyphen_before or is_part or is_link or has_conjunction or breaks_mostly_compounds)
-                or (rest[0].isupper() or rest[0].isdigit())
-            )
+            and (hyphen_before or is_part or is_link or is_name or has_conjunction or breaks_mostly_compounds)
         )
         removed["hyphens"] += not is_compound
         return f"{hyphen_before}{start}{'-' if is_compound else ''}"

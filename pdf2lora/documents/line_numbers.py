@@ -35,10 +35,10 @@ def _numbered_lines(page: Sequence[str], step: int) -> set[int]:
     rows: dict[int, int] = {}  # place of a line that starts with a number -> number of lines with text before it
     for place, line in enumerate(page):
         match = _NUMBERED.fullmatch(line)
-        if match and match[2]:
-            rows[place] = len(texts)
         if match:
             numbers[place] = int(match[1])
+            if match[2]:
+                rows[place] = len(texts)
         if text := (match[2] if match else line):
             texts.append(text)
     chain = _longest_chain(numbers, step)

@@ -1,6 +1,5 @@
 """The stage evaluate in one of its processes: scores test documents and general text, writes metrics and samples."""
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import count, islice
@@ -22,6 +21,7 @@ from pdf2lora.evaluation.metrics import (
 )
 from pdf2lora.evaluation.revisions import read_documents_at, resolve_commit
 from pdf2lora.evaluation.samples import continue_openings, read_openings, sample_entries
+from pdf2lora.evaluation.scored_documents import TEST, read_test
 from pdf2lora.evaluation.scoring import Nats, nats_per_document
 from pdf2lora.evaluation.unquantized import build_unquantized
 from pdf2lora.model.forward import Forward, build_forward
@@ -29,16 +29,14 @@ from pdf2lora.model.initialization import restore_trained_base
 from pdf2lora.model.kernel_choice import choose_exact_kernels
 from pdf2lora.model.loading import load_adapter, load_base, read_config
 from pdf2lora.params import Params
-from pdf2lora.paths import ADAPTER, BASE, EVAL_DOCUMENTS, SPLIT_DOCUMENTS, TEST_GROUPS, TOKENS
+from pdf2lora.paths import ADAPTER, BASE, EVAL_DOCUMENTS
 from pdf2lora.runtime.distributed import Processes
 from pdf2lora.runtime.files import atomic_write, write_json
 from pdf2lora.runtime.manifest import MANIFEST
 from pdf2lora.runtime.monitor import machine_metrics
 from pdf2lora.runtime.scratch import project_root
-from pdf2lora.token_files import TokenFile
 from pdf2lora.tokens import Encoder, require_context, windows
 
-TEST = SPLIT_DOCUMENTS / "test.jsonl"
 METRICS = Path("metrics/eval.json")
 SAMPLES = Path("data/samples.json")
 
@@ -61,13 +59,11 @@ def run(params: Params, require_base: Callable[[], None] | None) -> None:
         baseline = parse_table(read_documents_at(commit, project_root()))
     seq_length = params.compute.seq_length
     require_context(BASE, {"compute.seq_length": seq_length})
-    parts = {"sample.prompt_tokens": samples.prompt_tokens, "sample.max_new_tokens": samples.max_new_tokens}
-    require_context(BASE, parts)
+    require_context(BASE, samples.num_tokens)
     encoder, general_texts = Encoder.load(BASE), read_general()
     ids, encoded = [], []
     test: list[ScoredText] = []
-    test_tokens, groups = TokenFile.open(TOKENS, "test").documents(), json.loads(TEST_GROUPS.read_bytes())
-    for document, tokens, group in zip(read_documents(TEST), test_tokens, groups, strict=True):
+    for document, tokens, group in read_test():
         ids.append(document.id)
         test.append(scored_text(document.text, tokens, group))
         encoded.append(tokens)

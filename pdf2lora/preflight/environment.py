@@ -77,10 +77,8 @@ def find_gpus() -> list[Gpu]:
         # A field that the driver does not know is [N/A]. A GPU without its own memory uses the host's.
         memory_gib = float(mebibytes) / 1024 if mebibytes.isdigit() else psutil.virtual_memory().total / GIB
         gpus[uuid] = Gpu(name, driver, memory_gib, None if capability == "[N/A]" else float(capability))
-    if "CUDA_VISIBLE_DEVICES" not in os.environ:
-        return list(gpus.values())
-    allowed = visible_gpus()
-    if any(name.startswith("MIG-") for name in allowed):  # nvidia-smi lists the whole GPUs, not these slices
+    allowed = visible_gpus() if "CUDA_VISIBLE_DEVICES" in os.environ else list(gpus)
+    if any(name.startswith("MIG-") for name in allowed):  # slices of GPUs: nvidia-smi lists only whole ones
         return list(gpus.values())
     return [gpus[name] for name in allowed if name in gpus]
 

@@ -51,9 +51,7 @@ def inspect_for(params: Params) -> HuggingFaceFiles | ModelArgs:
     context_length = _context_length(params, files)
     if context_length is not None:
         require_in_context(context_length, {"compute.seq_length": params.compute.seq_length})
-        sample = params.sample
-        parts = {"sample.prompt_tokens": sample.prompt_tokens, "sample.max_new_tokens": sample.max_new_tokens}
-        require_in_context(context_length, parts)
+        require_in_context(context_length, params.sample.num_tokens)
     return files
 
 

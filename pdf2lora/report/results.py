@@ -60,6 +60,7 @@ def read_results(source: Path, paths: Iterable[Path]) -> Results:
     source: the folder of the source model; paths: files and folders whose hashes are read from dvc.lock.
     """
     documents, excluded = _read_corpus(DOCUMENTS)
+    training = _json("metrics/train/metrics.json")
     return Results(
         extract=_json("metrics/extract.json"),
         split=_json("metrics/split.json"),
@@ -70,9 +71,9 @@ def read_results(source: Path, paths: Iterable[Path]) -> Results:
         curves={
             str(file.relative_to(PLOTS).with_suffix("")): read_curve(file) for file in sorted(PLOTS.rglob("*.tsv"))
         },
-        kept_step=_json("metrics/train/metrics.json").get("kept_step"),
-        planned_steps=_json("metrics/train/metrics.json").get("planned_steps"),
-        replay_share=_json("metrics/train/metrics.json").get("replay_share"),
+        kept_step=training.get("kept_step"),
+        planned_steps=training.get("planned_steps"),
+        replay_share=training.get("replay_share"),
         test_documents=_rows(EVAL_DOCUMENTS),
         documents=documents,
         split_of=_read_splits({document.id for document in documents}),

@@ -32,7 +32,7 @@ def read_replay(folder: Path) -> Iterator[str]:
                         f"train.replay: {file} has a document of {len(text):,} characters; at most {MAX_CHARACTERS:,} "
                         "are allowed. Divide it into several files, for example with split -C 10M."
                     )
-                text.encode()
+                text.encode()  # fails for a half surrogate pair, which JSON can have
                 yield text
         except UnicodeDecodeError as error:
             raise InputError(f"train.replay: {file} is not UTF-8 ({error}). Convert it with iconv -t UTF-8.") from None

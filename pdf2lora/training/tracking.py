@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +89,17 @@ class Trackers:
     def log(self, entry: Entry) -> None:
         values = {name: value for name, value in entry.items() if name != "step"}
         for tracker in list(self.accelerator.trackers):
-            self._call(tracker, lambda tracker: tracker.log(values, step=int(entry["step"])))
+            self._call(tracker, partial(tracker.log, values, step=int(entry["step"])))
 
     def end(self) -> None:
         """Not by Accelerator.end_training, which also destroys the process group."""
         for tracker in list(self.accelerator.trackers):
-            self._call(tracker, lambda tracker: tracker.finish())
+            self._call(tracker, tracker.finish)
 
-    def _call(self, tracker: Any, function: Callable[[Any], None]) -> None:
-        """Gives up a tracker that fails, because its server must not end a training."""
+    def _call(self, tracker: Any, method: Callable[[], None]) -> None:
+        """Calls a method of a tracker. Gives up a tracker that fails, because its server must not end a training."""
         try:
-            function(tracker)
+            method()
         except Exception as error:  # each tracker raises different exceptions
             self.accelerator.trackers.remove(tracker)
             text = " ".join(str(error).split())[:300]
